@@ -1,0 +1,256 @@
+package ledger
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"slices"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/segmentio/ksuid"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+)
+
+// CodecHeader names schema and codec of a ledger message.
+const CodecHeader = "Tollkeeper-Codec"
+
+// The codecs of ledger messages.
+const (
+	CodecColumnar   = "columnar.v1"
+	CodecProtobuf   = "protobuf.v1"
+	CodecCloudEvent = "cloudevents.v1+json"
+	CodecControl    = "control.v1"
+)
+
+// FrameMessage returns the message that appends a sealed columnar frame.
+func FrameMessage(shard uint32, frame []byte) *nats.Msg {
+	return &nats.Msg{Subject: CallsSubject(shard), Header: nats.Header{CodecHeader: {CodecColumnar}}, Data: frame}
+}
+
+// DecodeCalls decodes a message of a calls subject into f, whatever its codec.
+// Its errors are *usage.InvalidError. A foreign event has no producer; its
+// shard is taken from the subject.
+func DecodeCalls(f *Frame, subject string, header nats.Header, data []byte) error {
+	kind, shard, err := ParseSubject(subject)
+	if err != nil || kind != KindCalls {
+		return malformed("%q is not a subject of calls", subject)
+	}
+	switch codec := header.Get(CodecHeader); codec {
+	case CodecColumnar:
+		err = f.Decode(data)
+	case CodecProtobuf:
+		err = f.decodeProtobuf(data)
+	case CodecCloudEvent:
+		err = f.decodeCloudEvent(shard, data)
+	default:
+		return &usage.InvalidError{Reason: usage.ReasonUnknownSchema, Message: fmt.Sprintf("the message's %s is %q; known are %s, %s and %s", CodecHeader, codec, CodecColumnar, CodecProtobuf, CodecCloudEvent)}
+	}
+	if err != nil {
+		return err
+	}
+	if f.Shard != shard {
+		return &usage.InvalidError{Reason: usage.ReasonWrongShard, Message: fmt.Sprintf("the frame says shard %d but stands on %s", f.Shard, subject)}
+	}
+	if f.Producer != ksuid.Nil && f.Number == 0 {
+		return malformed("a producer's frames are numbered from 1")
+	}
+	return nil
+}
+
+func (f *Frame) decodeProtobuf(data []byte) error {
+	if len(data) > maxDecodeBytes {
+		return &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("frame: %d bytes, at most %d are read", len(data), maxDecodeBytes)}
+	}
+	var m tollkeeperv1.Frame
+	if err := proto.Unmarshal(data, &m); err != nil {
+		return malformed("it is not a protobuf frame: %v", err)
+	}
+	sum := m.GetCrc32C()
+	m.Crc32C = 0
+	plain, err := proto.MarshalOptions{Deterministic: true}.Marshal(&m)
+	if err != nil {
+		return malformed("%v", err)
+	}
+	if crc32.Checksum(plain, castagnoli) != sum {
+		return &usage.InvalidError{Reason: usage.ReasonChecksum, Message: "frame: its CRC-32C does not match its content"}
+	}
+	if n := len(m.GetCalls()); n == 0 || n > maxDecodeCalls {
+		return malformed("it holds %d calls; 1 to %d are read", n, maxDecodeCalls)
+	}
+	h := Header{Shard: m.GetShard(), Number: m.GetNumber(), Gateway: m.GetGateway(), SealedAt: usage.Micros(m.GetSealedAtUnixMicros())}
+	if p := m.GetProducer(); len(p) != 0 {
+		if h.Producer, err = ksuid.FromBytes(p); err != nil {
+			return malformed("the producer is not a ksuid: %v", err)
+		}
+	}
+	var b Builder
+	for i, pc := range m.GetCalls() {
+		c := callFromProto(pc)
+		// The protobuf form has no columns whose bounds could be checked at
+		// once, so its rows are checked one by one; the future is the
+		// counter's to clamp.
+		if err := c.Validate(c.Time); err != nil {
+			var invalid *usage.InvalidError
+			if errors.As(err, &invalid) {
+				return &usage.InvalidError{Reason: invalid.Reason, Message: fmt.Sprintf("frame: call %d: %s", i, invalid.Message)}
+			}
+			return err
+		}
+		b.Add(&c)
+	}
+	return f.Decode(b.Seal(h))
+}
+
+// MarshalProtobuf writes calls as a protobuf frame, the form for producers
+// without a columnar writer.
+func MarshalProtobuf(h Header, calls []usage.Call) ([]byte, error) {
+	m := &tollkeeperv1.Frame{Producer: h.Producer[:], Shard: h.Shard, Number: h.Number, Gateway: h.Gateway, SealedAtUnixMicros: int64(h.SealedAt)}
+	if h.Producer == ksuid.Nil {
+		m.Producer = nil
+	}
+	for i := range calls {
+		m.Calls = append(m.Calls, callToProto(&calls[i]))
+	}
+	plain, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		return nil, fmt.Errorf("marshal frame: %w", err)
+	}
+	m.Crc32C = crc32.Checksum(plain, castagnoli)
+	return proto.MarshalOptions{Deterministic: true}.Marshal(m)
+}
+
+func callFromProto(p *tollkeeperv1.Call) usage.Call {
+	c := usage.Call{
+		Time: usage.Micros(p.GetTimeUnixMicros()), Account: p.GetAccount(), KeyID: p.GetKeyId(), RequestID: p.GetRequestId(),
+		TraceFlags: byte(p.GetTraceFlags()), Method: p.GetMethod(), Route: p.GetRoute(), Model: p.GetModel(), Region: p.GetRegion(),
+		Status: uint16(p.GetStatus()), Code: usage.Code(p.GetCode()), DecisionID: p.GetDecisionId(), Duration: p.GetDurationMicros(),
+		Flags: usage.Flags(p.GetFlags()), Source: p.GetSource(), EventID: p.GetEventId(), PriceVersion: p.GetPriceVersion(), Currency: p.GetCurrency(),
+	}
+	copy(c.TraceID[:], p.GetTraceId())
+	copy(c.SpanID[:], p.GetSpanId())
+	for _, q := range p.GetQuantities() {
+		c.Quantities.Set(usage.Meter(q.GetMeter()), q.GetValue())
+	}
+	return c
+}
+
+func callToProto(c *usage.Call) *tollkeeperv1.Call {
+	p := &tollkeeperv1.Call{
+		TimeUnixMicros: int64(c.Time), Account: c.Account, KeyId: c.KeyID, RequestId: c.RequestID, TraceFlags: uint32(c.TraceFlags),
+		Method: c.Method, Route: c.Route, Model: c.Model, Region: c.Region, Status: uint32(c.Status), Code: string(c.Code),
+		DecisionId: c.DecisionID, DurationMicros: c.Duration, Flags: uint32(c.Flags), Source: c.Source, EventId: c.EventID,
+		PriceVersion: c.PriceVersion, Currency: c.Currency,
+	}
+	if c.TraceID != ([16]byte{}) {
+		p.TraceId = append([]byte(nil), c.TraceID[:]...)
+	}
+	if c.SpanID != ([8]byte{}) {
+		p.SpanId = append([]byte(nil), c.SpanID[:]...)
+	}
+	for i, m := range usage.BuiltInMeters() {
+		if v, ok := c.Quantities.BuiltIn(usage.BuiltIn(i)); ok {
+			p.Quantities = append(p.Quantities, &tollkeeperv1.Quantity{Meter: string(m), Value: v})
+		}
+	}
+	for _, q := range c.Quantities.Custom() {
+		p.Quantities = append(p.Quantities, &tollkeeperv1.Quantity{Meter: string(q.Meter), Value: q.Value})
+	}
+	return p
+}
+
+// CloudEventType is the type attribute of a call as a CloudEvent.
+const CloudEventType = "io.tollkeeper.call.v1"
+
+// cloudEvent is the structured JSON form of a call event.
+type cloudEvent struct {
+	SpecVersion     string          `json:"specversion"`
+	ID              string          `json:"id"`
+	Source          string          `json:"source"`
+	Type            string          `json:"type"`
+	Subject         string          `json:"subject"`
+	Time            string          `json:"time"`
+	DataContentType string          `json:"datacontenttype"`
+	Data            json.RawMessage `json:"data"`
+}
+
+// CloudEventData is the data of a call as a CloudEvent.
+type CloudEventData struct {
+	Account        string            `json:"account,omitempty"` // or the event's subject
+	KeyID          string            `json:"key_id,omitempty"`
+	RequestID      string            `json:"request_id,omitempty"`
+	Method         string            `json:"method,omitempty"`
+	Route          string            `json:"route,omitempty"`
+	Model          string            `json:"model,omitempty"`
+	Region         string            `json:"region,omitempty"`
+	Status         int64             `json:"status,omitempty"`
+	Code           string            `json:"code,omitempty"` // of a refusal
+	DurationMicros int64             `json:"duration_micros,omitempty"`
+	Meters         map[string]*int64 `json:"meters,omitempty"` // null: unknown
+	Currency       string            `json:"currency,omitempty"`
+}
+
+// CallFromCloudEvent makes a call of a CloudEvent's attributes and JSON data.
+// Its errors are *usage.InvalidError.
+func CallFromCloudEvent(specVersion, typ, source, id, subject, eventTime string, data []byte) (usage.Call, error) {
+	var c usage.Call
+	if specVersion != "1.0" || typ != CloudEventType {
+		return c, &usage.InvalidError{Reason: usage.ReasonUnknownSchema, Message: fmt.Sprintf("the event is of type %q, specversion %q; wanted is %q, 1.0", typ, specVersion, CloudEventType)}
+	}
+	if source == "" || id == "" {
+		return c, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: "the event needs a source and an id: they are its identity"}
+	}
+	at, err := time.Parse(time.RFC3339Nano, eventTime)
+	if err != nil {
+		return c, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("the event's time %q is not RFC 3339", eventTime)}
+	}
+	var d CloudEventData
+	if err := json.Unmarshal(data, &d); err != nil {
+		return c, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("the event's data is not a call: %v", err)}
+	}
+	if d.Account == "" {
+		d.Account = subject
+	}
+	if d.Status < 0 || d.Status > 999 {
+		return c, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("%d is not an HTTP status", d.Status)}
+	}
+	if d.Code != "" && usage.Code(d.Code).Status() == 0 {
+		return c, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("%q is not a refusal code", d.Code)}
+	}
+	c = usage.Call{
+		Time: usage.At(at), Account: d.Account, KeyID: d.KeyID, RequestID: d.RequestID, Method: d.Method, Route: d.Route,
+		Model: d.Model, Region: d.Region, Status: uint16(d.Status), Code: usage.Code(d.Code), Duration: d.DurationMicros,
+		Source: source, EventID: id, Currency: d.Currency,
+	}
+	names := make([]string, 0, len(d.Meters))
+	for name := range d.Meters {
+		names = append(names, name)
+	}
+	// The order of a user's own meters is part of the frame's bytes.
+	slices.Sort(names)
+	for _, name := range names {
+		if v := d.Meters[name]; v != nil {
+			c.Quantities.Set(usage.Meter(name), *v)
+		}
+	}
+	// The future is clamped by the counter, which knows the ledger's time.
+	return c, c.Validate(c.Time)
+}
+
+func (f *Frame) decodeCloudEvent(shard uint32, data []byte) error {
+	var e cloudEvent
+	if err := json.Unmarshal(data, &e); err != nil {
+		return malformed("it is not a CloudEvent in JSON: %v", err)
+	}
+	c, err := CallFromCloudEvent(e.SpecVersion, e.Type, e.Source, e.ID, e.Subject, e.Time, e.Data)
+	if err != nil {
+		return err
+	}
+	var b Builder
+	b.Add(&c)
+	return f.Decode(b.Seal(Header{Shard: shard, SealedAt: c.Time}))
+}

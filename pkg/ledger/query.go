@@ -1,0 +1,92 @@
+package ledger
+
+import (
+	"strconv"
+
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// UsageSubject is where the owner of a shard answers a UsageRequest (JSON)
+// with a UsageReply (JSON). No responder means that nobody owns the shard.
+func UsageSubject(shard uint32) string {
+	return "query.usage." + strconv.FormatUint(uint64(shard), 10)
+}
+
+// MaxUsageAccounts bounds the accounts of one reply.
+const MaxUsageAccounts = 1000
+
+// UsageRequest asks for counters as they stand now.
+type UsageRequest struct {
+	// Accounts by id; when empty, the Top accounts by admitted calls.
+	Accounts []string `json:"accounts,omitempty"`
+	// Top is how many accounts are wanted when Accounts is empty; at most MaxUsageAccounts.
+	Top int `json:"top,omitempty"`
+}
+
+// UsageReply holds the counters of some accounts of a shard.
+type UsageReply struct {
+	Shard uint32 `json:"shard"`
+	Epoch uint64 `json:"epoch"`
+	// Sequence is the newest ledger entry that is counted, at StreamTime.
+	Sequence    uint64         `json:"sequence"`
+	StreamTime  usage.Micros   `json:"stream_time_unix_micros"`
+	PlanVersion string         `json:"plan_version"`
+	StateHash   string         `json:"state_hash,omitempty"`
+	Accounts    []AccountUsage `json:"accounts"`
+	// Total sums every account of the shard, each call once (at the account
+	// that paid), whatever the request asked for.
+	Total Totals `json:"total"`
+	// AccountCount is how many accounts the shard has.
+	AccountCount int `json:"account_count"`
+}
+
+// Totals are lifetime sums.
+type Totals struct {
+	Admitted int64 `json:"admitted_calls"`
+	Refused  int64 `json:"refused_calls"`
+	// Meters: sums of what was reported, by meter; a meter nobody reported is absent.
+	Meters map[usage.Meter]int64 `json:"meters"`
+}
+
+// AccountUsage is what an account has used.
+type AccountUsage struct {
+	ID     string `json:"id"`
+	Parent string `json:"parent,omitempty"`
+	Plan   string `json:"plan,omitempty"`
+	// Own sums the calls of this very account; Totals those of its children too.
+	Own    Totals       `json:"own"`
+	Totals Totals       `json:"totals"`
+	Limits []LimitUsage `json:"limits"`
+}
+
+// LimitUsage is how a limit of an account stands.
+type LimitUsage struct {
+	LimitID     string           `json:"limit_id"` // "<plan>/<limit>"
+	Meter       usage.Meter      `json:"meter"`
+	Window      usage.WindowKind `json:"window"`
+	Amount      int64            `json:"amount"`
+	Used        int64            `json:"used"`
+	Remaining   int64            `json:"remaining"` // not below 0
+	PeriodStart usage.Micros     `json:"period_start_unix_micros"`
+	PeriodEnd   usage.Micros     `json:"period_end_unix_micros"` // 0: lifetime
+	Verdict     string           `json:"verdict"`
+	DecisionID  string           `json:"decision_id,omitempty"`
+	Revision    uint64           `json:"revision,omitempty"`
+}
+
+// DeadLetterSubject is where an entry of the ledger that cannot be counted is
+// kept: one message a ledger sequence, so that a second try is rejected.
+func DeadLetterSubject(shard uint32, sequence uint64) string {
+	return "deadletter.ledger." + strconv.FormatUint(uint64(shard), 10) + "." + strconv.FormatUint(sequence, 10)
+}
+
+// DeadLetterIntake is where what a gateway refused at its events endpoint is
+// kept; id is a ksuid.
+func DeadLetterIntake(id string) string { return "deadletter.intake." + id }
+
+// Headers of a dead letter.
+const (
+	ReasonHeader = "Tollkeeper-Reason" // machine code: usage.Reason…
+	DetailHeader = "Tollkeeper-Detail" // for people
+	OriginHeader = "Tollkeeper-Origin" // subject and sequence, or the gateway's name
+)
