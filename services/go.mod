@@ -86,3 +86,6 @@ replace (
 	github.com/tollkeeper/tollkeeper/pkg => ../pkg
 	github.com/tollkeeper/tollkeeper/schemas => ../schemas
 )
+
+// npm packages may hold Go code of their own.
+ignore ./console/web/node_modules
