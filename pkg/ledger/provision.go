@@ -8,6 +8,7 @@ import (
 	"strconv"
 
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/schemas"
 )
@@ -18,6 +19,9 @@ type ProvisionOptions struct {
 	Shards uint32
 	// Replicas of every stream and bucket; 1 when 0.
 	Replicas int
+	// Notice is told, in a sentence, what whoever runs the ledger should know;
+	// may be nil.
+	Notice func(string)
 }
 
 // Geometry is what must never change once a ledger exists.
@@ -44,9 +48,57 @@ type definitions struct {
 	} `json:"objects"`
 }
 
+// piece is one stream, KV bucket or object bucket to be made.
+type piece struct {
+	stream   string // name of its stream
+	maxBytes int64
+	create   func(ctx context.Context, maxBytes int64) error
+}
+
+func pieces(js jetstream.JetStream, defs *definitions, replicas int) []piece {
+	var all []piece
+	for _, cfg := range defs.Streams {
+		all = append(all, piece{cfg.Name, cfg.MaxBytes, func(ctx context.Context, maxBytes int64) error {
+			cfg.Replicas, cfg.MaxBytes = replicas, maxBytes
+			_, err := js.CreateStream(ctx, cfg)
+			return err
+		}})
+	}
+	for _, b := range defs.Buckets {
+		all = append(all, piece{"KV_" + b.Bucket, b.MaxBytes, func(ctx context.Context, maxBytes int64) error {
+			_, err := js.CreateKeyValue(ctx, jetstream.KeyValueConfig{
+				Bucket: b.Bucket, Description: b.Description, History: b.History, MaxBytes: maxBytes, MaxValueSize: b.MaxValueSize, Replicas: replicas,
+			})
+			return err
+		}})
+	}
+	for _, b := range defs.Objects {
+		all = append(all, piece{"OBJ_" + b.Bucket, b.MaxBytes, func(ctx context.Context, maxBytes int64) error {
+			_, err := js.CreateObjectStore(ctx, jetstream.ObjectStoreConfig{Bucket: b.Bucket, Description: b.Description, MaxBytes: maxBytes, Replicas: replicas})
+			return err
+		}})
+	}
+	return all
+}
+
+// maxDivisor is how far the sizes of streams.json may be divided: what fits
+// on a disk smaller than that is no ledger.
+const maxDivisor = 256
+
+// errCodeNoRoom is JetStream's code for a stream whose max_bytes, which it
+// reserves, do not fit beside those of the others.
+const errCodeNoRoom = 10047
+
+func noRoom(err error) bool {
+	var api *jetstream.APIError
+	return errors.As(err, &api) && api.ErrorCode == errCodeNoRoom
+}
+
 // Provision makes the streams and buckets of schemas/streams.json that do not
 // exist yet and returns the ledger's geometry. Streams that exist are left as
-// they are: an operator may have tuned them. It can be called by every service
+// they are: an operator may have tuned them. The sizes of streams.json are for
+// a server with room for all of them; where there is less, all are divided by
+// the same power of two, and Notice is told. It can be called by every service
 // at the same time.
 func Provision(ctx context.Context, js jetstream.JetStream, o ProvisionOptions) (Geometry, error) {
 	var defs definitions
@@ -54,32 +106,83 @@ func Provision(ctx context.Context, js jetstream.JetStream, o ProvisionOptions) 
 		return Geometry{}, fmt.Errorf("streams.json: %w", err)
 	}
 	replicas := max(o.Replicas, 1)
-	for _, cfg := range defs.Streams {
-		cfg.Replicas = replicas
-		if _, err := js.CreateStream(ctx, cfg); err != nil && !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
-			return Geometry{}, fmt.Errorf("create stream %s: %w", cfg.Name, err)
+	if o.Shards > MaxShards {
+		return Geometry{}, fmt.Errorf("%d shards: at most %d", o.Shards, MaxShards)
+	}
+	var missing []piece
+	var total int64
+	for _, p := range pieces(js, &defs, replicas) {
+		_, err := js.Stream(ctx, p.stream)
+		switch {
+		case err == nil:
+			continue
+		case !errors.Is(err, jetstream.ErrStreamNotFound):
+			return Geometry{}, fmt.Errorf("stream %s: %w", p.stream, err)
+		}
+		missing = append(missing, p)
+		total += p.maxBytes
+	}
+	if len(missing) > 0 {
+		divisor, err := findRoom(ctx, js, total, replicas)
+		if err != nil {
+			return Geometry{}, err
+		}
+		if divisor > 1 && o.Notice != nil {
+			o.Notice(fmt.Sprintf("NATS has no room for streams of %d GiB altogether: they are made with 1/%d of their sizes; give its file store more room to avoid a full ledger", total>>30, divisor))
+		}
+		for _, p := range missing {
+			if err := p.make(ctx, divisor); err != nil {
+				return Geometry{}, err
+			}
 		}
 	}
-	for _, b := range defs.Buckets {
-		_, err := js.CreateKeyValue(ctx, jetstream.KeyValueConfig{
-			Bucket: b.Bucket, Description: b.Description, History: b.History, MaxBytes: b.MaxBytes, MaxValueSize: b.MaxValueSize, Replicas: replicas,
+	return setGeometry(ctx, js, o.Shards)
+}
+
+// make creates the piece unless somebody else just did.
+func (p *piece) make(ctx context.Context, divisor int64) error {
+	for ; ; divisor *= 2 {
+		err := p.create(ctx, p.maxBytes/divisor)
+		switch {
+		case err == nil, errors.Is(err, jetstream.ErrStreamNameAlreadyInUse), errors.Is(err, jetstream.ErrBucketExists):
+			return nil
+		case noRoom(err) && divisor < maxDivisor:
+			// Another caller's probe holds the room, or has taken it.
+			continue
+		}
+		return fmt.Errorf("create stream %s: %w", p.stream, err)
+	}
+}
+
+// findRoom returns the power of two by which the sizes must be divided to fit
+// together. A server does not tell how much room it has, only whether a
+// stream fits: so one of the whole size is made and removed at once. Made one
+// by one instead, the first would take what the last needs.
+func findRoom(ctx context.Context, js jetstream.JetStream, total int64, replicas int) (int64, error) {
+	name := "TOLLKEEPER_ROOM_" + ksuid.New().String()
+	for divisor := int64(1); ; divisor *= 2 {
+		_, err := js.CreateStream(ctx, jetstream.StreamConfig{
+			Name: name, Description: "Tollkeeper: looks how much room there is; safe to delete.", Subjects: []string{"tollkeeper.room." + name},
+			MaxBytes: total / divisor, Replicas: replicas,
 		})
-		if err != nil && !errors.Is(err, jetstream.ErrBucketExists) {
-			return Geometry{}, fmt.Errorf("create bucket %s: %w", b.Bucket, err)
+		if err == nil {
+			if err := js.DeleteStream(ctx, name); err != nil {
+				return 0, fmt.Errorf("delete stream %s: %w", name, err)
+			}
+			return divisor, nil
+		}
+		if !noRoom(err) {
+			return 0, fmt.Errorf("create stream %s: %w", name, err)
+		}
+		if divisor == maxDivisor {
+			return 0, fmt.Errorf("the file store of NATS has less than %d MiB to reserve, which is too little for a ledger: free disk space or raise its limit: %w", total/divisor>>20, err)
 		}
 	}
-	for _, b := range defs.Objects {
-		_, err := js.CreateObjectStore(ctx, jetstream.ObjectStoreConfig{Bucket: b.Bucket, Description: b.Description, MaxBytes: b.MaxBytes, Replicas: replicas})
-		if err != nil && !errors.Is(err, jetstream.ErrBucketExists) {
-			return Geometry{}, fmt.Errorf("create object bucket %s: %w", b.Bucket, err)
-		}
-	}
-	shards := o.Shards
+}
+
+func setGeometry(ctx context.Context, js jetstream.JetStream, shards uint32) (Geometry, error) {
 	if shards == 0 {
 		shards = DefaultLocalShards
-	}
-	if shards > MaxShards {
-		return Geometry{}, fmt.Errorf("%d shards: at most %d", shards, MaxShards)
 	}
 	kv, err := js.KeyValue(ctx, ConfigBucket)
 	if err != nil {
