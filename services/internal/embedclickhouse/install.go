@@ -191,10 +191,12 @@ func removeStale(dir string) error {
 }
 
 func runNpm(ctx context.Context, npm, stage string, o InstallOptions) error {
-	cmd := exec.CommandContext(ctx, npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier",
-		"--loglevel=error", "--fetch-retries=3", "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=10000")
+	cmd := exec.CommandContext(ctx, npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier", "--loglevel=error")
 	cmd.Dir = stage
-	cmd.Env = append(os.Environ(), o.Env...)
+	// npm's own defaults keep a person without a network waiting for more than a minute.
+	cmd.Env = append(os.Environ(), "npm_config_fetch_retries=2", "npm_config_fetch_retry_mintimeout=1000",
+		"npm_config_fetch_retry_maxtimeout=3000")
+	cmd.Env = append(cmd.Env, o.Env...)
 	output := &tailBuffer{limit: maxToolOutput}
 	cmd.Stdout, cmd.Stderr = output, output
 	// A group of its own, so that a cancelled installation ends npm's own children too.
