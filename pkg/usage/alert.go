@@ -1,0 +1,82 @@
+package usage
+
+// AlertTransition is a step in an episode's life.
+type AlertTransition string
+
+// The transitions. An episode fires once and resolves once.
+const (
+	AlertFiring   AlertTransition = "firing"
+	AlertResolved AlertTransition = "resolved"
+)
+
+// Why an episode resolved.
+const (
+	// ResolvedRecovered: there was traffic, and few accounts began to be refused.
+	ResolvedRecovered = "recovered"
+	// ResolvedNoTraffic: nothing was called for long; nobody can say whether it
+	// is well.
+	ResolvedNoTraffic = "no_traffic"
+)
+
+// MaxAlertTop bounds the lists of an Alert.
+const MaxAlertTop = 20
+
+// Alert is one transition of an episode, as it stands in the ALERTS stream on
+// alerts.<episode> and in the body of a webhook (JSON). Times are those of the
+// ledger.
+type Alert struct {
+	// EpisodeID is a ksuid in text form, the same for every transition, retry,
+	// restart and reader of the same ledger.
+	EpisodeID  string          `json:"episode_id"`
+	Transition AlertTransition `json:"transition"`
+	// N numbers the episode's transitions from 1; (EpisodeID, N) exists once.
+	N    int    `json:"n"`
+	Rule string `json:"rule"`
+	// Scope is what the rule looked at; "global" is everything.
+	Scope    string `json:"scope"`
+	Severity string `json:"severity"`
+	// StartedAt is the first breach, At is this transition.
+	StartedAt Micros `json:"started_at_unix_micros"`
+	At        Micros `json:"at_unix_micros"`
+	// Value is Refused / Active (0 when there is no traffic), Threshold what it
+	// fired against.
+	Value     float64 `json:"value"`
+	Threshold float64 `json:"threshold"`
+	// Refused accounts began to get 402s within the window, Active accounts
+	// made calls within it, StillRefused got a 402 within it, whenever they
+	// began.
+	Refused       int   `json:"refused_accounts"`
+	Active        int   `json:"active_accounts"`
+	StillRefused  int   `json:"still_refused_accounts"`
+	WindowSeconds int64 `json:"window_seconds"`
+	// Reason of a resolve: ResolvedRecovered or ResolvedNoTraffic.
+	Reason string `json:"reason,omitempty"`
+	// Accounts that began to be refused, most refused calls first, and codes by
+	// number of such accounts; at most MaxAlertTop each.
+	Accounts []AlertAccount `json:"accounts"`
+	Codes    []AlertCode    `json:"codes"`
+	// LagSeconds is how far the ledger's reader was behind when it decided.
+	LagSeconds float64 `json:"lag_seconds"`
+	// Estimated: there were more accounts than are kept; the numbers of
+	// accounts are scaled up from a sample.
+	Estimated bool `json:"estimated,omitempty"`
+	// Summary is one sentence for people.
+	Summary      string `json:"summary"`
+	RunbookURL   string `json:"runbook_url,omitempty"`
+	DashboardURL string `json:"dashboard_url,omitempty"`
+}
+
+// AlertAccount is an account that an alert is about.
+type AlertAccount struct {
+	Account string `json:"account"`
+	// Code of its first refusal.
+	Code Code `json:"code"`
+	// Refusals it got since it began to be refused.
+	Refusals int64 `json:"refusals"`
+}
+
+// AlertCode is how many of an alert's accounts began with a code.
+type AlertCode struct {
+	Code     Code `json:"code"`
+	Accounts int  `json:"accounts"`
+}
