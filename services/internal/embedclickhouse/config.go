@@ -201,10 +201,12 @@ const configXML = `<clickhouse>
 
 // The engine's own start runs as "default", and needs SYSTEM LISTEN without a read-only profile to
 // open the ports: so what "default" may do is bound by its grants, and what it may set by
-// constraints. Should it close a listener, the supervisor sees that and restarts the engine.
+// constraints. Should it close a listener, the supervisor sees that and restarts the engine. The
+// profile "default" stays empty, because merges and mutations in the background run under it.
 const usersXML = `<clickhouse>
   <profiles>
-    <default>
+    <default/>
+    <guest>
       <allow_introspection_functions>0</allow_introspection_functions>
       <max_execution_time>60</max_execution_time>
       <max_memory_usage>4294967296</max_memory_usage>
@@ -213,7 +215,7 @@ const usersXML = `<clickhouse>
         <max_execution_time><min>1</min><max>60</max></max_execution_time>
         <max_memory_usage><min>1</min><max>4294967296</max></max_memory_usage>
       </constraints>
-    </default>
+    </guest>
     <analyst>
       <readonly>2</readonly>
       <allow_introspection_functions>0</allow_introspection_functions>
@@ -236,7 +238,7 @@ const usersXML = `<clickhouse>
     <default>
       <password></password>
       <networks><ip>127.0.0.0/8</ip><ip>::1</ip></networks>
-      <profile>default</profile>
+      <profile>guest</profile>
       <quota>default</quota>
       <grants>
         <query>GRANT SYSTEM LISTEN ON *.*</query>

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	osexec "os/exec"
@@ -138,6 +139,71 @@ func TestARetriedBlockFillsTableAndViewOnce(t *testing.T) {
 	check("a retry after a kill", 1)
 	insert("block-2")
 	check("another block", 2)
+}
+
+func TestKillsUnderLoadLoseAndDoubleNothing(t *testing.T) {
+	t.Parallel()
+	const blocks, rows, kills = 60, 500, 4
+	s := start(t, nil)
+	db := open(t, s.DSN())
+	execute(t, db, "CREATE TABLE calls (block UInt64, n UInt64) ENGINE = MergeTree ORDER BY (block, n) SETTINGS non_replicated_deduplication_window = 1000")
+	for block := range blocks {
+		if block%(blocks/kills) == blocks/kills/2 {
+			pid := s.PID()
+			// In the middle of an insert as often as between two.
+			go func() { _ = syscall.Kill(pid, syscall.SIGKILL) }()
+		}
+		ctx := clickhouse.Context(t.Context(), clickhouse.WithSettings(clickhouse.Settings{
+			"insert_deduplication_token": fmt.Sprintf("block-%d", block)}))
+		eventually(t, "a block is acknowledged", 30*time.Second, func() bool {
+			_, err := db.ExecContext(ctx, fmt.Sprintf("INSERT INTO calls SELECT %d, number FROM numbers(%d)", block, rows))
+			return err == nil
+		})
+	}
+	if got := count(t, db, "SELECT count() FROM calls"); got != blocks*rows {
+		t.Errorf("%d rows, want %d", got, blocks*rows)
+	}
+	if got := count(t, db, "SELECT uniqExact(block, n) FROM calls"); got != blocks*rows {
+		t.Errorf("%d distinct rows, want %d", got, blocks*rows)
+	}
+	if s.Restarts() != kills {
+		t.Errorf("%d restarts, want %d", s.Restarts(), kills)
+	}
+}
+
+func TestTheServicesUserMayMakeEverySchemaWeUse(t *testing.T) {
+	t.Parallel()
+	s := start(t, func(o *Options) { o.DataDir = filepath.Join(o.DataDir, "a b & 'ü'") })
+	db := open(t, s.DSN())
+	for _, statement := range []string{
+		"CREATE TABLE calls (at DateTime64(3, 'UTC') CODEC(Delta, ZSTD), account LowCardinality(String), n UInt64, attributes JSON, INDEX i n TYPE minmax, PROJECTION p (SELECT account, sum(n) GROUP BY account)) ENGINE = MergeTree PARTITION BY toYYYYMM(at) ORDER BY (account, at) TTL toDateTime(at) + INTERVAL 400 DAY",
+		"CREATE TABLE rollup (account String, calls AggregateFunction(count), n SimpleAggregateFunction(sum, UInt64)) ENGINE = AggregatingMergeTree ORDER BY account",
+		"CREATE MATERIALIZED VIEW rollup_of_calls TO rollup AS SELECT account, countState() AS calls, sum(n) AS n FROM calls GROUP BY account",
+		"CREATE MATERIALIZED VIEW refreshed REFRESH EVERY 1 HOUR (account String, n UInt64) ENGINE = MergeTree ORDER BY account AS SELECT account, sum(n) AS n FROM calls GROUP BY account",
+		"CREATE VIEW readable AS SELECT account, countMerge(calls) AS calls FROM rollup GROUP BY account",
+		"CREATE TABLE accounts (id UInt64, name String) ENGINE = ReplacingMergeTree ORDER BY id",
+		"CREATE DICTIONARY names (id UInt64, name String) PRIMARY KEY id SOURCE(CLICKHOUSE(DB 'tollkeeper' TABLE 'accounts')) LIFETIME(60) LAYOUT(HASHED())",
+		"INSERT INTO accounts VALUES (1, 'acme')",
+		"INSERT INTO calls (at, account, n, attributes) VALUES (now64(), 'acme', 3, '{\"a\":1}')",
+		"ALTER TABLE calls ADD COLUMN model LowCardinality(String) DEFAULT ''",
+		"ALTER TABLE calls MODIFY TTL toDateTime(at) + INTERVAL 30 DAY",
+		"CREATE TABLE calls_new AS calls",
+		"INSERT INTO calls_new SELECT * FROM calls",
+		"EXCHANGE TABLES calls AND calls_new",
+		"RENAME TABLE calls_new TO calls_old",
+		"DELETE FROM accounts WHERE id = 0",
+		"OPTIMIZE TABLE calls FINAL",
+		"ALTER TABLE calls_old DROP PARTITION ID 'all'",
+		"DROP TABLE calls_old",
+	} {
+		execute(t, db, statement)
+	}
+	if got := count(t, db, "SELECT toUInt64(calls) FROM readable WHERE account = 'acme'"); got != 1 {
+		t.Errorf("the view counts %d calls, want 1", got)
+	}
+	if got := count(t, db, "SELECT toUInt64(dictGet('tollkeeper.names', 'name', toUInt64(1)) = 'acme')"); got != 1 {
+		t.Error("the dictionary does not know the account")
+	}
 }
 
 func TestAbuseOfThePortsDoesNotEndTheEngine(t *testing.T) {
@@ -449,6 +515,31 @@ func TestStartRefusesWhatWouldBeUnsafeOrWrong(t *testing.T) {
 				t.Errorf("error is %v, want %v with %q", err, test.want, test.hint)
 			}
 		})
+	}
+}
+
+func TestOpenToTheNetworkStillHoldsTheUserWithoutPasswordToLoopback(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := writeConfig(Options{DataDir: dir, LogLevel: "warning"}, Credentials{ServicePassword: "a", AnalystPassword: "b"}, false); err != nil {
+		t.Fatal(err)
+	}
+	users, err := os.ReadFile(filepath.Join(dir, usersName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, guest, found := strings.Cut(string(users), "<default>\n      <password>")
+	guest, _, _ = strings.Cut(guest, "</default>")
+	if !found || strings.Contains(guest, "::/0") || !strings.Contains(guest, "<ip>127.0.0.0/8</ip><ip>::1</ip>") {
+		t.Errorf("the user without a password is not held to loopback: %s", guest)
+	}
+	if n := strings.Count(string(users), "<ip>::/0</ip>"); n != 2 {
+		t.Errorf("%d users may come from the network, want the two with a password", n)
+	}
+	for addr, want := range map[string]string{"0.0.0.0:9000": "127.0.0.1:9000", "[::]:9000": "[::1]:9000", "127.0.0.1:9000": "127.0.0.1:9000"} {
+		if got := dialable(netip.MustParseAddrPort(addr)); got != want {
+			t.Errorf("%s is reached at %s, want %s", addr, got, want)
+		}
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"net/http"
 	"os"
 	"sync"
 	"testing"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/ClickHouse/clickhouse-go/v2"
 	"github.com/rs/zerolog"
+	"go.uber.org/goleak"
 )
 
 // supervisorMarker turns this test binary into a supervisor that a test can kill.
@@ -22,7 +24,15 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(supervisorMarker); dir != "" {
 		os.Exit(superviseForTest(dir))
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	http.DefaultClient.CloseIdleConnections()
+	if code == 0 {
+		if err := goleak.Find(); err != nil {
+			fmt.Fprintln(os.Stderr, "a stopped engine left goroutines:", err)
+			code = 1
+		}
+	}
+	os.Exit(code)
 }
 
 // superviseForTest starts an engine, prints its process id, and lives until its standard input ends.

@@ -317,11 +317,8 @@ func (s *Server) spawn() (*child, error) {
 		return nil, fmt.Errorf("cannot make the engine's control pipe: %w", err)
 	}
 	defer func() { _ = inherited.Close() }()
-	self, err := os.Executable()
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("cannot find this program to run the engine with: %w", err), control.Close())
-	}
-	cmd := exec.Command(self)
+	// Not os.Executable: the running program stays reachable here when its file was replaced.
+	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = []string{"tollkeeper-clickhouse", s.options.DataDir}
 	cmd.Dir = s.options.DataDir
 	// The engine reads ~/.clickhouse-local and ./config.xml; and nothing of our environment, where
@@ -420,7 +417,7 @@ func (s *Server) explainRefusal(said string) error {
 
 // ensureDatabase is also the proof that the engine answers a query of the service user.
 func (s *Server) ensureDatabase(ctx context.Context) error {
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+s.http.String()+"/",
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+dialable(s.http)+"/",
 		strings.NewReader("CREATE DATABASE IF NOT EXISTS "+Database))
 	if err != nil {
 		return err

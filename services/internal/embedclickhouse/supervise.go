@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"net/url"
 	"os"
 	"time"
@@ -258,17 +259,28 @@ func (s *Server) Credentials() Credentials { return s.credentials }
 
 // DSN for ServiceUser over the native protocol. It holds the password: do not log it.
 func (s *Server) DSN() string {
-	return dsn("clickhouse", s.Addr(), ServiceUser, s.credentials.ServicePassword)
+	return dsn("clickhouse", dialable(s.tcp), ServiceUser, s.credentials.ServicePassword)
 }
 
 // HTTPDSN for ServiceUser over HTTP. It holds the password: do not log it.
 func (s *Server) HTTPDSN() string {
-	return dsn("http", s.HTTPAddr(), ServiceUser, s.credentials.ServicePassword)
+	return dsn("http", dialable(s.http), ServiceUser, s.credentials.ServicePassword)
 }
 
 // AnalystDSN for AnalystUser over the native protocol. It holds the password: do not log it.
 func (s *Server) AnalystDSN() string {
-	return dsn("clickhouse", s.Addr(), AnalystUser, s.credentials.AnalystPassword)
+	return dsn("clickhouse", dialable(s.tcp), AnalystUser, s.credentials.AnalystPassword)
+}
+
+// dialable replaces "every address of this machine" by one that can be connected to.
+func dialable(addr netip.AddrPort) string {
+	switch addr.Addr() {
+	case netip.IPv4Unspecified():
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), addr.Port()).String()
+	case netip.IPv6Unspecified():
+		return netip.AddrPortFrom(netip.IPv6Loopback(), addr.Port()).String()
+	}
+	return addr.String()
 }
 
 func dsn(scheme, addr, user, password string) string {
