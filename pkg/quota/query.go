@@ -1,0 +1,162 @@
+package quota
+
+import (
+	"bytes"
+	"cmp"
+	"slices"
+
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/pkg/window"
+)
+
+// Totals are lifetime sums. A meter that nobody reported is absent.
+type Totals struct {
+	Admitted, Refused int64
+	Meters            map[usage.Meter]int64
+}
+
+// LimitUse is how a limit of an account stands at the shard's time.
+type LimitUse struct {
+	LimitID                string
+	Meter                  usage.Meter
+	Window                 usage.WindowKind
+	Amount, Used, Previous int64
+	PeriodStart, PeriodEnd usage.Micros
+	Verdict                usage.Verdict
+	// DecisionID and Revision are those of the last decision; empty and 0
+	// when there was none.
+	DecisionID string
+	Revision   uint64
+}
+
+// AccountUse is what an account has used.
+type AccountUse struct {
+	ID, Parent, Plan string
+	Closed           bool
+	Own              Totals // its own calls
+	All              Totals // and those of all below it
+	Limits           []LimitUse
+}
+
+// Total sums every account of the shard, each call once.
+func (s *Shard) Total() Totals { return s.totals(s.total.admitted, s.total.refused, s.total.sums, 0) }
+
+// Account returns what an account has used; false when it is not known.
+func (s *Shard) Account(id string) (AccountUse, bool) {
+	i, ok := s.find([]byte(id))
+	if !ok {
+		return AccountUse{}, false
+	}
+	return s.use(i), true
+}
+
+// Top returns the n accounts with the most admitted calls, their descendants'
+// included, in falling order; equals by id. It looks at every account.
+func (s *Shard) Top(n int) []AccountUse {
+	n = min(n, len(s.accounts))
+	if n <= 0 {
+		return nil
+	}
+	// A heap whose root is the least of the best n so far.
+	best := make([]uint32, 0, n)
+	worse := func(x, y uint32) int {
+		if c := cmp.Compare(s.admitted(x), s.admitted(y)); c != 0 {
+			return c
+		}
+		return bytes.Compare(s.idOf(&s.accounts[y]), s.idOf(&s.accounts[x]))
+	}
+	sift := func(i int) {
+		for {
+			least := i
+			for _, child := range [...]int{2*i + 1, 2*i + 2} {
+				if child < len(best) && worse(best[child], best[least]) < 0 {
+					least = child
+				}
+			}
+			if least == i {
+				return
+			}
+			best[i], best[least] = best[least], best[i]
+			i = least
+		}
+	}
+	for i := range uint32(len(s.accounts)) {
+		switch {
+		case len(best) < n:
+			if best = append(best, i); len(best) == n {
+				for k := n/2 - 1; k >= 0; k-- {
+					sift(k)
+				}
+			}
+		case worse(best[0], i) < 0:
+			best[0] = i
+			sift(0)
+		}
+	}
+	slices.SortFunc(best, func(x, y uint32) int { return worse(y, x) })
+	out := make([]AccountUse, len(best))
+	for k, i := range best {
+		out[k] = s.use(i)
+	}
+	return out
+}
+
+func (s *Shard) admitted(i uint32) int64 {
+	a := &s.accounts[i]
+	return saturated(a.admitted, s.rollups[a.rollup].admitted)
+}
+
+func saturated(a, b int64) int64 {
+	if sum := a + b; sum >= a {
+		return sum
+	}
+	return int64(maxMicros)
+}
+
+func (s *Shard) use(i uint32) AccountUse {
+	a := &s.accounts[i]
+	r := &s.rollups[a.rollup]
+	u := AccountUse{
+		ID: string(s.idOf(a)), Plan: s.plans.names[a.plan], Closed: a.flags&closed != 0,
+		Own: s.totals(a.admitted, a.refused, a.sums, 0),
+		All: s.totals(saturated(a.admitted, r.admitted), saturated(a.refused, r.refused), a.sums, r.sums),
+	}
+	if a.parent >= 0 {
+		u.Parent = s.name(uint32(a.parent))
+	}
+	def := s.plans.defs[a.plan]
+	for k := range def.n {
+		l := &s.plans.limits[def.first+k]
+		c := s.counters[a.first+k] // a copy: looking changes nothing
+		w := &s.windows[l.kind]
+		c.roll(w.number)
+		use := LimitUse{
+			LimitID: l.fullID, Meter: l.Meter, Window: l.Window, Amount: l.Amount, Used: c.cur, Previous: c.prev,
+			Verdict: max(usage.Verdict(c.verdict), usage.Allow), Revision: c.revision,
+		}
+		if l.kind != window.Lifetime {
+			use.PeriodStart, use.PeriodEnd = w.at, w.end
+		}
+		if c.revision != 0 {
+			use.DecisionID = DecisionID(usage.Micros(c.decidedAt)*1_000_000, s.shard, c.revision, u.ID, l.fullID)
+		}
+		u.Limits = append(u.Limits, use)
+	}
+	return u
+}
+
+func (s *Shard) totals(admitted, refused int64, at ...uint32) Totals {
+	t := Totals{Admitted: admitted, Refused: refused, Meters: map[usage.Meter]int64{}}
+	for _, i := range at {
+		x := &s.sums[i]
+		for m := range x.values {
+			if x.known&(1<<m) != 0 {
+				t.Meters[s.meters[m]] = saturated(t.Meters[s.meters[m]], x.values[m])
+			}
+		}
+		for _, c := range s.customs[x.custom] {
+			t.Meters[s.meters[c.meter]] = saturated(t.Meters[s.meters[c.meter]], c.value)
+		}
+	}
+	return t
+}

@@ -1,0 +1,411 @@
+// Package quota is the pure core of counting: the state machine of one shard
+// of the ledger. Apply folds one entry into counters and returns the decisions
+// that follow from it. There is no goroutine, no clock and no I/O in it, and
+// nothing depends on the order of a map: the same entries give the same state
+// and the same decisions, bit for bit, and Hash proves it.
+//
+// A Shard is not safe for concurrent use.
+package quota
+
+import (
+	"fmt"
+	"hash/maphash"
+
+	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/pkg/window"
+)
+
+// Bounds of what a shard accepts. An entry beyond them is Invalid.
+const (
+	MaxRows         = 4096 // calls of a batch
+	MaxDepth        = 16   // accounts on a path
+	MaxPlanLimits   = 256  // limits of a plan
+	MaxPlans        = 4096 // plans of a set
+	MaxPendingPlans = 64   // plan sets that wait for their time
+	MaxMeters       = 4096 // meters that a shard knows
+)
+
+// Strings is a column of texts: a dictionary and, for each row, an index into
+// it. Without an index every row is Dict[0], or empty when Dict is empty.
+type Strings struct {
+	Dict  [][]byte
+	Index []uint32
+}
+
+// At returns the text of row i.
+func (s *Strings) At(i int) []byte {
+	switch {
+	case s.Index != nil:
+		return s.Dict[s.Index[i]]
+	case len(s.Dict) != 0:
+		return s.Dict[0]
+	}
+	return nil
+}
+
+// Ints is a column of integers. Values is nil when no row has one. Known is
+// nil when every row has one, else row i has one when bit i%8 of byte i/8 is set.
+type Ints struct {
+	Values []int64
+	Known  []byte
+}
+
+func (c *Ints) get(i int) (int64, bool) {
+	if c.Values == nil || (c.Known != nil && c.Known[i>>3]&(1<<(i&7)) == 0) {
+		return 0, false
+	}
+	return c.Values[i], true
+}
+
+// CustomMeter is the column of a user's own meter.
+type CustomMeter struct {
+	Meter usage.Meter
+	Ints
+}
+
+// Batch is the part of a frame that counting looks at. Apply keeps nothing of
+// it. Every index must be inside of its dictionary, and quantities must not be
+// negative: the wire's decoder has checked both.
+type Batch struct {
+	// Producer and Number identify the frame; a zero Producer has no identity
+	// of its own, its rows are then identified by Source and EventID.
+	Producer dedup.Producer
+	Number   uint64
+
+	N        int
+	Time     []int64 // event times, microseconds, not clamped
+	Account  Strings
+	Code     Strings // of a refusal; empty: admitted
+	Model    Strings
+	Route    Strings
+	Method   Strings
+	Source   Strings
+	EventID  Strings
+	BuiltIns [usage.NumBuiltIn]Ints
+	Custom   []CustomMeter
+}
+
+// PlanSet replaces all plans of the shard.
+type PlanSet struct {
+	// Version is the identity of its content.
+	Version string
+	// EffectiveAt is the stream time from which it holds; 0 is at once.
+	EffectiveAt usage.Micros
+	Plans       []usage.Plan
+}
+
+// Control is an entry that is not a call. At most one of its bodies is set;
+// one without a body only lets time pass.
+type Control struct {
+	// ID of the act; a second entry with the same ID changes nothing. Empty
+	// has no identity.
+	ID       string
+	PlanSet  *PlanSet
+	Accounts []usage.Account
+	// Closed retires a producer.
+	Closed *dedup.Producer
+}
+
+// Entry is one entry of the shard's ledger. With neither Batch nor Control it
+// only lets time pass: an entry that can't be decoded, a lease.
+type Entry struct {
+	Sequence uint64
+	// Time is the stream's own time of the entry.
+	Time    usage.Micros
+	Batch   *Batch
+	Control *Control
+}
+
+// Effects of an entry.
+type Effects struct {
+	// Decisions are the shard's until the next Apply; their Epoch is the
+	// owner's to fill in. At most one for an account and limit.
+	Decisions []usage.Decision
+	// Invalid says why the entry was not folded (time passed nevertheless, and
+	// a frame's number is taken): it belongs in the dead-letter stream.
+	Invalid *usage.InvalidError
+	// Old: the entry is not after the shard's position and was ignored.
+	Old bool
+	// Frame is the verdict on a frame's number, 0 when the entry is no frame;
+	// Skipped is how many numbers before it are missing.
+	Frame   dedup.Verdict
+	Skipped uint64
+	// Repeated control act, seen before.
+	Repeated bool
+
+	Admitted, Refused int // calls counted
+	Duplicates        int // foreign events seen before, not counted again
+	Late              int // calls older than the previous window of a limit they belong to
+	Future            int // calls ahead of the stream, counted at the entry's time
+	Overflows         int // sums that reached the end of their range and stay there
+	NewAccounts       int // accounts seen for the first time
+}
+
+// Shard is the state of one shard. See New and Read.
+type Shard struct {
+	shard    uint32
+	sequence uint64
+	now      usage.Micros // highest stream time seen
+	dedup    *dedup.Set
+	windows  [window.NumKinds]span
+
+	meters   []usage.Meter
+	meterIDs map[usage.Meter]uint32
+
+	plans   planBook
+	pending []PlanSet // by EffectiveAt, then arrival
+
+	accounts []account
+	ids      []byte // of all accounts, one after the other
+	index    index
+	counters []counter
+	free     [][]uint32 // first counters of free blocks, by block length
+	sums     []sums
+	customs  [][]customSum
+	rollups  []rollup
+	total    rollup // of all accounts, each call once
+
+	timers  []timerBucket
+	queued  int
+	touched []touch
+	dirty   []uint32
+	hash    [2]uint64   // sum of hashes
+	hashes  [][2]uint64 // by account, as they are in the sum
+
+	f       frame // scratch
+	effects Effects
+}
+
+// span is a kind's current window and the begin of the one before.
+type span struct {
+	number          int32
+	before, at, end usage.Micros
+}
+
+// Options of a new shard.
+type Options struct {
+	Shard uint32
+	// Horizon of foreign events and control acts, microseconds of stream
+	// time; dedup.DefaultHorizon when 0.
+	Horizon usage.Micros
+}
+
+// New returns the state of a shard before its first entry.
+func New(o Options) *Shard {
+	s := &Shard{shard: o.Shard, dedup: dedup.New(o.Horizon)}
+	s.init()
+	return s
+}
+
+func (s *Shard) init() {
+	s.index.seed = maphash.MakeSeed()
+	s.meterIDs = make(map[usage.Meter]uint32)
+	for _, m := range usage.BuiltInMeters() {
+		s.meter(m)
+	}
+	s.plans.init()
+	// Position 0 of these means "none".
+	s.sums = append(s.sums, sums{})
+	s.customs = append(s.customs, nil)
+	s.rollups = append(s.rollups, rollup{})
+	s.advance(0)
+}
+
+// Number returns which shard it is.
+func (s *Shard) Number() uint32 { return s.shard }
+
+// Sequence returns the newest entry that is folded; 0 before the first.
+func (s *Shard) Sequence() uint64 { return s.sequence }
+
+// Now returns the highest stream time seen.
+func (s *Shard) Now() usage.Micros { return s.now }
+
+// Accounts returns how many accounts the shard knows.
+func (s *Shard) Accounts() int { return len(s.accounts) }
+
+// Counters returns how many account-limits the shard holds.
+func (s *Shard) Counters() int {
+	n := len(s.counters)
+	for length, blocks := range s.free {
+		n -= length * len(blocks)
+	}
+	return n
+}
+
+// PlanVersion returns the version of the plans that hold now.
+func (s *Shard) PlanVersion() string { return s.plans.version }
+
+// Producers returns how many producers are remembered.
+func (s *Shard) Producers() int { return s.dedup.Producers() }
+
+// ForeignEvents returns how many foreign events are remembered.
+func (s *Shard) ForeignEvents() int { return s.dedup.ForeignEvents() }
+
+// NextTimer returns the stream time at which an entry is due although no call
+// may come: a denied account's period ends, a plan set takes effect.
+func (s *Shard) NextTimer() (usage.Micros, bool) {
+	at, ok := usage.Micros(0), false
+	if len(s.timers) > 0 {
+		at, ok = s.timers[0].end, true
+	}
+	if len(s.pending) > 0 && (!ok || s.pending[0].EffectiveAt < at) {
+		at, ok = s.pending[0].EffectiveAt, true
+	}
+	return at, ok
+}
+
+// Apply folds one entry. The effects are valid until the next call.
+func (s *Shard) Apply(e Entry) *Effects {
+	decisions := s.effects.Decisions[:0]
+	s.effects = Effects{Decisions: decisions}
+	fx := &s.effects
+	if e.Sequence <= s.sequence {
+		fx.Old = true
+		return fx
+	}
+	s.sequence = e.Sequence
+	if e.Time > s.now {
+		s.now = e.Time
+		s.advance(e.Time)
+	}
+	s.fire()
+	for len(s.pending) > 0 && s.pending[0].EffectiveAt <= s.now {
+		set := s.pending[0]
+		s.pending = append(s.pending[:0], s.pending[1:]...)
+		s.setPlans(&set)
+	}
+	switch {
+	case e.Batch != nil:
+		s.frame(e.Batch, e.Time)
+	case e.Control != nil:
+		s.control(e.Control)
+	}
+	s.decide(e.Batch)
+	if s.queued > 2*len(s.counters)+1024 {
+		s.rebuildTimers()
+	}
+	return fx
+}
+
+// advance moves the current windows to those of t, which does not go back.
+func (s *Shard) advance(t usage.Micros) {
+	for k := range s.windows {
+		w, kind := &s.windows[k], window.Kind(k)
+		if t < w.end || (kind == window.Lifetime && w.end != 0) {
+			continue
+		}
+		n := kind.Number(t)
+		w.number, w.before, w.at, w.end = int32(n), kind.Start(n-1), kind.Start(n), kind.End(n)
+		if kind == window.Lifetime {
+			// Every call belongs to it, however old.
+			w.before, w.at, w.end = minMicros, minMicros, maxMicros
+		}
+	}
+}
+
+const (
+	minMicros = usage.Micros(-1 << 63)
+	maxMicros = usage.Micros(1<<63 - 1)
+)
+
+func (s *Shard) frame(b *Batch, at usage.Micros) {
+	if b.Producer != (dedup.Producer{}) {
+		s.effects.Frame, s.effects.Skipped = s.dedup.Frame(b.Producer, b.Number)
+		if s.effects.Frame == dedup.Duplicate {
+			return
+		}
+	} else {
+		s.effects.Frame = dedup.Fresh
+	}
+	if err := s.check(b); err != nil {
+		s.effects.Invalid = err
+		return
+	}
+	s.count(b, at)
+}
+
+// check refuses what counting could not take.
+func (s *Shard) check(b *Batch) *usage.InvalidError {
+	if b.N <= 0 || b.N > MaxRows || len(b.Time) != b.N {
+		return invalid(usage.ReasonMalformed, "a batch of %d calls: 1 to %d are counted", b.N, MaxRows)
+	}
+	if len(b.Account.Dict) == 0 {
+		return invalid(usage.ReasonMalformed, "the calls name no account")
+	}
+	for _, id := range b.Account.Dict {
+		if len(id) == 0 {
+			return invalid(usage.ReasonMalformed, "a call names no account")
+		}
+		if len(id) > usage.MaxIDBytes {
+			return invalid(usage.ReasonOversized, "an account's id of %d bytes, at most %d are counted", len(id), usage.MaxIDBytes)
+		}
+	}
+	fresh := 0
+	for i := range b.Custom {
+		if _, ok := s.meterIDs[b.Custom[i].Meter]; !ok {
+			fresh++
+		}
+	}
+	if len(s.meters)+fresh > MaxMeters {
+		return invalid(usage.ReasonOversized, "more than %d different meters in one shard: meters are kinds of usage, not ids", MaxMeters)
+	}
+	return nil
+}
+
+func invalid(reason, format string, args ...any) *usage.InvalidError {
+	return &usage.InvalidError{Reason: reason, Message: fmt.Sprintf(format, args...)}
+}
+
+// meter returns the shard's number of a meter; the built-in ones have their own.
+func (s *Shard) meter(m usage.Meter) uint32 {
+	if id, ok := s.meterIDs[m]; ok {
+		return id
+	}
+	id := uint32(len(s.meters))
+	s.meters = append(s.meters, m)
+	s.meterIDs[m] = id
+	return id
+}
+
+func (s *Shard) control(c *Control) {
+	if err := s.checkControl(c); err != nil {
+		s.effects.Invalid = err
+		return
+	}
+	if c.ID != "" && !s.dedup.Foreign(dedup.ForeignID(nil, []byte("control"), []byte(c.ID)), s.now) {
+		s.effects.Repeated = true
+		return
+	}
+	switch {
+	case c.PlanSet != nil:
+		if c.PlanSet.EffectiveAt <= s.now {
+			s.setPlans(c.PlanSet)
+			break
+		}
+		i := len(s.pending)
+		for i > 0 && s.pending[i-1].EffectiveAt > c.PlanSet.EffectiveAt {
+			i--
+		}
+		s.pending = append(s.pending, PlanSet{})
+		copy(s.pending[i+1:], s.pending[i:])
+		s.pending[i] = *c.PlanSet
+	case c.Closed != nil:
+		s.dedup.Close(*c.Closed, s.now)
+	default:
+		for i := range c.Accounts {
+			s.setAccount(&c.Accounts[i])
+		}
+	}
+}
+
+// checkControl refuses an act as a whole: none of it is folded then.
+func (s *Shard) checkControl(c *Control) *usage.InvalidError {
+	if p := c.PlanSet; p != nil {
+		if p.EffectiveAt > s.now && len(s.pending) >= MaxPendingPlans {
+			return invalid(usage.ReasonOversized, "%d plan sets wait for their time already", MaxPendingPlans)
+		}
+		return s.checkPlans(p)
+	}
+	return s.checkAccounts(c.Accounts)
+}

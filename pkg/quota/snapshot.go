@@ -1,0 +1,391 @@
+package quota
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+const snapshotMagic = "TKQ1"
+
+// AppendBinary appends the whole state: counters, plans, identities that were
+// seen, position. Accounts stand in the order in which the log named them, so
+// the same log gives the same bytes.
+func (s *Shard) AppendBinary(out []byte) []byte {
+	begin := len(out)
+	out = append(out, snapshotMagic...)
+	out = s.appendGlobal(out)
+	out = binary.AppendUvarint(out, uint64(len(s.accounts)))
+	for i := range s.accounts {
+		out = s.appendAccount(out, &s.accounts[i])
+	}
+	sum := sha256.Sum256(out[begin:])
+	return append(out, sum[:]...)
+}
+
+// Hash returns a hash of the whole state. Two shards that folded the same
+// entries have the same; it takes time in proportion to the accounts that
+// changed since it was last asked for.
+func (s *Shard) Hash() [32]byte {
+	var buf []byte
+	for _, i := range s.dirty {
+		a := &s.accounts[i]
+		a.flags &^= dirty
+		buf = s.appendAccount(buf[:0], a)
+		h := sha256.Sum256(buf)
+		x, y := binary.LittleEndian.Uint64(h[:8]), binary.LittleEndian.Uint64(h[8:])
+		if int(i) < len(s.hashes) {
+			s.hash[0] -= s.hashes[i][0]
+			s.hash[1] -= s.hashes[i][1]
+		}
+		for int(i) >= len(s.hashes) {
+			s.hashes = append(s.hashes, [2]uint64{})
+		}
+		s.hashes[i] = [2]uint64{x, y}
+		s.hash[0] += x
+		s.hash[1] += y
+	}
+	s.dirty = s.dirty[:0]
+	buf = s.appendGlobal(buf[:0])
+	buf = binary.LittleEndian.AppendUint64(buf, s.hash[0])
+	buf = binary.LittleEndian.AppendUint64(buf, s.hash[1])
+	return sha256.Sum256(buf)
+}
+
+func (s *Shard) appendGlobal(out []byte) []byte {
+	out = binary.AppendUvarint(out, uint64(s.shard))
+	out = binary.AppendUvarint(out, s.sequence)
+	out = binary.AppendVarint(out, int64(s.now))
+	own := s.meters[usage.NumBuiltIn:]
+	out = binary.AppendUvarint(out, uint64(len(own)))
+	for _, m := range own {
+		out = appendString(out, string(m))
+	}
+	names := s.plans.names[1:]
+	out = binary.AppendUvarint(out, uint64(len(names)))
+	for _, n := range names {
+		out = appendString(out, n)
+	}
+	out = appendPlanSet(out, &PlanSet{Version: s.plans.version, Plans: s.plans.plans})
+	out = binary.AppendUvarint(out, uint64(len(s.pending)))
+	for i := range s.pending {
+		out = appendPlanSet(out, &s.pending[i])
+	}
+	out = binary.AppendVarint(out, s.total.admitted)
+	out = binary.AppendVarint(out, s.total.refused)
+	out = s.appendSums(out, s.total.sums)
+	return s.dedup.AppendBinary(out)
+}
+
+func (s *Shard) appendAccount(out []byte, a *account) []byte {
+	out = appendString(out, string(s.idOf(a)))
+	out = append(out, byte(a.flags&^dirty))
+	out = binary.AppendUvarint(out, uint64(a.parent+1))
+	out = binary.AppendUvarint(out, uint64(a.plan))
+	out = binary.AppendVarint(out, a.admitted)
+	out = binary.AppendVarint(out, a.refused)
+	out = s.appendSums(out, a.sums)
+	if a.rollup == 0 {
+		out = append(out, 0)
+	} else {
+		r := &s.rollups[a.rollup]
+		out = append(out, 1)
+		out = binary.AppendVarint(out, r.admitted)
+		out = binary.AppendVarint(out, r.refused)
+		out = s.appendSums(out, r.sums)
+	}
+	n := s.plans.defs[a.plan].n
+	out = binary.AppendUvarint(out, uint64(n))
+	for k := range n {
+		c := &s.counters[a.first+k]
+		out = binary.AppendVarint(out, c.cur)
+		out = binary.AppendVarint(out, c.prev)
+		out = binary.AppendVarint(out, int64(c.number))
+		out = append(out, c.verdict)
+		out = binary.AppendUvarint(out, c.revision)
+		if c.revision != 0 {
+			out = binary.AppendVarint(out, int64(c.published))
+			out = binary.AppendUvarint(out, uint64(c.decidedAt))
+		}
+	}
+	return out
+}
+
+func (s *Shard) appendSums(out []byte, at uint32) []byte {
+	x := &s.sums[at]
+	out = append(out, x.known)
+	for m := range x.values {
+		if x.known&(1<<m) != 0 {
+			out = binary.AppendVarint(out, x.values[m])
+		}
+	}
+	list := s.customs[x.custom]
+	out = binary.AppendUvarint(out, uint64(len(list)))
+	for _, c := range list {
+		out = binary.AppendUvarint(out, uint64(c.meter))
+		out = binary.AppendVarint(out, c.value)
+	}
+	return out
+}
+
+func appendString(out []byte, s string) []byte {
+	out = binary.AppendUvarint(out, uint64(len(s)))
+	return append(out, s...)
+}
+
+func appendStrings(out []byte, list []string) []byte {
+	out = binary.AppendUvarint(out, uint64(len(list)))
+	for _, s := range list {
+		out = appendString(out, s)
+	}
+	return out
+}
+
+func appendPlanSet(out []byte, p *PlanSet) []byte {
+	out = appendString(out, p.Version)
+	out = binary.AppendVarint(out, int64(p.EffectiveAt))
+	out = binary.AppendUvarint(out, uint64(len(p.Plans)))
+	for i := range p.Plans {
+		out = appendString(out, p.Plans[i].ID)
+		out = binary.AppendUvarint(out, uint64(len(p.Plans[i].Limits)))
+		for k := range p.Plans[i].Limits {
+			l := &p.Plans[i].Limits[k]
+			out = appendString(out, l.ID)
+			out = appendString(out, string(l.Meter))
+			out = appendStrings(out, l.Filter.Models)
+			out = appendStrings(out, l.Filter.Routes)
+			out = appendStrings(out, l.Filter.Methods)
+			out = appendString(out, string(l.Window))
+			out = binary.AppendVarint(out, l.Amount)
+			out = appendString(out, string(l.Tier))
+			out = binary.AppendUvarint(out, uint64(l.WarnPercent))
+			out = appendString(out, string(l.Code))
+			out = appendString(out, l.ActionURL)
+		}
+	}
+	return out
+}
+
+var errSnapshot = errors.New("the snapshot is cut off or not one of this program")
+
+// Read returns the state that AppendBinary wrote.
+func Read(data []byte) (*Shard, error) {
+	if len(data) < len(snapshotMagic)+sha256.Size || string(data[:len(snapshotMagic)]) != snapshotMagic {
+		return nil, errSnapshot
+	}
+	body, sum := data[:len(data)-sha256.Size], data[len(data)-sha256.Size:]
+	if sha256.Sum256(body) != [sha256.Size]byte(sum) {
+		return nil, fmt.Errorf("%w: its hash does not match its content", errSnapshot)
+	}
+	r := reader{b: body[len(snapshotMagic):]}
+	s := &Shard{}
+	s.shard = uint32(r.uvarint())
+	s.init()
+	s.sequence = r.uvarint()
+	s.now = usage.Micros(r.varint())
+	s.advance(s.now)
+	for n := r.count(); n > 0; n-- {
+		s.meter(usage.Meter(r.string()))
+	}
+	for n := r.count(); n > 0; n-- {
+		s.plans.number(r.string())
+	}
+	set := r.planSet()
+	for n := r.count(); n > 0; n-- {
+		s.pending = append(s.pending, r.planSet())
+	}
+	if r.bad {
+		return nil, errSnapshot
+	}
+	s.plans.version, s.plans.plans = set.Version, set.Plans
+	if err := s.checkPlans(&set); err != nil {
+		return nil, fmt.Errorf("%w: %w", errSnapshot, err)
+	}
+	s.plans.limits, s.plans.defs = s.compile(set.Plans)
+	s.total.admitted, s.total.refused = r.varint(), r.varint()
+	s.total.sums = s.readSums(&r)
+	var err error
+	if s.dedup, r.b, err = dedup.Read(r.b); err != nil {
+		return nil, fmt.Errorf("%w: %w", errSnapshot, err)
+	}
+	n := r.count()
+	s.accounts = make([]account, 0, n)
+	for range n {
+		if !s.readAccount(&r, n) {
+			return nil, errSnapshot
+		}
+	}
+	if r.bad || len(r.b) != 0 {
+		return nil, errSnapshot
+	}
+	slots := 64
+	for 3*slots < 4*len(s.accounts)+4 {
+		slots *= 2
+	}
+	s.index.slots = make([]slot, slots/2)
+	s.grow()
+	s.rebuildTimers()
+	s.effects = Effects{}
+	return s, nil
+}
+
+func (s *Shard) readAccount(r *reader, accounts int) bool {
+	id := r.bytes()
+	if len(id) == 0 || len(id) > usage.MaxIDBytes {
+		return false
+	}
+	i := uint32(len(s.accounts))
+	a := account{id: uint32(len(s.ids)), idLen: uint16(len(id))}
+	s.ids = append(s.ids, id...)
+	a.flags = accountFlags(r.byte())
+	parent, plan := r.uvarint(), r.uvarint()
+	if parent > uint64(accounts) || plan >= uint64(len(s.plans.defs)) {
+		return false
+	}
+	a.parent, a.plan = int32(parent)-1, uint32(plan)
+	a.admitted, a.refused = r.varint(), r.varint()
+	a.sums = s.readSums(r)
+	if r.byte() != 0 {
+		a.rollup = uint32(len(s.rollups))
+		s.rollups = append(s.rollups, rollup{admitted: r.varint(), refused: r.varint(), sums: s.readSums(r)})
+	}
+	n := s.plans.defs[a.plan].n
+	if r.uvarint() != uint64(n) {
+		return false
+	}
+	a.first = s.block(n)
+	for k := range n {
+		c := &s.counters[a.first+k]
+		c.cur, c.prev, c.number = r.varint(), r.varint(), int32(r.varint())
+		c.verdict = r.byte()
+		if c.verdict > uint8(usage.Deny) {
+			return false
+		}
+		if c.revision = r.uvarint(); c.revision != 0 {
+			c.published, c.decidedAt = int32(r.varint()), uint32(r.uvarint())
+		}
+	}
+	s.accounts = append(s.accounts, a)
+	s.soil(i)
+	return !r.bad
+}
+
+func (s *Shard) readSums(r *reader) uint32 {
+	var x sums
+	x.known = r.byte()
+	for m := range x.values {
+		if x.known&(1<<m) != 0 {
+			x.values[m] = r.varint()
+		}
+	}
+	if n := r.count(); n > 0 {
+		x.custom = uint32(len(s.customs))
+		list := make([]customSum, 0, n)
+		for range n {
+			c := customSum{meter: uint32(r.uvarint()), value: r.varint()}
+			if int(c.meter) >= len(s.meters) {
+				r.fail()
+				return 0
+			}
+			list = append(list, c)
+		}
+		s.customs = append(s.customs, list)
+	}
+	if x.known == 0 && x.custom == 0 {
+		return 0
+	}
+	s.sums = append(s.sums, x)
+	return uint32(len(s.sums) - 1)
+}
+
+// reader takes values off a snapshot; after the first failure bad is set and
+// everything it returns is zero.
+type reader struct {
+	b   []byte
+	bad bool
+}
+
+func (r *reader) fail() { r.b, r.bad = nil, true }
+
+func (r *reader) uvarint() uint64 {
+	v, n := binary.Uvarint(r.b)
+	if n <= 0 {
+		r.fail()
+		return 0
+	}
+	r.b = r.b[n:]
+	return v
+}
+
+func (r *reader) varint() int64 {
+	v, n := binary.Varint(r.b)
+	if n <= 0 {
+		r.fail()
+		return 0
+	}
+	r.b = r.b[n:]
+	return v
+}
+
+// count returns how many items follow, each of a byte at least.
+func (r *reader) count() int {
+	n := r.uvarint()
+	if n > uint64(len(r.b)) {
+		r.fail()
+		return 0
+	}
+	return int(n)
+}
+
+func (r *reader) byte() byte {
+	if len(r.b) == 0 {
+		r.fail()
+		return 0
+	}
+	v := r.b[0]
+	r.b = r.b[1:]
+	return v
+}
+
+func (r *reader) bytes() []byte {
+	n := r.count()
+	v := r.b[:n]
+	r.b = r.b[n:]
+	return v
+}
+
+func (r *reader) string() string { return strings.Clone(string(r.bytes())) }
+
+func (r *reader) strings() []string {
+	n := r.count()
+	if n == 0 {
+		return nil
+	}
+	list := make([]string, 0, n)
+	for range n {
+		list = append(list, r.string())
+	}
+	return list
+}
+
+func (r *reader) planSet() PlanSet {
+	p := PlanSet{Version: r.string(), EffectiveAt: usage.Micros(r.varint())}
+	for n := r.count(); n > 0; n-- {
+		plan := usage.Plan{ID: r.string()}
+		for k := r.count(); k > 0; k-- {
+			plan.Limits = append(plan.Limits, usage.Limit{
+				ID: r.string(), Meter: usage.Meter(r.string()),
+				Filter: usage.Filter{Models: r.strings(), Routes: r.strings(), Methods: r.strings()},
+				Window: usage.WindowKind(r.string()), Amount: r.varint(), Tier: usage.Tier(r.string()),
+				WarnPercent: uint32(r.uvarint()), Code: usage.Code(r.string()), ActionURL: r.string(),
+			})
+		}
+		p.Plans = append(p.Plans, plan)
+	}
+	return p
+}
