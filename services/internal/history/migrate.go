@@ -1,0 +1,216 @@
+package history
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/ClickHouse/clickhouse-go/v2"
+	"github.com/ClickHouse/clickhouse-go/v2/lib/driver"
+
+	"github.com/tollkeeper/tollkeeper/schemas"
+)
+
+// migration is one file of schemas/clickhouse.
+type migration struct {
+	version    uint32
+	name       string
+	checksum   string
+	statements []string
+}
+
+// MigrationError says that the tables and this program do not belong together.
+type MigrationError struct {
+	Version uint32
+	Name    string
+	Reason  string
+}
+
+// Error is a sentence that tells what to do next.
+func (e *MigrationError) Error() string {
+	return fmt.Sprintf("ClickHouse migration %04d (%s): %s", e.Version, e.Name, e.Reason)
+}
+
+// Migrate makes the database and brings its tables and views to the form that
+// this program knows. It may be called by several services at once and again
+// and again: ClickHouse has no lock for it, so every statement of a migration
+// can be repeated, and running one twice writes the same line twice. While
+// ClickHouse is away it waits. A migration that was changed after it was applied,
+// or a database of a newer program, is refused with a *MigrationError and nothing
+// is changed.
+func (h *History) Migrate(ctx context.Context) error {
+	all, err := readMigrations(schemas.ClickHouse)
+	if err != nil {
+		return err
+	}
+	for try := 0; ; try++ {
+		err := h.migrate(ctx, all)
+		var refused *MigrationError
+		if err == nil {
+			return nil
+		}
+		if errors.As(err, &refused) || Permanent(err) || ctx.Err() != nil || !transient(err) && try >= 5 {
+			return err
+		}
+		h.o.Logger.Warn().Str("error", firstLine(err)).Msg("ClickHouse can't be migrated yet: trying again")
+		if err := pause(ctx, try); err != nil {
+			return fmt.Errorf("migrate ClickHouse: %w", err)
+		}
+	}
+}
+
+// transient says that the server did not answer with an error of its own.
+func transient(err error) bool { return errorCode(err) == 0 }
+
+func (h *History) migrate(ctx context.Context, all []migration) error {
+	// The database may not exist, and a connection to a database that does not
+	// exist is refused.
+	base, err := clickhouse.Open(h.options(""))
+	if err != nil {
+		return fmt.Errorf("connect to ClickHouse: %w", err)
+	}
+	err = base.Exec(ctx, "CREATE DATABASE IF NOT EXISTS "+h.o.Database)
+	if cerr := base.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return fmt.Errorf("create database %s: %w", h.o.Database, err)
+	}
+	if err := h.conn.Exec(ctx, createMigrations); err != nil {
+		return fmt.Errorf("create the table of migrations: %w", err)
+	}
+	applied, err := h.applied(ctx)
+	if err != nil {
+		return err
+	}
+	newest := all[len(all)-1].version
+	for v, m := range applied {
+		if v > newest {
+			return &MigrationError{v, m.name, "it was applied by a newer program: run that one, or one as new"}
+		}
+	}
+	for _, m := range all {
+		if a, ok := applied[m.version]; ok {
+			if a.checksum != m.checksum {
+				return &MigrationError{m.version, m.name, "it was applied with other content: a migration is never changed, add a new one instead"}
+			}
+			continue
+		}
+		for i, s := range m.statements {
+			if err := h.conn.Exec(ctx, s); err != nil {
+				return fmt.Errorf("ClickHouse migration %04d (%s), statement %d: %w", m.version, m.name, i+1, err)
+			}
+		}
+		if err := h.conn.Exec(ctx, "INSERT INTO schema_migrations (version, name, checksum) VALUES (?, ?, ?)", m.version, m.name, m.checksum); err != nil {
+			return fmt.Errorf("note ClickHouse migration %04d (%s): %w", m.version, m.name, err)
+		}
+		h.o.Logger.Info().Uint32("version", m.version).Str("name", m.name).Msg("ClickHouse migration applied")
+	}
+	return nil
+}
+
+const createMigrations = `CREATE TABLE IF NOT EXISTS schema_migrations
+(
+    version UInt32, name String, checksum String, applied_at DateTime64(3, 'UTC') DEFAULT now64(3, 'UTC')
+)
+ENGINE = MergeTree ORDER BY (version, applied_at)`
+
+func (h *History) applied(ctx context.Context) (out map[uint32]migration, err error) {
+	rows, err := h.conn.Query(ctx, "SELECT version, name, checksum FROM schema_migrations ORDER BY version, applied_at")
+	if err != nil {
+		return nil, fmt.Errorf("read the table of migrations: %w", err)
+	}
+	defer func() { err = closeRows(rows, err) }()
+	out = map[uint32]migration{}
+	for rows.Next() {
+		var m migration
+		if err := rows.Scan(&m.version, &m.name, &m.checksum); err != nil {
+			return nil, fmt.Errorf("read the table of migrations: %w", err)
+		}
+		if first, ok := out[m.version]; ok && first.checksum != m.checksum {
+			return nil, &MigrationError{m.version, m.name, "two programs applied it with different content: they must be of one version"}
+		}
+		out[m.version] = m
+	}
+	return out, nil
+}
+
+// closeRows ends reading; what went wrong on the way comes first.
+func closeRows(rows driver.Rows, err error) error {
+	cerr := rows.Close()
+	if err != nil {
+		return err
+	}
+	if err := rows.Err(); err != nil {
+		return fmt.Errorf("read from ClickHouse: %w", err)
+	}
+	return cerr
+}
+
+// readMigrations reads clickhouse/NNNN_name.sql in order. A statement ends with
+// a line that ends with ';'; lines that begin with "--" are comments, and count
+// for the checksum like everything else.
+func readMigrations(files fs.FS) ([]migration, error) {
+	names, err := fs.Glob(files, "clickhouse/*.sql")
+	if err != nil {
+		return nil, fmt.Errorf("ClickHouse migrations: %w", err)
+	}
+	var all []migration
+	for _, name := range names {
+		number, rest, ok := strings.Cut(strings.TrimSuffix(path.Base(name), ".sql"), "_")
+		version, err := strconv.ParseUint(number, 10, 32)
+		if !ok || err != nil || version == 0 {
+			return nil, fmt.Errorf("ClickHouse migration %s is not named NNNN_name.sql", name)
+		}
+		text, err := fs.ReadFile(files, name)
+		if err != nil {
+			return nil, fmt.Errorf("ClickHouse migrations: %w", err)
+		}
+		sum := sha256.Sum256(text)
+		m := migration{version: uint32(version), name: rest, checksum: hex.EncodeToString(sum[:]), statements: statements(string(text))}
+		if len(m.statements) == 0 {
+			return nil, fmt.Errorf("ClickHouse migration %s holds no statement", name)
+		}
+		all = append(all, m)
+	}
+	slices.SortFunc(all, func(a, b migration) int { return cmp.Compare(a.version, b.version) })
+	for i, m := range all {
+		if m.version != uint32(i+1) {
+			return nil, fmt.Errorf("ClickHouse migrations are numbered 1, 2, 3 …: the one after %d is %d", i, m.version)
+		}
+	}
+	if len(all) == 0 {
+		return nil, errors.New("ClickHouse migrations: there are none")
+	}
+	return all, nil
+}
+
+func statements(text string) []string {
+	var out []string
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		trimmed := strings.TrimSpace(line)
+		if trimmed == "" || strings.HasPrefix(trimmed, "--") {
+			continue
+		}
+		if end, ok := strings.CutSuffix(strings.TrimRight(line, " \t\r\n"), ";"); ok {
+			b.WriteString(end)
+			out = append(out, b.String())
+			b.Reset()
+			continue
+		}
+		b.WriteString(line)
+	}
+	if rest := strings.TrimSpace(b.String()); rest != "" {
+		out = append(out, rest)
+	}
+	return out
+}
