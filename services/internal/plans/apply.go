@@ -1,0 +1,562 @@
+package plans
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// ErrConflict says that somebody else has applied other plans meanwhile.
+var ErrConflict = errors.New("somebody else has applied plans meanwhile: look at what holds now, and apply again")
+
+// BusyError says that other plans are being applied right now.
+type BusyError struct {
+	Author string
+	Since  time.Duration
+	Wait   time.Duration
+}
+
+func (e *BusyError) Error() string {
+	return fmt.Sprintf("%s began to apply other plans %s ago and has not finished: apply again in %s, when it is finished or, if it died, will be completed first",
+		e.Author, e.Since.Round(time.Second), e.Wait.Round(time.Second)+time.Second)
+}
+
+// DefaultTakeover is after how long another's unfinished act is completed.
+const DefaultTakeover = 10 * time.Second
+
+// Applier makes a document what the services enforce. An act is: the intent in
+// the config bucket, control entries in the ledger, records in the directory,
+// the document in the config bucket. It may die between any two of its steps:
+// the next Apply, of the same or of another document, completes it first, under
+// the same identities. Its methods may be called concurrently, in this process
+// and others: all but one fail, with *BusyError or ErrConflict.
+type Applier struct {
+	JS jetstream.JetStream
+	NC *nats.Conn
+	// EffectiveAt is the stream time from which the plans hold, microseconds;
+	// 0 is at once.
+	EffectiveAt usage.Micros
+	// Takeover is how old another's unfinished act must be before it is
+	// completed; DefaultTakeover when 0.
+	Takeover time.Duration
+	// Now is the clock; time.Now when nil.
+	Now func() time.Time
+
+	// step is called between the steps of an act; tests let it fail.
+	step func(name string) error
+}
+
+// Applied is the document that holds.
+type Applied struct {
+	// Document is canonical: in order of ids, defaults written out. It is
+	// empty, not nil, when nothing was ever applied.
+	Document *Document
+	// Version is empty when nothing was ever applied.
+	Version      string
+	PlansVersion string
+	// ActID is the act's ksuid, Author who did it.
+	ActID, Author string
+	AppliedAt     usage.Micros
+	// Revision of the config bucket's key; 0 when nothing was ever applied.
+	Revision uint64
+	// Unfinished is the version that another Apply has begun; empty when none.
+	Unfinished string
+
+	closed map[string]string
+}
+
+// Current returns what holds.
+func (a *Applier) Current(ctx context.Context) (Applied, error) {
+	s, err := openStore(ctx, a.JS)
+	if err != nil {
+		return Applied{}, err
+	}
+	return a.current(ctx, s)
+}
+
+func (a *Applier) current(ctx context.Context, s *store) (Applied, error) {
+	m, rev, _, doc, err := s.read(ctx, appliedKey)
+	if err != nil {
+		return Applied{}, err
+	}
+	out := Applied{Document: doc.Document, Revision: rev, closed: doc.Closed}
+	if m != nil {
+		out.Version, out.PlansVersion, out.ActID, out.Author, out.AppliedAt = m.Version, m.PlansVersion, m.Act.ID, m.Act.Author, m.AppliedAt
+	}
+	p, _, _, err := s.manifest(ctx, pendingKey)
+	if err != nil {
+		return Applied{}, err
+	}
+	if p != nil && p.Act.ID != out.ActID {
+		out.Unfinished = p.Version
+	}
+	return out, nil
+}
+
+// Plan checks a document and returns what applying it would change. Problems of
+// the document are of type *Error.
+func (a *Applier) Plan(ctx context.Context, doc *Document) (Diff, error) {
+	if err := Check(doc); err != nil {
+		return Diff{}, err
+	}
+	now, err := a.Current(ctx)
+	if err != nil {
+		return Diff{}, err
+	}
+	if err := CheckMove(now.Document, now.closed, doc); err != nil {
+		return Diff{}, err
+	}
+	return compareApplied(now, doc), nil
+}
+
+func compareApplied(now Applied, doc *Document) Diff {
+	if now.Revision == 0 {
+		return Compare(nil, doc)
+	}
+	return Compare(now.Document, doc)
+}
+
+// Apply makes doc what holds and returns what changed. When it returns nil
+// everything is acknowledged by NATS. Problems of the document are of type
+// *Error, and then nothing is changed; after any other error some of it may be
+// done: applying again completes it.
+func (a *Applier) Apply(ctx context.Context, doc *Document, author string) (Diff, error) {
+	if err := Check(doc); err != nil {
+		return Diff{}, err
+	}
+	geometry, err := ledger.ReadGeometry(ctx, a.JS)
+	if err != nil {
+		return Diff{}, err
+	}
+	s, err := openStore(ctx, a.JS)
+	if err != nil {
+		return Diff{}, err
+	}
+	given := doc // problems are told by its place in the file
+	doc = doc.canonical()
+	if err := a.finishOther(ctx, s, geometry, Version(doc)); err != nil {
+		return Diff{}, err
+	}
+	now, err := a.current(ctx, s)
+	if err != nil {
+		return Diff{}, err
+	}
+	if err := CheckMove(now.Document, now.closed, given); err != nil {
+		return Diff{}, err
+	}
+	diff := compareApplied(now, doc)
+	if diff.Empty() && now.Revision != 0 && now.Unfinished == "" {
+		return diff, nil
+	}
+	if err := a.begin(ctx, s, now, doc, author); err != nil {
+		return Diff{}, err
+	}
+	return diff, a.complete(ctx, s, geometry)
+}
+
+// finishOther completes or refuses to wait for another's act with another
+// document.
+func (a *Applier) finishOther(ctx context.Context, s *store, g ledger.Geometry, version string) error {
+	pending, _, since, err := s.manifest(ctx, pendingKey)
+	if err != nil || pending == nil || pending.Version == version {
+		return err
+	}
+	applied, _, _, err := s.manifest(ctx, appliedKey)
+	if err != nil {
+		return err
+	}
+	if applied == nil || applied.Act.ID != pending.Act.ID {
+		takeover := a.Takeover
+		if takeover <= 0 {
+			takeover = DefaultTakeover
+		}
+		if age := a.now().Sub(since); age < takeover {
+			return &BusyError{Author: pending.Act.Author, Since: max(age, 0), Wait: takeover - age}
+		}
+	}
+	if err := a.complete(ctx, s, g); err != nil && !errors.Is(err, errStale) {
+		return err
+	}
+	return nil
+}
+
+// errStale says that the pending act built on what does not hold any more, and
+// was removed.
+var errStale = fmt.Errorf("%w", ErrConflict)
+
+// begin writes down what is going to be done, unless that has been done.
+func (a *Applier) begin(ctx context.Context, s *store, now Applied, doc *Document, author string) error {
+	pending, rev, _, err := s.manifest(ctx, pendingKey)
+	if err != nil {
+		return err
+	}
+	version := Version(doc)
+	if pending != nil && pending.Act.ID != now.ActID {
+		if pending.Version == version {
+			return nil // begun before, by us or another
+		}
+		return ErrConflict
+	}
+	at := micros(a.now())
+	m := &manifest{
+		Version: version, PlansVersion: PlansVersion(doc), Base: now.Revision,
+		Act: act{ID: actID(now.Revision, now.Version, version, at), Author: author, CreatedAt: int64(at), EffectiveAt: int64(a.EffectiveAt)},
+	}
+	if m.DocumentID, m.Chunks, err = s.save(ctx, stored{doc, closedAfter(now, doc)}); err != nil {
+		return err
+	}
+	if err := a.at("document"); err != nil {
+		return err
+	}
+	if _, err := s.put(ctx, pendingKey, m, rev); err != nil {
+		return errors.Join(err, s.discard(ctx, m.DocumentID))
+	}
+	return a.at("intent")
+}
+
+// closedAfter returns the roots of all accounts that were removed so far.
+func closedAfter(now Applied, doc *Document) map[string]string {
+	old, next := indexOf(now.Document), indexOf(doc)
+	closed := make(map[string]string, len(now.closed))
+	for id, root := range now.closed {
+		if _, open := next.accounts[id]; !open {
+			closed[id] = root
+		}
+	}
+	for id := range old.accounts {
+		if _, open := next.accounts[id]; !open {
+			closed[id] = old.root(id)
+		}
+	}
+	return closed
+}
+
+// complete does what the pending manifest says.
+func (a *Applier) complete(ctx context.Context, s *store, g ledger.Geometry) error {
+	pending, rev, _, next, err := s.read(ctx, pendingKey)
+	if err != nil {
+		return err
+	}
+	if pending == nil {
+		return ErrConflict // another has completed it and removed it
+	}
+	applied, appliedRev, _, before, err := s.read(ctx, appliedKey)
+	if err != nil {
+		return err
+	}
+	if applied == nil || applied.Act.ID != pending.Act.ID {
+		if appliedRev != pending.Base {
+			// It was written down after another act had replaced what it
+			// builds on, and nothing of it was done: none is begun while
+			// another is unfinished.
+			if err := s.abandon(ctx, pending, rev); err != nil {
+				return err
+			}
+			return errStale
+		}
+		c := &claim{store: s, m: pending, rev: rev}
+		if err := a.perform(ctx, c, entries(pending.Act, before.Document, next.Document, g.Shards), before.Document, next.Document); err != nil {
+			return err
+		}
+		rev = c.rev
+		done := *pending
+		done.AppliedAt = micros(a.now())
+		if _, err := s.put(ctx, appliedKey, &done, appliedRev); err != nil {
+			return err
+		}
+		if err := a.at("applied"); err != nil {
+			return err
+		}
+		if applied != nil {
+			if err := s.discard(ctx, applied.DocumentID); err != nil {
+				return err
+			}
+		}
+		if err := s.discardOrphans(ctx, a.now(), pending.DocumentID); err != nil {
+			return err
+		}
+	}
+	err = s.kv.Delete(ctx, pendingKey, jetstream.LastRevision(rev))
+	if err != nil && !wrongSequence(err) { // another has removed it
+		return fmt.Errorf("remove %s: %w", pendingKey, err)
+	}
+	return a.at("done")
+}
+
+// claim is our right to perform the pending act: the revision that we gave its
+// manifest. It ends when another writes it.
+type claim struct {
+	store *store
+	m     *manifest
+	rev   uint64
+}
+
+// renew fails with ErrConflict when the claim has ended. It writes, because a
+// read may be answered by a replica that lags.
+func (c *claim) renew(ctx context.Context) error {
+	rev, err := c.store.put(ctx, pendingKey, c.m, c.rev)
+	if err != nil {
+		return err
+	}
+	c.rev = rev
+	return nil
+}
+
+func (a *Applier) perform(ctx context.Context, c *claim, all []shardEntry, before, next *Document) error {
+	if err := c.renew(ctx); err != nil {
+		return err
+	}
+	// What the records are now is read before anything is written: if we are
+	// overtaken, ours don't fit those revisions any more.
+	records, err := a.recordChanges(ctx, before, next)
+	if err != nil {
+		return err
+	}
+	if err := a.append(ctx, c, all); err != nil {
+		return err
+	}
+	return a.writeRecords(ctx, records)
+}
+
+// appendTries bounds how often an entry waits for a place among the owner's ticks.
+const appendTries = 100
+
+// append appends control entries. Each stands directly behind the last entry of
+// its subject that was there when the intent was still ours, so that one who was
+// paused and overtaken can't append behind those who came after.
+func (a *Applier) append(ctx context.Context, c *claim, all []shardEntry) error {
+	stream, err := a.JS.Stream(ctx, ledger.Stream)
+	if err != nil {
+		return fmt.Errorf("stream %s: %w", ledger.Stream, err)
+	}
+	last, known := uint64(0), false
+	for i, e := range all {
+		if i > 0 && e.shard != all[i-1].shard {
+			known = false
+		}
+		for try := 1; ; try++ {
+			if !known {
+				if last, err = lastOf(ctx, stream, ledger.ControlSubject(e.shard)); err != nil {
+					return err
+				}
+				if err := a.at("place"); err != nil {
+					return err
+				}
+				if err := c.renew(ctx); err != nil {
+					return err
+				}
+			}
+			msg, err := ledger.ControlMessage(e.shard, e.entry)
+			if err != nil {
+				return err
+			}
+			if err := a.at("entry"); err != nil {
+				return err
+			}
+			ledger.ExpectLast(msg, last)
+			ack, err := a.JS.PublishMsg(ctx, msg)
+			if wrongSequence(err) && try < appendTries {
+				known = false
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("append the plans to shard %d: %w", e.shard, err)
+			}
+			last, known = ack.Sequence, true
+			break
+		}
+	}
+	return a.at("entries")
+}
+
+func lastOf(ctx context.Context, stream jetstream.Stream, subject string) (uint64, error) {
+	m, err := stream.GetLastMsgForSubject(ctx, subject)
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read the last entry of %s: %w", subject, err)
+	}
+	return m.Sequence, nil
+}
+
+// recordChange is a record of the directory to be written or, with a nil value,
+// to be deleted, if the key still has the revision.
+type recordChange struct {
+	key      string
+	value    []byte
+	revision uint64
+}
+
+// rank orders records so that a key never leads to an account without a record.
+func (r recordChange) rank() int {
+	isKey := strings.HasPrefix(r.key, ledger.DirectoryKey(""))
+	switch {
+	case r.value != nil && !isKey:
+		return 0
+	case r.value != nil:
+		return 1
+	case isKey:
+		return 2
+	}
+	return 3
+}
+
+// singleReads is up to how many records are read one by one.
+const singleReads = 256
+
+func (a *Applier) recordChanges(ctx context.Context, before, next *Document) ([]recordChange, error) {
+	old, err := directory(before)
+	if err != nil {
+		return nil, err
+	}
+	want, err := directory(next)
+	if err != nil {
+		return nil, err
+	}
+	var touched []string
+	for key, value := range want {
+		if was, ok := old[key]; !ok || !bytes.Equal(was, value) {
+			touched = append(touched, key)
+		}
+	}
+	for key := range old {
+		if _, ok := want[key]; !ok {
+			touched = append(touched, key)
+		}
+	}
+	now, err := a.readRecords(ctx, touched)
+	if err != nil {
+		return nil, err
+	}
+	var out []recordChange
+	for _, key := range touched {
+		// Also when the key has the value already: it must not fit the
+		// revision of one whom we have overtaken.
+		out = append(out, recordChange{key, want[key], now[key]})
+	}
+	slices.SortFunc(out, func(x, y recordChange) int {
+		if d := x.rank() - y.rank(); d != 0 {
+			return d
+		}
+		return strings.Compare(x.key, y.key)
+	})
+	return out, nil
+}
+
+// readRecords returns the revisions of keys; deleted ones have one, too.
+func (a *Applier) readRecords(ctx context.Context, keys []string) (map[string]uint64, error) {
+	kv, err := a.JS.KeyValue(ctx, ledger.DirectoryBucket)
+	if err != nil {
+		return nil, fmt.Errorf("bucket %s: %w", ledger.DirectoryBucket, err)
+	}
+	out := make(map[string]uint64, len(keys))
+	if len(keys) <= singleReads {
+		stream, err := a.JS.Stream(ctx, "KV_"+ledger.DirectoryBucket)
+		if err != nil {
+			return nil, fmt.Errorf("bucket %s: %w", ledger.DirectoryBucket, err)
+		}
+		// Not kv.Get: it does not tell the revision of a deleted key.
+		for _, key := range keys {
+			m, err := stream.GetLastMsgForSubject(ctx, "$KV."+ledger.DirectoryBucket+"."+key)
+			if errors.Is(err, jetstream.ErrMsgNotFound) {
+				continue
+			}
+			if err != nil {
+				return nil, fmt.Errorf("read the directory: %w", err)
+			}
+			out[key] = m.Sequence
+		}
+		return out, nil
+	}
+	w, err := kv.WatchAll(ctx, jetstream.MetaOnly())
+	if err != nil {
+		return nil, fmt.Errorf("read the directory: %w", err)
+	}
+	defer func() { _ = w.Stop() }() // all was read, or the error is told
+	for {
+		select {
+		case e, ok := <-w.Updates():
+			if !ok {
+				return nil, errors.New("read the directory: the connection was lost meanwhile")
+			}
+			if e == nil {
+				return out, nil
+			}
+			out[e.Key()] = e.Revision()
+		case <-ctx.Done():
+			return nil, fmt.Errorf("read the directory: %w", ctx.Err())
+		}
+	}
+}
+
+// recordsInFlight bounds the unacknowledged records.
+const recordsInFlight = 256
+
+// writeRecords writes records, rank by rank, and waits for every
+// acknowledgement of a rank before the next begins.
+func (a *Applier) writeRecords(ctx context.Context, all []recordChange) error {
+	if err := a.at("records"); err != nil {
+		return err
+	}
+	for len(all) > 0 {
+		n := 1
+		for n < len(all) && n < recordsInFlight && all[n].rank() == all[0].rank() {
+			n++
+		}
+		acks := make([]jetstream.PubAckFuture, n)
+		for i, r := range all[:n] {
+			msg := &nats.Msg{Subject: "$KV." + ledger.DirectoryBucket + "." + r.key, Data: r.value, Header: nats.Header{}}
+			if r.value == nil {
+				msg.Header.Set("KV-Operation", "DEL")
+			}
+			ledger.ExpectLast(msg, r.revision)
+			ack, err := a.JS.PublishMsgAsync(msg)
+			if err != nil {
+				return fmt.Errorf("write the directory: %w", err)
+			}
+			acks[i] = ack
+		}
+		for _, ack := range acks {
+			select {
+			case <-ack.Ok():
+			case err := <-ack.Err():
+				if wrongSequence(err) {
+					return ErrConflict
+				}
+				return fmt.Errorf("write the directory: %w", err)
+			case <-ctx.Done():
+				return fmt.Errorf("write the directory: %w", ctx.Err())
+			}
+		}
+		all = all[n:]
+		if err := a.at("record"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (a *Applier) now() time.Time {
+	if a.Now != nil {
+		return a.Now()
+	}
+	return time.Now()
+}
+
+func (a *Applier) at(step string) error {
+	if a.step == nil {
+		return nil
+	}
+	return a.step(step)
+}

@@ -1,0 +1,193 @@
+package plans
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/segmentio/ksuid"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+)
+
+// Bounds of one ledger entry of accounts.
+const (
+	maxEntryAccounts = 500
+	maxEntryBytes    = 256 << 10
+)
+
+func planSet(doc *Document) *tollkeeperv1.PlanSet {
+	set := &tollkeeperv1.PlanSet{Version: PlansVersion(doc)}
+	c := (&Document{Plans: doc.Plans}).canonical()
+	for i := range c.Plans {
+		p := c.Plans[i].Usage()
+		set.Plans = append(set.Plans, ledger.PlanToProto(&p))
+	}
+	return set
+}
+
+func accountLimit(account string, p *Plan, l *Limit) *tollkeeperv1.AccountLimit {
+	u := l.Usage()
+	return &tollkeeperv1.AccountLimit{Account: account, Plan: p.ID, Limit: ledger.LimitToProto(&u)}
+}
+
+// accountRecord is what gateways know of an account.
+func accountRecord(x index, id string) *tollkeeperv1.AccountRecord {
+	r := &tollkeeperv1.AccountRecord{Id: id, Path: x.path(id), Plan: x.accounts[id].Plan}
+	for _, step := range r.Path {
+		p, ok := x.plans[x.accounts[step].Plan]
+		if !ok {
+			continue
+		}
+		for k := range p.Limits {
+			r.Limits = append(r.Limits, accountLimit(step, p, &p.Limits[k]))
+		}
+	}
+	if len(r.Limits) > 0 {
+		// The strictest on the path; there is one tier.
+		r.Tier = string(usage.TierEventual)
+	}
+	return r
+}
+
+// act is one applying of a document: what every entry of it has in common.
+type act struct {
+	ID          string `json:"id"` // ksuid
+	Author      string `json:"author"`
+	CreatedAt   int64  `json:"created_at_unix_micros"`
+	EffectiveAt int64  `json:"effective_at_unix_micros"`
+}
+
+// actID derives the id of an act from what it does: the same act done again has
+// the same id.
+func actID(appliedRevision uint64, from, to string, createdAt usage.Micros) string {
+	h := sha256.New()
+	_, _ = fmt.Fprintf(h, "%d\x00%s\x00%s\x00%d", appliedRevision, from, to, createdAt) // hash.Hash never fails
+	return partID(createdAt, h.Sum(nil))
+}
+
+func partID(at usage.Micros, sum []byte) string {
+	// FromParts fails on a payload that is not 16 bytes long.
+	id, err := ksuid.FromParts(at.Time(), sum[:16])
+	if err != nil {
+		panic(fmt.Sprintf("plans: %v", err))
+	}
+	return id.String()
+}
+
+// entryID is the id of an act's n-th entry in a shard. They differ within a
+// shard, because a shard takes an id once; the plans (n = 0) have one id in all
+// shards.
+func (a act) entryID(n int) string {
+	h := sha256.New()
+	_, _ = h.Write([]byte(a.ID))
+	_ = binary.Write(h, binary.BigEndian, uint64(n))
+	return partID(usage.Micros(a.CreatedAt), h.Sum(nil))
+}
+
+func (a act) entry(n int) *tollkeeperv1.ControlEntry {
+	return &tollkeeperv1.ControlEntry{Id: a.entryID(n), Author: a.Author, CreatedAtUnixMicros: a.CreatedAt}
+}
+
+// shardEntry is a control entry and the shard it belongs to.
+type shardEntry struct {
+	shard uint32
+	entry *tollkeeperv1.ControlEntry
+}
+
+// entries are the control entries that make next of before, shard by shard:
+// plans first, then accounts from roots to leaves, closed ones last.
+func entries(a act, before, next *Document, shards uint32) []shardEntry {
+	old, now := &Document{}, indexOf(next)
+	if before != nil {
+		old = before
+	}
+	oldIndex := indexOf(old)
+	plansChanged := PlansVersion(old) != PlansVersion(next)
+	type placed struct {
+		*tollkeeperv1.Account
+		depth int
+	}
+	byShard := make([][]placed, shards)
+	put := func(root string, depth int, acc usage.Account) {
+		s := ledger.ShardOf(root, shards)
+		byShard[s] = append(byShard[s], placed{ledger.AccountToProto(&acc), depth})
+	}
+	for i := range next.Accounts {
+		n := &next.Accounts[i]
+		if o, ok := oldIndex.accounts[n.ID]; ok && o.Parent == n.Parent && o.Plan == n.Plan {
+			continue
+		}
+		path := now.path(n.ID)
+		put(path[len(path)-1], len(path), usage.Account{ID: n.ID, Parent: n.Parent, Plan: n.Plan})
+	}
+	for i := range old.Accounts {
+		o := &old.Accounts[i]
+		if _, ok := now.accounts[o.ID]; !ok {
+			put(oldIndex.root(o.ID), MaxDepth+1, usage.Account{ID: o.ID, Parent: o.Parent, Closed: true})
+		}
+	}
+	var out []shardEntry
+	for s := range shards {
+		n := 0
+		if plansChanged {
+			set := planSet(next)
+			set.EffectiveAtUnixMicros = a.EffectiveAt
+			e := a.entry(n)
+			e.Body = &tollkeeperv1.ControlEntry_PlanSet{PlanSet: set}
+			out = append(out, shardEntry{s, e})
+		}
+		n++
+		accounts := byShard[s]
+		slices.SortFunc(accounts, func(x, y placed) int {
+			return cmp.Or(cmp.Compare(x.depth, y.depth), cmp.Compare(x.GetId(), y.GetId()))
+		})
+		for len(accounts) > 0 {
+			set, bytes := &tollkeeperv1.AccountSet{}, 0
+			for len(accounts) > 0 && len(set.Accounts) < maxEntryAccounts {
+				size := proto.Size(accounts[0].Account) + 4
+				if bytes += size; bytes > maxEntryBytes && len(set.Accounts) > 0 {
+					break
+				}
+				set.Accounts = append(set.Accounts, accounts[0].Account)
+				accounts = accounts[1:]
+			}
+			e := a.entry(n)
+			e.Body = &tollkeeperv1.ControlEntry_AccountSet{AccountSet: set}
+			out = append(out, shardEntry{s, e})
+			n++
+		}
+	}
+	return out
+}
+
+// directory returns the records of a document by key of the directory bucket.
+func directory(doc *Document) (map[string][]byte, error) {
+	x := indexOf(doc)
+	out := make(map[string][]byte, 2*len(doc.Accounts))
+	marshal := proto.MarshalOptions{Deterministic: true}
+	for i := range doc.Accounts {
+		a := &doc.Accounts[i]
+		data, err := marshal.Marshal(accountRecord(x, a.ID))
+		if err != nil {
+			return nil, fmt.Errorf("record of account %q: %w", a.ID, err)
+		}
+		out[ledger.DirectoryAccount(a.ID)] = data
+		for _, k := range a.Keys {
+			if data, err = marshal.Marshal(&tollkeeperv1.KeyRecord{KeyId: k.ID, Account: a.ID}); err != nil {
+				return nil, fmt.Errorf("record of key %q: %w", k.ID, err)
+			}
+			out[ledger.DirectoryKey(k.SHA256)] = data
+		}
+	}
+	return out, nil
+}
+
+// micros is the time in the words of the ledger.
+func micros(t time.Time) usage.Micros { return usage.At(t) }
