@@ -30,7 +30,7 @@ type bus struct {
 
 func newBus(t *testing.T) bus {
 	t.Helper()
-	s, err := embednats.Start(t.Context(), embednats.Options{StoreDir: t.TempDir(), Sync: time.Minute})
+	s, err := embednats.Start(t.Context(), embednats.Options{StoreDir: t.TempDir(), Sync: time.Minute, MaxFile: 100 << 30})
 	if err != nil {
 		t.Fatal(err)
 	}

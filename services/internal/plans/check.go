@@ -20,6 +20,8 @@ const (
 	MaxDepth = 16
 	// MaxPlansBytes bounds all plans together as one ledger entry.
 	MaxPlansBytes = 512 << 10
+	// MaxMeters is how many different meters the plans may name.
+	MaxMeters = 1000
 	// maxRecordBytes bounds an account's record in the directory.
 	maxRecordBytes = 60 << 10
 )
@@ -201,6 +203,16 @@ func checkKeys(doc *Document, c *collector) {
 
 // checkSizes makes sure that what is written for the document fits the streams.
 func checkSizes(doc *Document, c *collector) {
+	meters := map[string]bool{}
+	for i := range doc.Plans {
+		for k := range doc.Plans[i].Limits {
+			meters[doc.Plans[i].Limits[k].Meter] = true
+		}
+	}
+	if len(meters) > MaxMeters {
+		c.add([]any{"plans"}, fmt.Sprintf("the plans name %d different meters", len(meters)), fmt.Sprintf("at most %d are allowed", MaxMeters))
+		return
+	}
 	if n := proto.Size(planSet(doc)); n > MaxPlansBytes {
 		c.add([]any{"plans"}, fmt.Sprintf("the plans have %d bytes as one ledger entry", n), fmt.Sprintf("at most %d are allowed: merge plans, or shorten filters and URLs", MaxPlansBytes))
 		return
