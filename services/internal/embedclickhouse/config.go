@@ -165,7 +165,7 @@ func tableEngines() []string {
 		"CollapsingMergeTree", "VersionedCollapsingMergeTree", "Memory", "Null", "Dictionary", "View", "MaterializedView"}
 }
 
-// The background pool warns about each pause of an idle task, about once a second for ever: its
+// The background pools warn about each pause of an idle task, about once a second for ever: their
 // level is raised so that the log holds what matters.
 //
 // fsync_after_insert and fsync_part_directory make an acknowledged block survive a power loss, not
@@ -180,6 +180,7 @@ const configXML = `<clickhouse>
     <count>3</count>
     <levels>
       <logger><name>BackgroundSchedulePool/BgSchPool</name><level>error</level></logger>
+      <logger><name>BackgroundSchedulePool/BgStrmSchPool</name><level>error</level></logger>
     </levels>
   </logger>
   <timezone>UTC</timezone>

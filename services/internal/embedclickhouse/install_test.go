@@ -14,8 +14,8 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// failingNpm is a program that fails as npm does.
-func failingNpm(t *testing.T, script string) string {
+// fakeNpm is a program in the place of npm, for what the real one does only in bad times.
+func fakeNpm(t *testing.T, script string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "npm")
 	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
@@ -32,12 +32,12 @@ func TestInstallSaysWhatToDoWhenItFails(t *testing.T) {
 		hint string
 	}{
 		"npm is missing":        {npm: "/nonexistent/npm", want: ErrNpmMissing, hint: "npm"},
-		"no network":            {npm: failingNpm(t, "echo 'npm error code ENOTFOUND' >&2; exit 1"), want: ErrOffline, hint: "network"},
-		"other bytes":           {npm: failingNpm(t, "echo 'npm error code EINTEGRITY' >&2; exit 1"), want: ErrIntegrity, hint: "cache"},
-		"the package is gone":   {npm: failingNpm(t, "echo 'npm error code E404' >&2; exit 1"), hint: "registry"},
-		"the disk is full":      {npm: failingNpm(t, "echo 'npm error code ENOSPC' >&2; exit 1"), hint: "disk is full"},
-		"npm fetched nothing":   {npm: failingNpm(t, "exit 0"), want: ErrIntegrity, hint: "libchdb.so"},
-		"npm fetched a changed": {npm: failingNpm(t, "mkdir -p node_modules/"+enginePackage+"; echo x >node_modules/"+enginePackage+"/libchdb.so"), want: ErrIntegrity, hint: "SHA-256"},
+		"no network":            {npm: fakeNpm(t, "echo 'npm error code ENOTFOUND' >&2; exit 1"), want: ErrOffline, hint: "network"},
+		"other bytes":           {npm: fakeNpm(t, "echo 'npm error code EINTEGRITY' >&2; exit 1"), want: ErrIntegrity, hint: "cache"},
+		"the package is gone":   {npm: fakeNpm(t, "echo 'npm error code E404' >&2; exit 1"), hint: "registry"},
+		"the disk is full":      {npm: fakeNpm(t, "echo 'npm error code ENOSPC' >&2; exit 1"), hint: "disk is full"},
+		"npm fetched nothing":   {npm: fakeNpm(t, "exit 0"), want: ErrIntegrity, hint: "libchdb.so"},
+		"npm fetched a changed": {npm: fakeNpm(t, "mkdir -p node_modules/"+enginePackage+"; echo x >node_modules/"+enginePackage+"/libchdb.so"), want: ErrIntegrity, hint: "SHA-256"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -70,7 +70,7 @@ func TestACancelledInstallationEndsNpmAndLeavesNothing(t *testing.T) {
 	stopped := errors.New("stopped by the user")
 	var once sync.Once
 	// The first progress proves that npm runs.
-	_, err := Install(ctx, InstallOptions{Dir: dir, NpmPath: failingNpm(t, "sleep 600"), Logger: zerolog.Nop(),
+	_, err := Install(ctx, InstallOptions{Dir: dir, NpmPath: fakeNpm(t, "sleep 600"), Logger: zerolog.Nop(),
 		Progress: func(_, _ int64) { once.Do(func() { cancel(stopped) }) }})
 	if !errors.Is(err, stopped) {
 		t.Errorf("error is %v, want %v", err, stopped)
@@ -88,9 +88,35 @@ func TestInstallWaitsForAnotherInstallation(t *testing.T) {
 	defer func() { _ = other.Close() }()
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	_, err = Install(ctx, InstallOptions{Dir: dir, NpmPath: failingNpm(t, "exit 1"), Logger: zerolog.Nop()})
+	_, err = Install(ctx, InstallOptions{Dir: dir, NpmPath: fakeNpm(t, "exit 1"), Logger: zerolog.Nop()})
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("error is %v, want the wait to end with its context", err)
+	}
+}
+
+func TestInstallationsAtOnceFetchOnce(t *testing.T) {
+	t.Parallel()
+	dir, runs := t.TempDir(), filepath.Join(t.TempDir(), "runs")
+	// The genuine library without its download.
+	npm := fakeNpm(t, "echo run >>'"+runs+"'; test -s package-lock.json || exit 1; mkdir -p node_modules/"+enginePackage+
+		"; ln '"+engine(t)+"' node_modules/"+enginePackage+"/ || cp '"+engine(t)+"' node_modules/"+enginePackage+"/")
+	results := make(chan error, 3)
+	for range cap(results) {
+		go func() {
+			path, err := Install(t.Context(), InstallOptions{Dir: dir, NpmPath: npm, Logger: zerolog.Nop()})
+			if want := filepath.Join(dir, EngineVersion, libraryName); err == nil && path != want {
+				err = errors.New("installed at " + path)
+			}
+			results <- err
+		}()
+	}
+	for range cap(results) {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+	if raw, err := os.ReadFile(runs); err != nil || string(raw) != "run\n" {
+		t.Errorf("npm ran %q (%v), want once", raw, err)
 	}
 }
 

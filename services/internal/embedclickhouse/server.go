@@ -124,6 +124,10 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 	if err := supported(); err != nil {
 		return nil, err
 	}
+	if os.Getenv(childMarker) != "" {
+		// Without this a forgotten call would have every child start a child of its own.
+		return nil, errors.New("main must call embedclickhouse.MaybeRunChild before anything else")
+	}
 	o, host, err := withDefaults(o)
 	if err != nil {
 		return nil, err
