@@ -20,13 +20,6 @@ import (
 )
 
 const (
-	childMarker = "TOLLKEEPER_EMBEDDED_CLICKHOUSE_CHILD"
-
-	// The supervisor passes these as inherited files.
-	controlFD = 3
-	lockFD    = 4
-
-	controlReady  = 'r'
 	maxChildSpec  = 64 << 10
 	endPoll       = 20 * time.Millisecond
 	endGrace      = 5 * time.Second
@@ -36,14 +29,6 @@ const (
 	exitEngine  = 71
 	exitStuck   = 72
 )
-
-// childSpec is the first line on the control pipe. It goes there and not into argv or the
-// environment, where other users of the machine could read it.
-type childSpec struct {
-	EnginePath string   `json:"engine_path"`
-	Args       []string `json:"args"`
-	Ports      []uint16 `json:"ports"`
-}
 
 // MaybeRunChild must be the first call of main (and of TestMain): when this process was started as
 // the engine's child it runs the engine and exits the process; else it returns at once.
@@ -64,6 +49,8 @@ func runChild() int {
 	terminate := make(chan os.Signal, 1)
 	signal.Notify(terminate, unix.SIGTERM)
 
+	// What the engine writes is its owner's alone, also in a directory that others may enter.
+	unix.Umask(0o077)
 	unix.CloseOnExec(controlFD)
 	unix.CloseOnExec(lockFD)
 	control := bufio.NewReader(os.NewFile(controlFD, "control"))

@@ -444,13 +444,13 @@ func TestPasswordsAreKeptPrivateAndGivenOnesWin(t *testing.T) {
 	t.Parallel()
 	first := start(t, nil)
 	dir, generated := first.options.DataDir, first.Credentials()
-	for _, name := range []string{credentialsName, usersName, configName} {
+	for _, name := range []string{credentialsName, usersName, configName, engineOutName, storeName} {
 		info, err := os.Stat(filepath.Join(dir, name))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if info.Mode().Perm() != 0o600 {
-			t.Errorf("%s has mode %o, want 600", name, info.Mode().Perm())
+		if info.Mode().Perm()&0o077 != 0 {
+			t.Errorf("%s has mode %o: others may read it", name, info.Mode().Perm())
 		}
 	}
 	users, err := os.ReadFile(filepath.Join(dir, usersName))
