@@ -1,0 +1,400 @@
+package gate
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+)
+
+// Run keeps the table current and the outbox running until ctx is done; then it
+// closes the outbox, within CloseTimeout, and returns nil. While NATS is away it
+// tries again for ever. It returns an error only for what waiting does not mend.
+func (g *Gate) Run(ctx context.Context) error {
+	nc := g.o.Conn
+	if nc == nil {
+		var err error
+		if nc, err = g.o.Connect(ctx); err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("gate: %w", err)
+		}
+		defer nc.Close()
+	}
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return fmt.Errorf("gate: %w", err)
+	}
+	shards, ok := g.geometry(ctx, js)
+	if !ok {
+		return nil
+	}
+	out, err := g.o.OpenOutbox(nc, js, shards)
+	if err != nil {
+		return fmt.Errorf("gate: open the outbox: %w", err)
+	}
+	g.table.Store(table.New(shards, ledger.ShardOf, table.Policy{
+		Pass: g.o.Unknown.Mode == PassUnknown, MaxCalls: g.o.Unknown.MaxCalls, StaleAfter: usage.Micros(g.o.StaleAfter.Microseconds()),
+	}))
+	g.outbox.Store(&out)
+	return g.run(ctx, nc, js, out)
+}
+
+// geometry asks for the number of shards until there is an answer.
+func (g *Gate) geometry(ctx context.Context, js jetstream.JetStream) (uint32, bool) {
+	if g.o.Shards != 0 {
+		return g.o.Shards, true
+	}
+	wait := 50 * time.Millisecond
+	for {
+		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
+		geo, err := ledger.ReadGeometry(ask, js)
+		cancel()
+		if err == nil {
+			return geo.Shards, true
+		}
+		g.ready.waiting(fmt.Sprintf("the ledger's geometry can't be read (%v)", err))
+		select {
+		case <-ctx.Done():
+			return 0, false
+		case <-time.After(wait):
+		}
+		wait = min(2*wait, time.Second)
+	}
+}
+
+func (g *Gate) run(ctx context.Context, nc *nats.Conn, js jetstream.JetStream, out Outbox) error {
+	// The outbox outlives the feeds: it has to get rid of what it holds.
+	outCtx, stopOutbox := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopOutbox()
+	feeds, stopFeeds := context.WithCancel(ctx)
+	defer stopFeeds()
+
+	outDone := make(chan error, 1)
+	go func() { outDone <- out.Run(outCtx) }()
+
+	directory := ledger.NewMirror(nc, js, ledger.MirrorOptions{Bucket: ledger.DirectoryBucket}, &directoryFeed{g})
+	decisions := ledger.NewMirror(nc, js, ledger.MirrorOptions{Bucket: ledger.DecisionsBucket}, &decisionsFeed{g})
+	var wg sync.WaitGroup
+	errs := make(chan error, 4)
+	start := func(name string, f func(context.Context) error) {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			if err := f(feeds); err != nil {
+				errs <- fmt.Errorf("%s: %w", name, err)
+				stopFeeds()
+			}
+		}()
+	}
+	start("directory", directory.Run)
+	start("decisions", decisions.Run)
+	start("beacons", func(ctx context.Context) error { return g.hearBeacons(ctx, nc, decisions.Announce) })
+	start("clock", g.tick)
+
+	var failed error
+	outEnded := false
+	select {
+	case <-feeds.Done():
+	case err := <-outDone:
+		outEnded = true
+		if err == nil {
+			err = errors.New("it ended by itself")
+		}
+		failed = fmt.Errorf("gate: outbox: %w", err)
+	}
+	stopFeeds()
+	wg.Wait()
+	select {
+	case err := <-errs:
+		failed = errors.Join(failed, fmt.Errorf("gate: %w", err))
+	default:
+	}
+
+	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), g.o.CloseTimeout)
+	defer cancel()
+	if err := out.Close(closing); err != nil {
+		failed = errors.Join(failed, fmt.Errorf("gate: close the outbox: %w", err))
+	}
+	stopOutbox()
+	if !outEnded {
+		select {
+		case err := <-outDone:
+			if err != nil && !errors.Is(err, context.Canceled) {
+				failed = errors.Join(failed, fmt.Errorf("gate: outbox: %w", err))
+			}
+		case <-closing.Done():
+			failed = errors.Join(failed, errors.New("gate: the outbox did not stop in time"))
+		}
+	}
+	return failed
+}
+
+// hearBeacons takes beacons until ctx is done.
+func (g *Gate) hearBeacons(ctx context.Context, nc *nats.Conn, announce func(uint64)) error {
+	sub, err := nc.Subscribe(ledger.AllBeacons, func(m *nats.Msg) {
+		var b tollkeeperv1.Beacon
+		if err := proto.Unmarshal(m.Data, &b); err != nil {
+			g.metrics.undecodable("beacons")
+			return
+		}
+		now := usage.At(g.now())
+		g.write.Lock()
+		fresh := g.table.Load().Hear(table.Beacon{Shard: b.GetShard(), Epoch: b.GetEpoch(), StreamTime: usage.Micros(b.GetStreamTimeUnixMicros())}, now)
+		g.write.Unlock()
+		if fresh {
+			announce(b.GetDecisionsSequence())
+		}
+	})
+	if err != nil {
+		return err
+	}
+	<-ctx.Done()
+	// The connection may be gone, and with it the subscription.
+	_ = sub.Unsubscribe()
+	return nil
+}
+
+// tick lets what is not heard of grow stale, and tells readiness.
+func (g *Gate) tick(ctx context.Context) error {
+	t := time.NewTicker(max(min(g.o.StaleAfter/20, 100*time.Millisecond), time.Millisecond))
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+			g.refresh()
+		}
+	}
+}
+
+func (g *Gate) refresh() {
+	now := usage.At(g.now())
+	g.write.Lock()
+	t := g.table.Load()
+	t.Tick(now)
+	f := t.Freshness(now)
+	g.write.Unlock()
+	g.ready.fresh(f)
+}
+
+// directoryFeed brings keys and accounts to the table.
+type directoryFeed struct{ g *Gate }
+
+func (f *directoryFeed) Reset(all []ledger.Change) {
+	var keys []table.Key
+	var accounts []table.AccountRecord
+	for i := range all {
+		switch k, a, err := directoryRecord(&all[i]); {
+		case err != nil:
+			f.g.skip(ledger.DirectoryBucket, all[i].Key, err)
+		case k != nil:
+			keys = append(keys, *k)
+		case a != nil:
+			accounts = append(accounts, *a)
+		}
+	}
+	f.g.write.Lock()
+	f.g.table.Load().ResetDirectory(keys, accounts)
+	f.g.write.Unlock()
+	f.g.ready.resync(ledger.DirectoryBucket)
+	f.g.metrics.resyncs.WithLabelValues(ledger.DirectoryBucket).Inc()
+	f.g.refresh()
+}
+
+func (f *directoryFeed) Apply(c ledger.Change) {
+	if c.Value == nil {
+		f.delete(c)
+		return
+	}
+	k, a, err := directoryRecord(&c)
+	if err != nil {
+		f.g.skip(ledger.DirectoryBucket, c.Key, err)
+		return
+	}
+	f.g.write.Lock()
+	defer f.g.write.Unlock()
+	switch {
+	case k != nil:
+		f.g.table.Load().SetKey(*k)
+	case a != nil:
+		f.g.table.Load().SetAccount(*a)
+	}
+}
+
+func (f *directoryFeed) delete(c ledger.Change) {
+	f.g.write.Lock()
+	defer f.g.write.Unlock()
+	t := f.g.table.Load()
+	if token, ok := strings.CutPrefix(c.Key, keyPrefix); ok {
+		if h, err := parseHash(token); err == nil {
+			t.DeleteKey(h, c.Sequence)
+		}
+	} else if token, ok := strings.CutPrefix(c.Key, accountPrefix); ok {
+		if id, err := accountOf(token); err == nil {
+			t.DeleteAccount(id, c.Sequence)
+		}
+	}
+}
+
+func (f *directoryFeed) Stale(reason error) {
+	now := usage.At(f.g.now())
+	f.g.write.Lock()
+	f.g.table.Load().DirectoryStale(now)
+	f.g.write.Unlock()
+	f.g.stale(ledger.DirectoryBucket, reason)
+}
+
+const (
+	keyPrefix     = "key."
+	accountPrefix = "account."
+)
+
+func directoryRecord(c *ledger.Change) (*table.Key, *table.AccountRecord, error) {
+	if token, ok := strings.CutPrefix(c.Key, keyPrefix); ok {
+		h, err := parseHash(token)
+		if err != nil {
+			return nil, nil, err
+		}
+		var r tollkeeperv1.KeyRecord
+		if err := proto.Unmarshal(c.Value, &r); err != nil {
+			return nil, nil, fmt.Errorf("it is not protobuf: %w", err)
+		}
+		if r.GetAccount() == "" {
+			return nil, nil, errors.New("it names no account")
+		}
+		return &table.Key{Hash: h, KeyID: r.GetKeyId(), Account: r.GetAccount(), Seq: c.Sequence}, nil, nil
+	}
+	if strings.HasPrefix(c.Key, accountPrefix) {
+		var r tollkeeperv1.AccountRecord
+		if err := proto.Unmarshal(c.Value, &r); err != nil {
+			return nil, nil, fmt.Errorf("it is not protobuf: %w", err)
+		}
+		if r.GetId() == "" || ledger.DirectoryAccount(r.GetId()) != c.Key {
+			return nil, nil, errors.New("it is the record of another account")
+		}
+		return nil, &table.AccountRecord{ID: r.GetId(), Path: r.GetPath(), Plan: r.GetPlan(), Seq: c.Sequence}, nil
+	}
+	return nil, nil, nil // of a newer writer
+}
+
+func parseHash(token string) (h table.KeyHash, err error) {
+	b, err := hex.DecodeString(token)
+	if err != nil || len(b) != len(h) {
+		return h, errors.New("it is not under a SHA-256 in hex")
+	}
+	return table.KeyHash(b), nil
+}
+
+// accountOf is the inverse of ledger.KeyToken.
+func accountOf(token string) (string, error) {
+	var b strings.Builder
+	for i := 0; i < len(token); i++ {
+		if token[i] != '=' {
+			b.WriteByte(token[i])
+			continue
+		}
+		if i+3 > len(token) {
+			return "", errors.New("an escape is cut off")
+		}
+		c, err := hex.DecodeString(token[i+1 : i+3])
+		if err != nil {
+			return "", fmt.Errorf("an escape is not hex: %w", err)
+		}
+		b.WriteByte(c[0])
+		i += 2
+	}
+	return b.String(), nil
+}
+
+// decisionsFeed brings decisions to the table.
+type decisionsFeed struct{ g *Gate }
+
+const checkpointPrefix = "checkpoint."
+
+func (f *decisionsFeed) Reset(all []ledger.Change) {
+	decisions := make([]table.Keyed, 0, len(all))
+	for i := range all {
+		c := &all[i]
+		if strings.HasPrefix(c.Key, checkpointPrefix) {
+			continue
+		}
+		d, err := ledger.UnmarshalDecision(c.Value)
+		if err != nil {
+			f.g.skip(ledger.DecisionsBucket, c.Key, err)
+			continue
+		}
+		decisions = append(decisions, table.Keyed{Key: c.Key, Seq: c.Sequence, Decision: d})
+	}
+	f.g.write.Lock()
+	f.g.table.Load().ResetDecisions(decisions)
+	f.g.write.Unlock()
+	f.g.ready.resync(ledger.DecisionsBucket)
+	f.g.metrics.resyncs.WithLabelValues(ledger.DecisionsBucket).Inc()
+	f.g.refresh()
+}
+
+func (f *decisionsFeed) Apply(c ledger.Change) {
+	if strings.HasPrefix(c.Key, checkpointPrefix) {
+		return
+	}
+	if c.Value == nil {
+		f.g.write.Lock()
+		f.g.table.Load().Delete(c.Key, c.Sequence)
+		f.g.write.Unlock()
+		return
+	}
+	d, err := ledger.UnmarshalDecision(c.Value)
+	if err != nil {
+		f.g.skip(ledger.DecisionsBucket, c.Key, err)
+		return
+	}
+	f.g.write.Lock()
+	applied := f.g.table.Load().Apply(table.Keyed{Key: c.Key, Seq: c.Sequence, Decision: d})
+	f.g.write.Unlock()
+	if !applied {
+		f.g.metrics.outdated.Inc()
+		return
+	}
+	f.g.metrics.applied(d.Verdict)
+	if d.Cause != 0 {
+		f.g.metrics.latency(f.g.now().Sub(d.Cause.Time()))
+	}
+}
+
+func (f *decisionsFeed) Stale(reason error) {
+	now := usage.At(f.g.now())
+	f.g.write.Lock()
+	f.g.table.Load().DecisionsStale(now)
+	f.g.write.Unlock()
+	f.g.stale(ledger.DecisionsBucket, reason)
+}
+
+// skip tells of a record that can't be read. It stays as it was in the table.
+func (g *Gate) skip(bucket, key string, err error) {
+	g.metrics.undecodable(bucket)
+	if g.logs.allow(g.now()) {
+		g.o.Logger.Error().Str("bucket", bucket).Str("key", key).Err(err).Msg("a record of the feed can't be read and is left out")
+	}
+}
+
+func (g *Gate) stale(bucket string, reason error) {
+	g.ready.staleBucket(bucket, reason)
+	if g.logs.allow(g.now()) {
+		g.o.Logger.Warn().Str("bucket", bucket).Err(reason).Msg("the copy of a bucket may be behind: reading it again")
+	}
+}

@@ -1,0 +1,423 @@
+package gate
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/segmentio/ksuid"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// RequestIDHeader carries the id of a request to the upstream and to the client.
+const RequestIDHeader = "X-Request-Id"
+
+// MiddlewareOptions say how one route is metered.
+type MiddlewareOptions struct {
+	// Route is the route's name in limits' filters and in events.
+	Route string
+	// Region goes into events; may be empty.
+	Region string
+	// Profile is the form of refusals.
+	Profile refusal.Profile
+	// Key takes the API key from a request, empty when there is none; nil means
+	// KeyFromHeaders of DefaultKeyHeaders.
+	Key func(*http.Request) string
+	// Model says which model a request asks for; nil means none. It is called
+	// for authenticated requests only and may read the body if it puts it back.
+	// A *refusal.Refusal as the error is answered as it is.
+	Model func(*http.Request) (string, error)
+	// Time is the event time of a request when it is not the clock's; nil means
+	// the clock.
+	Time func(r *http.Request, now time.Time) time.Time
+}
+
+// DefaultKeyHeaders are looked at in this order; of Authorization the scheme
+// Bearer alone counts.
+func DefaultKeyHeaders() []string { return []string{"Authorization", "X-Api-Key"} }
+
+// KeyFromHeaders returns a function that takes the API key from the first of
+// these headers that has one.
+func KeyFromHeaders(names ...string) func(*http.Request) string {
+	canonical := make([]string, len(names))
+	for i, n := range names {
+		canonical[i] = http.CanonicalHeaderKey(n)
+	}
+	return func(r *http.Request) string {
+		for _, n := range canonical {
+			v := strings.TrimSpace(r.Header.Get(n))
+			if n == "Authorization" || n == "Proxy-Authorization" {
+				scheme, token, ok := strings.Cut(v, " ")
+				if !ok || !strings.EqualFold(scheme, "Bearer") {
+					continue
+				}
+				v = strings.TrimSpace(token)
+			}
+			if v != "" {
+				return v
+			}
+		}
+		return ""
+	}
+}
+
+// HashKey returns what the directory knows an API key by. The key itself is kept
+// nowhere.
+func HashKey(key string) KeyHash { return sha256.Sum256([]byte(key)) }
+
+// settleTimeout bounds how long a call waits for room in a full outbox, or for
+// the disk where calls are spooled before they are answered.
+const settleTimeout = 5 * time.Second
+
+// Middleware admits, refuses and records the calls to next. A call's record is
+// with the outbox before its client can have seen the end of the answer: the last
+// byte of an answer whose length was announced is held back until then, and an
+// answer of unknown length ends when the handler returns. Only what is flushed
+// explicitly goes out before (an answer of unknown length stays open even so).
+func (g *Gate) Middleware(o MiddlewareOptions, next http.Handler) http.Handler {
+	if o.Key == nil {
+		o.Key = KeyFromHeaders(DefaultKeyHeaders()...)
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		x := exchange{g: g, o: &o, began: g.now()}
+		x.serve(w, r, next)
+	})
+}
+
+// Report lets a handler behind Middleware say what a call has used. Its methods
+// do nothing on nil. It is for the handler's goroutine, until it returns.
+type Report struct {
+	quantities usage.Quantities
+	account    string
+	keyID      string
+}
+
+// Set stores the reading of a meter. What is not set is unknown.
+func (r *Report) Set(m usage.Meter, v int64) {
+	if r != nil {
+		r.quantities.Set(m, v)
+	}
+}
+
+// Account that pays and the public id of its key, empty on nil.
+func (r *Report) Account() (id, keyID string) {
+	if r == nil {
+		return "", ""
+	}
+	return r.account, r.keyID
+}
+
+type reportKey struct{}
+
+// ReportFrom returns the report of the call whose request has this context; nil
+// when it did not pass a Middleware.
+func ReportFrom(ctx context.Context) *Report {
+	r, _ := ctx.Value(reportKey{}).(*Report)
+	return r
+}
+
+// exchange is one request on its way.
+type exchange struct {
+	g      *Gate
+	o      *MiddlewareOptions
+	began  time.Time
+	caller Caller
+	shard  uint32
+	call   usage.Call
+}
+
+func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
+	id := RequestID(r.Header.Get(RequestIDHeader))
+	w.Header().Set(RequestIDHeader, id)
+	key := x.o.Key(r)
+	if key == "" {
+		x.refuseUnmetered(w, r, unauthenticated, &refusal.Refusal{Code: refusal.Unauthenticated, Detail: "The request carries no API key.", RequestID: id})
+		return
+	}
+	hash := HashKey(key)
+	caller, found := x.g.Account(&hash)
+	if found != Found {
+		if found == NotFound {
+			x.refuseUnmetered(w, r, unauthenticated, &refusal.Refusal{Code: refusal.Unauthenticated, Detail: "There is no such API key.", RequestID: id})
+			return
+		}
+		x.g.metrics.refused(usage.BillingStateUnknown)
+		x.refuseUnmetered(w, r, refusedOutcome, &refusal.Refusal{Code: usage.BillingStateUnknown, Detail: "The directory of accounts could not be read, so the API key can't be checked.", RequestID: id})
+		return
+	}
+	x.caller = caller
+	model := ""
+	if x.o.Model != nil {
+		var err error
+		if model, err = x.o.Model(r); err != nil {
+			x.refuseUnmetered(w, r, unreadable, asRefusal(err, id))
+			return
+		}
+	}
+	x.begin(r, id, model)
+	req := Request{Model: model, Route: x.o.Route, Method: r.Method}
+	v := x.g.Admit(caller.Account, req)
+	if !v.Allowed {
+		x.refuse(w, r, req, v)
+		return
+	}
+	if v.Unknown {
+		x.call.Flags |= usage.AdmittedUnknown
+	}
+	x.pass(w, r, next)
+}
+
+// begin fills in what is known of the call before it is decided.
+func (x *exchange) begin(r *http.Request, id, model string) {
+	at := x.began
+	if x.o.Time != nil {
+		at = x.o.Time(r, at)
+	}
+	_, x.shard, _ = x.caller.Account.Root()
+	x.call = usage.Call{
+		Time: usage.At(at), Account: x.caller.Account.ID(), RequestID: id,
+		Method: clip(r.Method), Route: x.o.Route, Model: clip(model), Region: x.o.Region,
+	}
+	if x.caller.KeyID != nil {
+		x.call.KeyID = *x.caller.KeyID
+	}
+	x.call.TraceID, x.call.SpanID, x.call.TraceFlags, _ = ParseTraceparent(r.Header.Get("Traceparent"))
+}
+
+// pass serves an admitted call and records it.
+func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handler) {
+	x.g.metrics.outcomes[admitted].Inc()
+	report := &Report{account: x.call.Account, keyID: x.call.KeyID}
+	r = r.WithContext(context.WithValue(r.Context(), reportKey{}, report))
+	r.Header.Set(RequestIDHeader, x.call.RequestID)
+	out := &answer{ResponseWriter: w, length: -1, bodyless: r.Method == http.MethodHead}
+	returned := false
+	defer func() {
+		// Also when the handler panics, as httputil.ReverseProxy does when the
+		// upstream breaks off: the call took place.
+		x.call.Status = uint16(out.finalStatus(returned))
+		x.call.Quantities = report.quantities
+		x.call.Quantities.SetBuiltIn(usage.BytesIndex, out.bytes)
+		x.settle(r.Context())
+		if returned {
+			out.release()
+		}
+	}()
+	next.ServeHTTP(out, r)
+	returned = true
+}
+
+// refuse answers and records a call that was not admitted.
+func (x *exchange) refuse(w http.ResponseWriter, r *http.Request, req Request, v Verdict) {
+	x.g.metrics.outcomes[refusedOutcome].Inc()
+	f := x.g.Refusal(x.caller.Account, req, v, x.call.RequestID)
+	x.call.Code = v.Code
+	x.call.Status = uint16(f.HTTPStatus())
+	if v.Decision != nil {
+		x.call.DecisionID = v.Decision.ID
+	}
+	if _, _, ok := x.caller.Account.Root(); ok {
+		x.settle(r.Context())
+	}
+	x.write(w, r, f)
+}
+
+// Refusal makes the answer to a call that Admit has refused with v.
+func (g *Gate) Refusal(a *Account, req Request, v Verdict, requestID string) *refusal.Refusal {
+	f := &refusal.Refusal{Code: v.Code, Decision: v.Decision, Requested: -1, RequestID: requestID, Now: g.LedgerNow()}
+	switch {
+	case v.Decision == nil:
+		f.Detail = "Whether this call is covered could not be found out in time."
+	case v.Decision.Meter == usage.Calls:
+		f.Requested = 1
+		fallthrough
+	default:
+		f.Violated = g.Violations(a, req, refusal.MaxViolated)
+	}
+	return f
+}
+
+func (x *exchange) refuseUnmetered(w http.ResponseWriter, r *http.Request, o outcome, f *refusal.Refusal) {
+	x.g.metrics.outcomes[o].Inc()
+	x.write(w, r, f)
+}
+
+func (x *exchange) write(w http.ResponseWriter, r *http.Request, f *refusal.Refusal) {
+	if err := f.Write(w, x.o.Profile); err != nil && r.Context().Err() == nil {
+		x.g.o.Logger.Debug().Err(err).Str("request_id", f.RequestID).Msg("a refusal could not be delivered")
+	}
+}
+
+func (x *exchange) settle(ctx context.Context) {
+	x.call.Duration = max(x.g.now().Sub(x.began).Microseconds(), 0)
+	// A client that hangs up does not get its call for free.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
+	defer cancel()
+	if err := x.g.SettleShard(ctx, x.shard, &x.call); err != nil && x.g.logs.allow(x.g.now()) {
+		x.g.o.Logger.Error().Err(err).Str("account", x.call.Account).Str("request_id", x.call.RequestID).
+			Msg("a call could not be metered (tollkeeper_gate_unsettled_total counts all of them)")
+	}
+}
+
+func asRefusal(err error, requestID string) *refusal.Refusal {
+	var f *refusal.Refusal
+	if errors.As(err, &f) {
+		c := *f
+		c.RequestID = requestID
+		return &c
+	}
+	return &refusal.Refusal{Code: refusal.BadRequest, Detail: "The model that the request asks for can't be told.", RequestID: requestID}
+}
+
+// clip keeps what a client chose within the bounds of an event.
+func clip(s string) string {
+	if len(s) > usage.MaxNameBytes {
+		s = s[:usage.MaxNameBytes]
+	}
+	return strings.ToValidUTF8(strings.ReplaceAll(s, "\x00", ""), "")
+}
+
+// RequestID returns a client's own id of its request when it is fit for logs and
+// events, else a new one.
+func RequestID(given string) string {
+	if given == "" || len(given) > 128 {
+		return ksuid.New().String()
+	}
+	for i := range len(given) {
+		c := given[i]
+		switch {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', strings.IndexByte("-_.~:/+=@", c) >= 0:
+		default:
+			return ksuid.New().String()
+		}
+	}
+	return given
+}
+
+// ParseTraceparent reads a W3C traceparent header; what is not one is no trace.
+func ParseTraceparent(s string) (trace [16]byte, span [8]byte, flags byte, ok bool) {
+	// 00-<32 hex>-<16 hex>-<2 hex>; later versions may append "-…".
+	if len(s) < 55 || s[2] != '-' || s[35] != '-' || s[52] != '-' || strings.ToLower(s[:55]) != s[:55] {
+		return trace, span, 0, false
+	}
+	version := s[:2]
+	var v, f [1]byte
+	_, errV := hex.Decode(v[:], []byte(version))
+	_, errT := hex.Decode(trace[:], []byte(s[3:35]))
+	_, errS := hex.Decode(span[:], []byte(s[36:52]))
+	_, errF := hex.Decode(f[:], []byte(s[53:55]))
+	bad := errV != nil || errT != nil || errS != nil || errF != nil || version == "ff" ||
+		version == "00" && len(s) != 55 || len(s) > 55 && s[55] != '-' || trace == [16]byte{} || span == [8]byte{}
+	if bad {
+		return [16]byte{}, [8]byte{}, 0, false
+	}
+	return trace, span, f[0], true
+}
+
+// answer sees what is answered, and holds the last byte of an answer of announced
+// length back until the call is recorded.
+type answer struct {
+	http.ResponseWriter
+	status   int
+	bytes    int64
+	length   int64 // announced; -1: not known
+	bodyless bool
+	hijacked bool
+	held     [1]byte
+	holds    bool
+}
+
+// Unwrap is for http.ResponseController.
+func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
+
+func (a *answer) WriteHeader(status int) {
+	if status >= 100 && status < 200 && status != http.StatusSwitchingProtocols {
+		a.ResponseWriter.WriteHeader(status)
+		return
+	}
+	if a.status == 0 {
+		a.status = status
+		if n, err := strconv.ParseInt(a.Header().Get("Content-Length"), 10, 64); err == nil && n >= 0 {
+			a.length = n
+		}
+	}
+	a.ResponseWriter.WriteHeader(status)
+}
+
+func (a *answer) Write(p []byte) (int, error) {
+	if a.status == 0 {
+		a.WriteHeader(http.StatusOK)
+	}
+	if a.bodyless || a.length < 0 || len(p) == 0 || a.holds || a.bytes+int64(len(p)) < a.length {
+		n, err := a.ResponseWriter.Write(p)
+		if !a.bodyless {
+			a.bytes += int64(n)
+		}
+		return n, err
+	}
+	last := len(p) - 1
+	n, err := a.ResponseWriter.Write(p[:last])
+	a.bytes += int64(n)
+	if err != nil {
+		return n, err
+	}
+	a.held[0], a.holds = p[last], true
+	a.bytes++
+	return len(p), nil
+}
+
+// release sends the byte that was held back. Its error is the client's having
+// gone.
+func (a *answer) release() {
+	if a.holds {
+		a.holds = false
+		_, _ = a.ResponseWriter.Write(a.held[:])
+	}
+}
+
+// Flush implements http.Flusher.
+func (a *answer) Flush() {
+	// Who wants to know uses http.ResponseController.
+	_ = a.FlushError()
+}
+
+// FlushError is what http.ResponseController looks for.
+func (a *answer) FlushError() error {
+	if a.status == 0 {
+		a.WriteHeader(http.StatusOK)
+	}
+	return http.NewResponseController(a.ResponseWriter).Flush()
+}
+
+// Hijack implements http.Hijacker.
+func (a *answer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(a.ResponseWriter).Hijack()
+	if err == nil {
+		a.hijacked = true
+	}
+	return conn, rw, err
+}
+
+// StatusClientGone is recorded when nobody was there to be answered.
+const StatusClientGone = 499
+
+func (a *answer) finalStatus(returned bool) int {
+	switch {
+	case a.status != 0:
+		return a.status
+	case a.hijacked:
+		return http.StatusSwitchingProtocols
+	case returned:
+		return http.StatusOK
+	}
+	return http.StatusInternalServerError
+}

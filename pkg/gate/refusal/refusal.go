@@ -1,0 +1,349 @@
+// Package refusal writes the answer to a call that was not let through: the
+// status, the headers, and the body in the form that a route's clients read.
+package refusal
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// Profile is the form of the body.
+type Profile string
+
+// The profiles. OpenAI's and Anthropic's are those providers' own error objects,
+// which their client libraries understand, with the whole problem beside them
+// under "problem".
+const (
+	Problem   Profile = "problem" // RFC 9457, the default
+	OpenAI    Profile = "openai"
+	Anthropic Profile = "anthropic"
+	Flat      Profile = "flat" // {status, code, message}
+)
+
+// Valid reports whether p is a profile; the empty one means Problem.
+func (p Profile) Valid() bool {
+	switch p {
+	case "", Problem, OpenAI, Anthropic, Flat:
+		return true
+	}
+	return false
+}
+
+// Codes of answers that are not about billing.
+const (
+	// Unauthenticated: there is no such key, or none was sent.
+	Unauthenticated usage.Code = "UNAUTHENTICATED"
+	// BadRequest and TooLarge: the gateway can't tell what the call asks for,
+	// so it can't tell which limits are meant.
+	BadRequest usage.Code = "BAD_REQUEST"
+	TooLarge   usage.Code = "REQUEST_TOO_LARGE"
+	NoRoute    usage.Code = "NO_ROUTE"
+	// BadGateway and GatewayTimeout: the upstream gave no answer.
+	BadGateway     usage.Code = "UPSTREAM_UNREACHABLE"
+	GatewayTimeout usage.Code = "UPSTREAM_TIMEOUT"
+)
+
+// MaxViolated bounds the policies that one answer lists.
+const MaxViolated = 16
+
+// Refusal is what is to be answered.
+type Refusal struct {
+	Code usage.Code
+	// Status; 0 means the code's own.
+	Status int
+	// Detail says to a person what happened; empty for one made from Decision.
+	Detail string
+	// Decision that refused; nil when none did.
+	Decision *usage.Decision
+	// Violated are all decisions that stand against the call, the gravest
+	// first; Decision alone when empty.
+	Violated []*usage.Decision
+	// Requested is how much of the decision's meter the call asked for; -1: not
+	// known.
+	Requested int64
+	RequestID string
+	// Now is the ledger's time, for what is left of a window.
+	Now usage.Micros
+}
+
+// document is the body of RFC 9457 with our members.
+type document struct {
+	Type             string     `json:"type"`
+	Title            string     `json:"title"`
+	Status           int        `json:"status"`
+	Detail           string     `json:"detail"`
+	Code             usage.Code `json:"code"`
+	Retryable        bool       `json:"retryable"`
+	ViolatedPolicies []string   `json:"violated-policies,omitempty"`
+	Meter            string     `json:"meter,omitempty"`
+	Limit            *int64     `json:"limit,omitempty"`
+	Used             *int64     `json:"used,omitempty"`
+	Requested        *int64     `json:"requested,omitempty"`
+	PeriodEnd        string     `json:"period_end,omitempty"`
+	Resolution       string     `json:"resolution"`
+	ActionURL        string     `json:"action_url,omitempty"`
+	DecisionID       string     `json:"decision_id,omitempty"`
+	DecisionRevision uint64     `json:"decision_revision,omitempty"`
+	RequestID        string     `json:"request_id,omitempty"`
+}
+
+// quotaExceeded is the problem type that the RateLimit draft registers.
+const quotaExceeded = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+
+// problemBase: types of our own are names, not addresses that must answer.
+const problemBase = "https://github.com/tollkeeper/tollkeeper/problems#"
+
+type wording struct {
+	title, resolution string
+	iana              bool
+}
+
+func words(c usage.Code) wording {
+	switch c {
+	case usage.QuotaExceeded:
+		return wording{"The plan's quota is used up", "Raise the limit or change the plan, or wait until the period ends.", true}
+	case usage.SpendCapReached:
+		return wording{"The spending cap is reached", "Raise the spending cap.", false}
+	case usage.CreditsDepleted:
+		return wording{"The prepaid credit is used up", "Buy credit.", false}
+	case usage.CreditsInsufficient:
+		return wording{"The prepaid credit does not cover this call", "Buy credit, or ask for less.", false}
+	case usage.SubscriptionExpired:
+		return wording{"The subscription has expired", "Renew the subscription.", false}
+	case usage.TrialEnded:
+		return wording{"The trial has ended", "Choose a plan.", false}
+	case usage.PaymentFailed:
+		return wording{"A payment has failed", "Update the means of payment.", false}
+	case usage.PlanRequired:
+		return wording{"This needs a plan that includes it", "Choose a plan that includes it.", false}
+	case usage.RateLimited:
+		return wording{"Too many calls", "Wait as long as Retry-After says.", true}
+	case usage.CostExceedsLimit:
+		return wording{"This call costs more than one call may", "Ask for less.", false}
+	case usage.BillingStateUnknown:
+		return wording{"The billing state can't be known right now", "Try again later.", false}
+	case Unauthenticated:
+		return wording{"No valid API key", "Send a valid API key.", false}
+	case BadRequest:
+		return wording{"The request can't be read", "Correct the request.", false}
+	case TooLarge:
+		return wording{"The request is too large", "Send a smaller request.", false}
+	case NoRoute:
+		return wording{"Nothing is served here", "Check method, host and path.", false}
+	case BadGateway:
+		return wording{"The upstream can't be reached", "Try again later.", false}
+	case GatewayTimeout:
+		return wording{"The upstream did not answer in time", "Try again later.", false}
+	}
+	return wording{"Refused", "Ask the operator of this service.", false}
+}
+
+func ownStatus(c usage.Code) int {
+	switch c {
+	case Unauthenticated:
+		return http.StatusUnauthorized
+	case BadRequest:
+		return http.StatusBadRequest
+	case TooLarge:
+		return http.StatusRequestEntityTooLarge
+	case NoRoute:
+		return http.StatusNotFound
+	case BadGateway:
+		return http.StatusBadGateway
+	case GatewayTimeout:
+		return http.StatusGatewayTimeout
+	}
+	if s := c.Status(); s != 0 {
+		return s
+	}
+	return http.StatusInternalServerError
+}
+
+// HTTPStatus is the status that is answered.
+func (r *Refusal) HTTPStatus() int {
+	if r.Status != 0 {
+		return r.Status
+	}
+	return ownStatus(r.Code)
+}
+
+// retryable: the same call can pass later without anybody doing anything, and
+// soon. A 402 says no even where the period will end: clients that retry it do
+// so for ever.
+func retryable(status int) bool {
+	switch status {
+	case http.StatusTooManyRequests, http.StatusServiceUnavailable, http.StatusBadGateway, http.StatusGatewayTimeout:
+		return true
+	}
+	return false
+}
+
+func (r *Refusal) violated() []*usage.Decision {
+	v := r.Violated
+	if len(v) == 0 && r.Decision != nil {
+		v = []*usage.Decision{r.Decision}
+	}
+	return v[:min(len(v), MaxViolated)]
+}
+
+func (r *Refusal) document() document {
+	w := words(r.Code)
+	status := r.HTTPStatus()
+	d := document{
+		Type: problemBase + strings.ToLower(strings.ReplaceAll(string(r.Code), "_", "-")), Title: w.title, Status: status, Detail: r.Detail,
+		Code: r.Code, Retryable: retryable(status), Resolution: w.resolution, RequestID: r.RequestID,
+	}
+	if w.iana {
+		d.Type = quotaExceeded
+	}
+	if p := r.Decision; p != nil {
+		limit, used := p.Amount, p.Used
+		d.Meter, d.Limit, d.Used = string(p.Meter), &limit, &used
+		d.ActionURL, d.DecisionID, d.DecisionRevision = p.ActionURL, p.ID, p.Revision
+		if r.Requested >= 0 {
+			requested := r.Requested
+			d.Requested = &requested
+		}
+		until := "for good"
+		if p.PeriodEnd != 0 {
+			d.PeriodEnd = p.PeriodEnd.Time().Format(time.RFC3339)
+			until = "until " + d.PeriodEnd
+		}
+		if d.Detail == "" {
+			d.Detail = fmt.Sprintf("Account %s has used %d of %d %s (limit %s), which is counted %s.", p.Account, p.Used, p.Amount, p.Meter, p.LimitID, until)
+		}
+		for _, v := range r.violated() {
+			d.ViolatedPolicies = append(d.ViolatedPolicies, v.LimitID)
+		}
+	}
+	if d.Detail == "" {
+		d.Detail = w.title + "."
+	}
+	return d
+}
+
+// Write answers. Nothing may have been written before. The error is the
+// connection's.
+func (r *Refusal) Write(w http.ResponseWriter, p Profile) error {
+	d := r.document()
+	r.SetHeaders(w.Header())
+	contentType, body := render(&d, p)
+	data, err := json.Marshal(body)
+	if err != nil {
+		return fmt.Errorf("write refusal: %w", err)
+	}
+	data = append(data, '\n')
+	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("Content-Length", strconv.Itoa(len(data)))
+	w.WriteHeader(d.Status)
+	if _, err := w.Write(data); err != nil {
+		return fmt.Errorf("write refusal: %w", err)
+	}
+	return nil
+}
+
+// SetHeaders sets what goes with the refusal whatever the body's form is.
+func (r *Refusal) SetHeaders(h http.Header) {
+	status := r.HTTPStatus()
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	if status == http.StatusUnauthorized {
+		h.Set("WWW-Authenticate", `Bearer realm="tollkeeper"`)
+	}
+	if !retryable(status) {
+		// The client libraries of both model providers heed it.
+		h.Set("X-Should-Retry", "false")
+	}
+	var policies, limits []string
+	for _, v := range r.violated() {
+		name, left := structuredString(v.LimitID), int64(-1)
+		policy := name + ";q=" + sfInteger(v.Amount)
+		if unit := quotaUnit(v.Meter); unit != "" {
+			policy += ";qu=" + structuredString(unit)
+		}
+		limit := name + ";r=" + sfInteger(max(v.Amount-v.Used, 0))
+		if v.PeriodEnd != 0 {
+			policy += ";w=" + strconv.FormatInt(seconds(v.PeriodEnd-v.PeriodStart), 10)
+			left = seconds(v.PeriodEnd - r.Now)
+			limit += ";t=" + strconv.FormatInt(left, 10)
+		}
+		policies, limits = append(policies, policy), append(limits, limit)
+		if v == r.Decision && left >= 0 && status == http.StatusTooManyRequests {
+			h.Set("Retry-After", strconv.FormatInt(left, 10))
+		}
+	}
+	if len(policies) > 0 {
+		h.Set("RateLimit-Policy", strings.Join(policies, ", "))
+		h.Set("RateLimit", strings.Join(limits, ", "))
+	}
+	if status == http.StatusServiceUnavailable {
+		h.Set("Retry-After", "1")
+	}
+	if r.Decision != nil && linkable(r.Decision.ActionURL) {
+		h.Add("Link", "<"+r.Decision.ActionURL+`>; rel="payment"`)
+	}
+}
+
+// seconds rounds up: who comes back then is not early.
+func seconds(m usage.Micros) int64 {
+	if m <= 0 {
+		return 0
+	}
+	return int64((m + 999_999) / 1_000_000)
+}
+
+// linkable: the URL comes from a plans file and goes into a header.
+func linkable(s string) bool {
+	u, err := url.Parse(s)
+	return err == nil && (u.Scheme == "https" || u.Scheme == "http") && u.Host != "" && !strings.ContainsAny(s, "<> \"\r\n\t")
+}
+
+// quotaUnit of the RateLimit draft: requests is the default and not written.
+func quotaUnit(m usage.Meter) string {
+	switch m {
+	case usage.Calls:
+		return ""
+	case usage.Bytes:
+		return "content-bytes"
+	}
+	return string(m)
+}
+
+// sfInteger is an Integer of structured fields, which has at most 15 digits.
+func sfInteger(v int64) string {
+	return strconv.FormatInt(min(max(v, 0), 999_999_999_999_999), 10)
+}
+
+// structuredString is a String of structured fields; what it can't hold is "?".
+func structuredString(s string) string {
+	var b strings.Builder
+	b.WriteByte('"')
+	for _, c := range s {
+		switch {
+		case c == '"' || c == '\\':
+			b.WriteByte('\\')
+			b.WriteRune(c)
+		case c < 0x20 || c > 0x7e:
+			b.WriteByte('?')
+		default:
+			b.WriteRune(c)
+		}
+	}
+	b.WriteByte('"')
+	return b.String()
+}
+
+// Error makes a Refusal an error, for those who find out while they read a request.
+func (r *Refusal) Error() string {
+	if r.Detail != "" {
+		return r.Detail
+	}
+	return string(r.Code)
+}
