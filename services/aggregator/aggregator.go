@@ -1,0 +1,440 @@
+// Package aggregator counts the ledger: it owns shards, folds their entries in
+// order (pkg/quota), publishes the decisions that follow together with a
+// checkpoint, and starts again from a snapshot and what came after it.
+package aggregator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+	"github.com/segmentio/ksuid"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
+)
+
+// Defaults of Options.
+const (
+	DefaultSnapshotEvery   = 30 * time.Second
+	DefaultSnapshotEntries = 100_000
+	DefaultStopTimeout     = 4 * time.Second
+)
+
+// Options of the aggregator.
+type Options struct {
+	// NATS is where the ledger is.
+	NATS natsconn.Options
+	// Logger hears what happens; never a secret.
+	Logger zerolog.Logger
+	// Registerer takes the metrics; nil means a registry of its own.
+	Registerer *prometheus.Registry
+	// Readiness takes the component "aggregator", which is ready when every
+	// shard has counted what the ledger held at the start; nil means its own.
+	Readiness *telemetry.Readiness
+	// AdminListen serves /metrics, /healthz and /readyz; empty: nowhere.
+	AdminListen string
+	// AdminToken, if set, is the bearer token of the admin listener.
+	AdminToken string
+	// Shards and Replicas of a ledger that does not exist yet.
+	Shards   uint32
+	Replicas int
+	// SnapshotEvery and SnapshotEntries: a snapshot is taken when either has
+	// passed since the last; 0 means the defaults.
+	SnapshotEvery   time.Duration
+	SnapshotEntries int
+	// Horizon is how long foreign events are remembered, in stream time; 0
+	// means a day. It is fixed when a shard is first counted.
+	Horizon time.Duration
+	// StopTimeout bounds the last publishing and the last snapshots of a clean
+	// stop; 0 means DefaultStopTimeout.
+	StopTimeout time.Duration
+
+	// abandon makes the end of ctx a crash: nothing more is published or kept.
+	abandon bool
+}
+
+// service is what the shards of a process share.
+type service struct {
+	o       Options
+	abandon bool
+	log     zerolog.Logger
+	nc      *nats.Conn
+	js      jetstream.JetStream
+	objects jetstream.ObjectStore
+	m       *metrics
+	ready   *telemetry.Component
+	name    string // of this owner
+
+	behind atomic.Int64 // shards that are not ready
+	ahead  atomic.Int64 // the stream's clock minus ours, nanoseconds
+}
+
+// Run owns every shard of the ledger and counts until ctx is done; then it
+// publishes what is left, takes snapshots and returns nil. While NATS is away it
+// waits. It returns an error wrapping ledger.ErrStale when another aggregator
+// has taken a shard, ledger.ErrPurged when the ledger no longer holds what must
+// be counted.
+func Run(ctx context.Context, o Options) error {
+	s := &service{o: withDefaults(o), abandon: o.abandon, log: o.Logger, name: ksuid.New().String()}
+	var err error
+	if s.m, err = newMetrics(s.o.Registerer); err != nil {
+		return fmt.Errorf("aggregator: %w", err)
+	}
+	s.ready = s.o.Readiness.Component("aggregator")
+	s.ready.NotReady("starting")
+	defer s.ready.NotReady("stopped")
+
+	g, ctx := errgroup.WithContext(ctx)
+	if s.o.AdminListen != "" {
+		l, err := telemetry.Listen("admin-listen", s.o.AdminListen, s.o.AdminToken != "")
+		if err != nil {
+			return err
+		}
+		g.Go(func() error {
+			return telemetry.Serve(ctx, telemetry.ServeOptions{
+				Flag: "admin-listen", Listener: l, Token: s.o.AdminToken,
+				Handler: telemetry.NewHandler(telemetry.HandlerOptions{Gatherer: s.o.Registerer, Readiness: s.o.Readiness}),
+			})
+		})
+	}
+	g.Go(func() error {
+		if err := s.count(ctx); err != nil && !(ctx.Err() != nil && errors.Is(err, ctx.Err())) {
+			return fmt.Errorf("aggregator: %w", err)
+		}
+		return nil
+	})
+	return g.Wait()
+}
+
+func withDefaults(o Options) Options {
+	if o.Registerer == nil {
+		o.Registerer = telemetry.NewRegistry()
+	}
+	if o.Readiness == nil {
+		o.Readiness = telemetry.NewReadiness()
+	}
+	if o.SnapshotEvery <= 0 {
+		o.SnapshotEvery = DefaultSnapshotEvery
+	}
+	if o.SnapshotEntries <= 0 {
+		o.SnapshotEntries = DefaultSnapshotEntries
+	}
+	if o.StopTimeout <= 0 {
+		o.StopTimeout = DefaultStopTimeout
+	}
+	if o.NATS.Name == "" {
+		o.NATS.Name = "tollkeeper-aggregator"
+	}
+	if o.NATS.Readiness == nil {
+		o.NATS.Readiness = o.Readiness.Component("nats")
+	}
+	return o
+}
+
+func (s *service) horizon() usage.Micros { return usage.Micros(s.o.Horizon.Microseconds()) }
+
+// count runs the shards until ctx is done. What the shards still have to tell
+// NATS at the end goes over io, which lasts longer.
+func (s *service) count(ctx context.Context) error {
+	nc, err := natsconn.Connect(ctx, s.o.NATS)
+	if err != nil {
+		return err
+	}
+	defer nc.Close()
+	s.nc = nc
+	if s.js, err = jetstream.New(nc); err != nil {
+		return err
+	}
+	io, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+
+	var owners []*owner
+	if err := s.persist(ctx, "open the ledger", func(ctx context.Context) error {
+		g, err := ledger.Provision(ctx, s.js, ledger.ProvisionOptions{
+			Shards: s.o.Shards, Replicas: s.o.Replicas, Notice: func(text string) { s.log.Warn().Msg(text) },
+		})
+		if err != nil {
+			return err
+		}
+		if s.objects, err = s.js.ObjectStore(ctx, ledger.SnapshotsBucket); err != nil {
+			return fmt.Errorf("bucket %s: %w", ledger.SnapshotsBucket, err)
+		}
+		owners = make([]*owner, g.Shards)
+		return s.readClock(ctx)
+	}); err != nil {
+		return err
+	}
+	if err := s.takeOver(ctx, owners); err != nil {
+		return err
+	}
+	s.behind.Store(int64(len(owners)))
+	s.m.notCaughtUp.Set(float64(len(owners)))
+	s.ready.NotReady(fmt.Sprintf("%d shards are catching up", len(owners)))
+
+	g, ctx := errgroup.WithContext(ctx)
+	for _, o := range owners {
+		sub, err := s.listen(o)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = sub.Unsubscribe() }() // the connection is closed next
+		g.Go(func() error { return o.run(ctx, io) })
+	}
+	for _, part := range groups(owners, readers) {
+		g.Go(func() error { return s.read(ctx, part, len(owners)) })
+	}
+	g.Go(func() error { return s.keepClock(ctx) })
+	return g.Wait()
+}
+
+// readers is how many consumers share the shards.
+const readers = 1
+
+func groups(owners []*owner, n int) [][]*owner {
+	n = min(n, len(owners))
+	out := make([][]*owner, n)
+	for i, o := range owners {
+		out[i%n] = append(out[i%n], o)
+	}
+	return out
+}
+
+// read reads the entries of some shards, of all of them without a filter, and
+// hands them over.
+func (s *service) read(ctx context.Context, part []*owner, all int) error {
+	opts := ledger.ReadOptions{Stream: ledger.Stream, OnError: func(err error) {
+		s.m.interruptions.Inc()
+		s.log.Warn().Err(err).Msg("reading the ledger was interrupted")
+	}}
+	byShard := make(map[uint32]*owner, len(part))
+	for i, o := range part {
+		byShard[o.shard] = o
+		if len(part) < all {
+			opts.Subjects = append(opts.Subjects, ledger.ShardSubjects(o.shard)...)
+		}
+		if i == 0 || o.from < opts.From {
+			opts.From = o.from
+		}
+	}
+	return ledger.Read(ctx, s.js, opts, func(m ledger.Message) error {
+		s.m.pending.Set(float64(m.Pending))
+		_, shard, err := ledger.ParseSubject(m.Subject)
+		o := byShard[shard]
+		if err != nil || o == nil {
+			// A subject that the ledger's geometry does not have.
+			s.log.Error().Str("subject", m.Subject).Uint64("sequence", m.Sequence).Msg("an entry stands on a subject of no shard")
+			return nil
+		}
+		select {
+		case o.in <- m:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	})
+}
+
+// persist tries until it works, ctx is done or trying again cannot help.
+func (s *service) persist(ctx context.Context, what string, try func(context.Context) error) error {
+	var b backoff
+	for {
+		once, cancel := context.WithTimeout(ctx, 30*time.Second)
+		err := try(once)
+		cancel()
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if errors.Is(err, ledger.ErrPurged) || errors.Is(err, errForGood) {
+			return err
+		}
+		s.ready.NotReady(what + ": " + err.Error())
+		wait := b.next()
+		s.log.Warn().Err(err).Dur("again_in_ms", wait).Msg("could not " + what)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(wait):
+		}
+	}
+}
+
+var errForGood = errors.New("waiting does not help")
+
+// takeOver makes this process the owner of every shard: nobody else's batch is
+// taken from then on.
+func (s *service) takeOver(ctx context.Context, owners []*owner) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(4)
+	for i := range owners {
+		g.Go(func() error {
+			return s.persist(ctx, fmt.Sprintf("take over shard %d", i), func(ctx context.Context) error {
+				o, err := s.open(ctx, uint32(i))
+				owners[i] = o
+				return err
+			})
+		})
+	}
+	return g.Wait()
+}
+
+// open fences the shard and loads its state.
+func (s *service) open(ctx context.Context, shard uint32) (*owner, error) {
+	o := &owner{
+		service: s, shard: shard, log: s.log.With().Uint32("shard", shard).Logger(),
+		in: make(chan ledger.Message, inputBuffer), queries: make(chan *nats.Msg, queryBuffer), results: make(chan func() error, 8),
+	}
+	revision, last, err := s.readCheckpoint(ctx, shard)
+	if err != nil {
+		return nil, err
+	}
+	next := last
+	next.epoch, next.owner = last.epoch+1, s.name
+	m, err := next.message(shard)
+	if err != nil {
+		return nil, err
+	}
+	ledger.ExpectLast(m, revision)
+	if _, err := ledger.PublishBatch(ctx, s.nc, []*nats.Msg{m}); err != nil && !errors.Is(err, ledger.ErrStale) {
+		s.log.Debug().Err(err).Uint32("shard", shard).Msg("it is not clear whether the shard is taken over")
+	}
+	// Whatever the answer was: what stands there now is ours or not.
+	revision, found, err := s.readCheckpoint(ctx, shard)
+	switch {
+	case err != nil:
+		return nil, err
+	case found != next:
+		return nil, fmt.Errorf("shard %d: it is at epoch %d of another owner", shard, found.epoch)
+	}
+	o.pub = publisher{shard: shard, revision: revision, last: next, owed: next.count, applied: next.sequence}
+	if o.state, err = s.load(ctx, shard, next.snapshot); err != nil {
+		if ctx.Err() != nil || errors.Is(err, nats.ErrTimeout) || errors.Is(err, context.DeadlineExceeded) {
+			return nil, err
+		}
+		// The log is the truth; reading it from the beginning is slower, and
+		// ends with ErrPurged where the beginning is gone.
+		o.log.Error().Err(err).Msg("the snapshot cannot be used: the shard is counted anew from the ledger's beginning")
+		if o.state, err = s.load(ctx, shard, ""); err != nil {
+			return nil, err
+		}
+	}
+	stream, err := s.js.Stream(ctx, ledger.Stream)
+	if err != nil {
+		return nil, fmt.Errorf("stream %s: %w", ledger.Stream, err)
+	}
+	if first := stream.CachedInfo().State.FirstSeq; first > o.state.Sequence()+1 && o.state.Sequence() == 0 && first > 1 {
+		return nil, fmt.Errorf("shard %d: the ledger begins at %d and there is no snapshot: %w", shard, first, ledger.ErrPurged)
+	}
+	for _, subject := range ledger.ShardSubjects(shard) {
+		m, err := stream.GetLastMsgForSubject(ctx, subject)
+		switch {
+		case errors.Is(err, jetstream.ErrMsgNotFound):
+			continue
+		case err != nil:
+			return nil, fmt.Errorf("stream %s: %w", ledger.Stream, err)
+		}
+		o.target = max(o.target, m.Sequence)
+		if subject == ledger.ControlSubject(shard) {
+			o.lastControl = m.Sequence
+		}
+	}
+	o.from = o.state.Sequence() + 1
+	if o.target <= o.state.Sequence() {
+		// A shard at rest must not make the others' entries be read again.
+		o.from = max(o.from, stream.CachedInfo().State.LastSeq+1)
+	}
+	o.log.Info().Uint64("epoch", next.epoch).Uint64("from", o.from).Uint64("to", o.target).Msg("owns the shard")
+	return o, nil
+}
+
+// readCheckpoint returns a shard's newest checkpoint and its stream sequence; 0
+// when there is none.
+func (s *service) readCheckpoint(ctx context.Context, shard uint32) (uint64, checkpoint, error) {
+	stream, err := s.js.Stream(ctx, "KV_"+ledger.DecisionsBucket)
+	if err != nil {
+		return 0, checkpoint{}, fmt.Errorf("bucket %s: %w", ledger.DecisionsBucket, err)
+	}
+	m, err := stream.GetLastMsgForSubject(ctx, kvPrefix+ledger.CheckpointKey(shard))
+	switch {
+	case errors.Is(err, jetstream.ErrMsgNotFound):
+		return 0, checkpoint{}, nil
+	case err != nil:
+		return 0, checkpoint{}, fmt.Errorf("checkpoint of shard %d: %w", shard, err)
+	}
+	c, err := readCheckpoint(shard, m.Header, m.Data)
+	if err != nil {
+		return 0, checkpoint{}, fmt.Errorf("%w: %w", errForGood, err)
+	}
+	return m.Sequence, c, nil
+}
+
+func (s *service) listen(o *owner) (*nats.Subscription, error) {
+	sub, err := s.nc.Subscribe(ledger.UsageSubject(o.shard), func(q *nats.Msg) {
+		select {
+		case o.queries <- q:
+		default:
+			s.m.refuse(q, "503", "too many questions at once: ask again")
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("shard %d: subscribe: %w", o.shard, err)
+	}
+	return sub, nil
+}
+
+func (s *service) caughtUp() {
+	left := s.behind.Add(-1)
+	s.m.notCaughtUp.Set(float64(left))
+	if left == 0 {
+		s.ready.OK()
+		return
+	}
+	s.ready.NotReady(fmt.Sprintf("%d shards are catching up", left))
+}
+
+// streamTime is what the stream's clock shows when ours shows now.
+func (s *service) streamTime(now time.Time) time.Time {
+	return now.Add(time.Duration(s.ahead.Load()))
+}
+
+func (s *service) readClock(ctx context.Context) error {
+	before := time.Now()
+	stream, err := s.js.Stream(ctx, ledger.Stream)
+	if err != nil {
+		return fmt.Errorf("stream %s: %w", ledger.Stream, err)
+	}
+	if at := stream.CachedInfo().TimeStamp; !at.IsZero() {
+		s.ahead.Store(int64(at.Sub(before.Add(time.Since(before) / 2))))
+	}
+	return nil
+}
+
+// keepClock follows the stream's clock.
+func (s *service) keepClock(ctx context.Context) error {
+	tick := time.NewTicker(15 * time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
+		if err := s.readClock(ask); err != nil && ctx.Err() == nil {
+			s.log.Debug().Err(err).Msg("the stream's clock could not be read")
+		}
+		cancel()
+	}
+}

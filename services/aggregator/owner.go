@@ -1,0 +1,431 @@
+package aggregator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/rs/zerolog"
+	"github.com/segmentio/ksuid"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+)
+
+const (
+	beaconEvery = 250 * time.Millisecond
+	tickEvery   = time.Second
+	// tickMargin is how long after its time a tick is appended: the stream's
+	// clock is known only to about a network round trip.
+	tickMargin = 5 * time.Millisecond
+	// inputBuffer, queryBuffer bound what waits for a shard.
+	inputBuffer = 64
+	queryBuffer = 64
+	// maxQueued decisions and maxDead dead letters are held while NATS does
+	// not take them; then the shard reads no further.
+	maxQueued = 100_000
+	maxDead   = 64
+	ioTimeout = 5 * time.Second
+)
+
+// owner counts one shard: one goroutine owns the state, what waits for NATS is
+// done by others, one of each kind at a time.
+type owner struct {
+	*service
+	shard  uint32
+	log    zerolog.Logger
+	state  *quota.Shard
+	pub    publisher
+	from   uint64 // the first entry to read
+	target uint64 // what the ledger held of the shard at the start
+	ready  bool   // the target is counted
+
+	in      chan ledger.Message
+	queries chan *nats.Msg
+	results chan func() error // what a goroutine of ours brings back
+	running int               // goroutines of ours
+
+	frame       ledger.Frame
+	batch       quota.Batch
+	lastControl uint64 // newest entry of the shard's control subject
+
+	publishing   bool
+	retry        backoff
+	retryAt      time.Time
+	dead         []*nats.Msg
+	burying      bool
+	ticking      bool
+	lastTick     time.Time
+	snapshotting bool
+	lastSnapshot time.Time
+	entries      int // since the last snapshot
+	stopping     bool
+	finalDone    bool
+
+	wake *time.Timer
+}
+
+// run counts until ctx is done, then stops cleanly; io outlives ctx.
+func (o *owner) run(ctx, io context.Context) error {
+	beat := time.NewTicker(beaconEvery)
+	defer beat.Stop()
+	o.wake = time.NewTimer(time.Hour)
+	defer o.wake.Stop()
+	o.lastSnapshot = time.Now()
+	defer o.settle()
+	o.checkReady()
+	done := ctx.Done()
+	var stop <-chan time.Time
+	for {
+		o.start(io)
+		if o.stopping && o.idle() {
+			return nil
+		}
+		in := o.in
+		if o.stopping || len(o.pub.queue) >= maxQueued || len(o.dead) >= maxDead {
+			in = nil
+		}
+		select {
+		case m := <-in:
+			o.apply(m)
+		case finish := <-o.results:
+			o.running--
+			if err := finish(); err != nil {
+				return err
+			}
+		case q := <-o.queries:
+			o.answer(q)
+		case <-beat.C:
+			o.beacon()
+		case <-o.wake.C:
+		case <-done:
+			if o.abandon {
+				return nil
+			}
+			o.stopping, done = true, nil
+			limit := time.NewTimer(o.o.StopTimeout)
+			defer limit.Stop()
+			stop = limit.C
+		case <-stop:
+			o.log.Warn().Int("decisions", len(o.pub.queue)).Msg("stopped before everything was published: the next start does it")
+			return nil
+		}
+	}
+}
+
+// settle waits for the goroutines that this one started.
+func (o *owner) settle() {
+	for ; o.running > 0; o.running-- {
+		<-o.results
+	}
+}
+
+// idle reports whether a clean stop has nothing left to do.
+func (o *owner) idle() bool {
+	return o.running == 0 && len(o.pub.queue) == 0 && len(o.dead) == 0 && o.pub.snapshot == "" && o.pub.flight == nil && (o.finalDone || o.entries == 0)
+}
+
+// do runs work beside the owner; what it returns is then called by the owner.
+func (o *owner) do(io context.Context, work func(ctx context.Context) func() error) {
+	o.running++
+	go func() {
+		ctx, cancel := context.WithTimeout(io, ioTimeout)
+		defer cancel()
+		o.results <- work(ctx)
+	}()
+}
+
+// start begins whatever is due, and sets the clock for what will be.
+func (o *owner) start(io context.Context) {
+	now := time.Now()
+	wake := time.Hour
+	if !o.publishing {
+		if wait := o.retryAt.Sub(now); wait > 0 {
+			wake = min(wake, wait)
+		} else if b := o.pub.flight; b != nil {
+			o.publish(io, b)
+		} else if b := o.pub.next(); b != nil {
+			o.publish(io, b)
+		}
+	}
+	if !o.burying && len(o.dead) > 0 {
+		if wait := o.retryAt.Sub(now); wait > 0 {
+			wake = min(wake, wait)
+		} else {
+			o.bury(io, o.dead[0])
+		}
+	}
+	if due, ok := o.state.NextTimer(); ok && o.ready && !o.stopping && !o.ticking {
+		wait := max(due.Time().Sub(o.streamTime(now))+tickMargin, o.lastTick.Add(tickEvery).Sub(now))
+		if wait <= 0 {
+			o.lastTick = now
+			o.tick(io)
+		} else {
+			wake = min(wake, wait)
+		}
+	}
+	// The state holds decisions that are not yet published; a dead letter must
+	// be kept before a snapshot passes its entry.
+	if !o.snapshotting && o.pub.snapshot == "" && o.entries > 0 && len(o.dead) == 0 {
+		final := o.stopping && !o.finalDone
+		if final || (!o.stopping && (o.entries >= o.o.SnapshotEntries || now.Sub(o.lastSnapshot) >= o.o.SnapshotEvery)) {
+			o.finalDone = final
+			o.snapshot(io)
+		}
+	}
+	o.wake.Reset(wake)
+}
+
+// apply folds an entry of the ledger.
+func (o *owner) apply(m ledger.Message) {
+	if m.Sequence <= o.state.Sequence() {
+		return
+	}
+	e := quota.Entry{Sequence: m.Sequence, Time: usage.At(m.Time)}
+	kind, _, err := ledger.ParseSubject(m.Subject)
+	if err == nil {
+		switch kind {
+		case ledger.KindCalls:
+			if err = ledger.DecodeCalls(&o.frame, m.Subject, m.Header, m.Data); err == nil {
+				batchOf(&o.batch, &o.frame)
+				e.Batch = &o.batch
+			}
+		case ledger.KindControl:
+			o.lastControl = m.Sequence
+			var entry *tollkeeperv1.ControlEntry
+			if entry, err = ledger.DecodeControl(m.Header, m.Data); err == nil {
+				e.Control, err = controlOf(entry)
+			}
+			o.m.controls.Inc()
+		case ledger.KindLease:
+			o.m.leases.Inc()
+		}
+	}
+	fx := o.state.Apply(e)
+	o.entries++
+	if err == nil && fx.Invalid != nil {
+		err = fx.Invalid
+	}
+	if err != nil {
+		o.deadLetter(m, err)
+	}
+	o.observe(fx, e.Batch != nil)
+	o.pub.add(m.Sequence, fx.Decisions)
+	o.checkReady()
+}
+
+func (o *owner) observe(fx *quota.Effects, frame bool) {
+	if !frame {
+		return
+	}
+	switch fx.Frame {
+	case dedup.Fresh:
+		o.m.frames.WithLabelValues("fresh").Inc()
+	case dedup.Duplicate:
+		o.m.frames.WithLabelValues("duplicate").Inc()
+		o.m.events.WithLabelValues("duplicate").Add(float64(o.frame.N))
+	case dedup.Gap:
+		o.m.frames.WithLabelValues("gap").Inc()
+		o.m.skipped.Add(float64(fx.Skipped))
+		o.log.Error().Stringer("producer", o.frame.Producer).Uint64("number", o.frame.Number).Uint64("missing", fx.Skipped).
+			Str("gateway", o.frame.Gateway).Msg("frames are missing before this one: calls may be lost")
+	}
+	o.m.events.WithLabelValues("admitted").Add(float64(fx.Admitted))
+	o.m.events.WithLabelValues("refused").Add(float64(fx.Refused))
+	if fx.Duplicates > 0 {
+		o.m.events.WithLabelValues("duplicate").Add(float64(fx.Duplicates))
+	}
+	o.m.late.Add(float64(fx.Late))
+	o.m.future.Add(float64(fx.Future))
+	if fx.Overflows > 0 {
+		o.m.overflows.Add(float64(fx.Overflows))
+		o.log.Error().Uint64("sequence", o.state.Sequence()).Int("sums", fx.Overflows).Msg("sums reached the end of 64 bits and stay there")
+	}
+	if o.ready {
+		o.m.countLatency.Observe(max(time.Since(o.frame.SealedAt.Time()).Seconds(), 0))
+	}
+}
+
+func (o *owner) checkReady() {
+	if !o.ready && o.state.Sequence() >= o.target {
+		o.ready = true
+		o.caughtUp()
+	}
+}
+
+// publish stores a batch of decisions with the checkpoint.
+func (o *owner) publish(io context.Context, b *batch) {
+	o.publishing = true
+	o.do(io, func(ctx context.Context) func() error {
+		msgs, err := o.pub.messages(b)
+		if err != nil {
+			return func() error { return fmt.Errorf("shard %d: %w", o.shard, err) }
+		}
+		revision, err := ledger.PublishBatch(ctx, o.nc, msgs)
+		if err == nil {
+			at := time.Now()
+			return func() error { return o.published(io, b, revision, at) }
+		}
+		// Stored or not: the stream knows.
+		ask, cancel := context.WithTimeout(io, ioTimeout)
+		defer cancel()
+		revision, found, askErr := o.readCheckpoint(ask, o.shard)
+		return func() error {
+			o.m.batches.WithLabelValues("unclear").Inc()
+			if askErr != nil {
+				o.later(errors.Join(err, askErr))
+				return nil
+			}
+			again, obsolete, err2 := o.pub.failed(revision, found)
+			switch {
+			case err2 != nil:
+				return err2
+			case again:
+				o.later(err)
+				return nil
+			}
+			o.stored(io, b, obsolete, time.Now())
+			return nil
+		}
+	})
+}
+
+// later lets the publishing pause after a failure.
+func (o *owner) later(err error) {
+	o.publishing = false
+	wait := o.retry.next()
+	o.retryAt = time.Now().Add(wait)
+	o.log.Warn().Err(err).Dur("again_in_ms", wait).Msg("decisions could not be published")
+}
+
+func (o *owner) published(io context.Context, b *batch, revision uint64, at time.Time) error {
+	o.stored(io, b, o.pub.acked(revision), at)
+	return nil
+}
+
+func (o *owner) stored(io context.Context, b *batch, obsolete string, at time.Time) {
+	o.publishing = false
+	o.retry.reset()
+	o.m.batches.WithLabelValues("stored").Inc()
+	for i := range b.decisions {
+		d := &b.decisions[i]
+		o.m.decisions.WithLabelValues(d.Verdict.String()).Inc()
+		// A trace that is replayed with its own times says nothing of latency.
+		if lag := at.Sub(d.Cause.Time()); d.Cause != 0 && lag < time.Hour {
+			o.m.decisionLatency.Observe(max(lag.Seconds(), 0))
+		}
+	}
+	if obsolete != "" {
+		o.forget(io, obsolete)
+	}
+	o.beacon()
+}
+
+// deadLetter keeps an entry that cannot be counted.
+func (o *owner) deadLetter(m ledger.Message, cause error) {
+	reason := usage.ReasonMalformed
+	var invalid *usage.InvalidError
+	if errors.As(cause, &invalid) {
+		reason = invalid.Reason
+	}
+	o.m.deadLetters.WithLabelValues(reason).Inc()
+	o.log.Error().Err(cause).Str("reason", reason).Uint64("sequence", m.Sequence).Msg("an entry of the ledger cannot be counted: it is kept in the dead letters")
+	origin := m.Subject + " " + strconv.FormatUint(m.Sequence, 10)
+	d := &nats.Msg{Subject: ledger.DeadLetterSubject(o.shard, m.Sequence), Data: m.Data, Header: nats.Header{
+		ledger.ReasonHeader: {reason}, ledger.DetailHeader: {cause.Error()}, ledger.OriginHeader: {origin},
+	}}
+	if codec := m.Header.Get(ledger.CodecHeader); codec != "" {
+		d.Header.Set(ledger.CodecHeader, codec)
+	}
+	// One message an entry: a replay finds it there already.
+	ledger.ExpectLast(d, 0)
+	o.dead = append(o.dead, d)
+}
+
+func (o *owner) bury(io context.Context, m *nats.Msg) {
+	o.burying = true
+	o.do(io, func(ctx context.Context) func() error {
+		_, err := o.js.PublishMsg(ctx, m)
+		return func() error {
+			o.burying = false
+			var api *jetstream.APIError
+			if err == nil || (errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence) {
+				o.dead = o.dead[1:]
+				o.retry.reset()
+				return nil
+			}
+			wait := o.retry.next()
+			o.retryAt = time.Now().Add(wait)
+			o.log.Warn().Err(err).Dur("again_in_ms", wait).Msg("a dead letter could not be kept")
+			return nil
+		}
+	})
+}
+
+// tick lets the shard's time pass: somebody's period has ended and no call comes.
+func (o *owner) tick(io context.Context) {
+	m, err := ledger.ControlMessage(o.shard, &tollkeeperv1.ControlEntry{
+		Id: ksuid.New().String(), Author: "aggregator", CreatedAtUnixMicros: time.Now().UnixMicro(),
+		Body: &tollkeeperv1.ControlEntry_Tick{Tick: &tollkeeperv1.Tick{Epoch: o.pub.last.epoch}},
+	})
+	if err != nil {
+		o.log.Error().Err(err).Msg("a tick could not be written")
+		return
+	}
+	// When another control entry has come meanwhile, time has passed with it.
+	ledger.ExpectLast(m, o.lastControl)
+	o.ticking = true
+	o.do(io, func(ctx context.Context) func() error {
+		_, err := o.js.PublishMsg(ctx, m)
+		return func() error {
+			o.ticking = false
+			var api *jetstream.APIError
+			switch {
+			case err == nil:
+				o.m.ticks.Inc()
+			case errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence:
+			default:
+				o.log.Warn().Err(err).Msg("a tick could not be appended")
+			}
+			return nil
+		}
+	})
+}
+
+// beacon says how far the shard is. Before everything is counted that the
+// ledger held at the start there is none: the gateways are not to take old
+// verdicts for new.
+func (o *owner) beacon() {
+	if !o.ready || o.stopping {
+		return
+	}
+	data, err := proto.Marshal(&tollkeeperv1.Beacon{
+		Shard: o.shard, Epoch: o.pub.last.epoch, LedgerSequence: o.state.Sequence(), StreamTimeUnixMicros: int64(o.state.Now()),
+		DecisionsSequence: o.pub.revision, SentAtUnixMicros: time.Now().UnixMicro(),
+	})
+	if err == nil {
+		err = o.nc.Publish(ledger.BeaconSubject(o.shard), data)
+	}
+	if err != nil {
+		// While NATS is away there is nobody to hear it; the connection says so.
+		o.log.Debug().Err(err).Msg("no beacon")
+	}
+}
+
+// backoff grows from 50 ms to 2 s.
+type backoff struct{ wait time.Duration }
+
+func (b *backoff) next() time.Duration {
+	b.wait = min(max(2*b.wait, 50*time.Millisecond), 2*time.Second)
+	return b.wait
+}
+
+func (b *backoff) reset() { b.wait = 0 }

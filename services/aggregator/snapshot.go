@@ -1,0 +1,71 @@
+package aggregator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
+)
+
+// snapshot writes the state; the checkpoint names it when every decision up to
+// its position is published.
+func (o *owner) snapshot(io context.Context) {
+	begin := time.Now()
+	data := o.state.AppendBinary(nil)
+	at := o.state.Sequence()
+	name := fmt.Sprintf("shard-%d/%d-%d", o.shard, at, o.pub.last.epoch)
+	o.snapshotting, o.entries, o.lastSnapshot = true, 0, begin
+	o.do(io, func(ctx context.Context) func() error {
+		_, err := o.objects.PutBytes(ctx, name, data)
+		return func() error {
+			o.snapshotting = false
+			if err != nil {
+				// The old one stands, and the log with it: the next try will do.
+				o.m.snapshots.WithLabelValues("failed").Inc()
+				o.log.Warn().Err(err).Msg("a snapshot could not be stored")
+				return nil
+			}
+			o.m.snapshots.WithLabelValues("stored").Inc()
+			o.m.snapshotSeconds.Observe(time.Since(begin).Seconds())
+			o.m.snapshotBytes.Set(float64(len(data)))
+			o.pub.snapshot, o.pub.snapshotAt = name, at
+			return nil
+		}
+	})
+}
+
+// forget deletes a snapshot that no checkpoint names any more.
+func (o *owner) forget(io context.Context, name string) {
+	o.do(io, func(ctx context.Context) func() error {
+		err := o.objects.Delete(ctx, name)
+		return func() error {
+			if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) {
+				o.log.Warn().Err(err).Str("snapshot", name).Msg("an old snapshot could not be deleted")
+			}
+			return nil
+		}
+	})
+}
+
+// load returns the state that the checkpoint names, or an empty one.
+func (s *service) load(ctx context.Context, shard uint32, name string) (*quota.Shard, error) {
+	if name == "" {
+		return quota.New(quota.Options{Shard: shard, Horizon: s.horizon()}), nil
+	}
+	data, err := s.objects.GetBytes(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot %s: %w", name, err)
+	}
+	state, err := quota.Read(data)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot %s: %w", name, err)
+	}
+	if state.Number() != shard {
+		return nil, fmt.Errorf("snapshot %s is of shard %d", name, state.Number())
+	}
+	return state, nil
+}
