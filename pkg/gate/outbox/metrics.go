@@ -1,0 +1,165 @@
+package outbox
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// Stats is what an outbox has done and holds. Calls unless said otherwise.
+type Stats struct {
+	Added    int64 // taken by Add
+	Acked    int64 // of this producer, acknowledged by the ledger
+	InMemory int64 // of this producer, in memory
+	// Sent sums the calls of this producer that are acknowledged or spooled,
+	// each once: the "gateway sent" point of the conservation check.
+	Sent Totals
+
+	Dropped  int64 // policy Drop
+	Refused  int64 // Add returned ErrFull
+	Invalid  int64 // Add returned an *usage.InvalidError
+	Rejected int64 // in frames that the ledger can never take
+
+	Frames, Resent, RejectedFrames int64 // acknowledged; sent more than once; given up
+	Bytes                          int64 // of acknowledged frames
+	InFlight                       int64 // frames sent and not acknowledged
+	MemoryBytes                    int64 // taken of Options.MemoryBytes
+	// OldestUnsent is the age of the oldest call that is not acknowledged.
+	OldestUnsent time.Duration
+	Connected    bool
+}
+
+// counts are the sender's own.
+type counts struct {
+	acked, frames, resent, bytes, rejected, rejectedFrames int64
+	sent                                                   Totals
+	inflight, memory                                       int64
+	oldest                                                 usage.Micros
+	connected                                              bool
+}
+
+func (s *sender) count(f func(*counts)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f(&s.stats)
+}
+
+// Stats returns what the outbox has done and holds.
+func (o *Outbox) Stats() Stats {
+	o.s.mu.Lock()
+	c := o.s.stats
+	o.s.mu.Unlock()
+	st := Stats{
+		Acked: c.acked, Sent: c.sent, Dropped: o.dropped.Load(), Refused: o.refused.Load(), Invalid: o.invalid.Load(), Rejected: c.rejected,
+		Frames: c.frames, Resent: c.resent, RejectedFrames: c.rejectedFrames, Bytes: c.bytes,
+		InFlight: c.inflight, MemoryBytes: o.budget.used.Load(), Connected: c.connected,
+	}
+	for i := range o.gathers {
+		g := &o.gathers[i]
+		g.mu.Lock()
+		st.Added += int64(g.added)
+		g.mu.Unlock()
+	}
+	st.InMemory = st.Added - st.Acked - st.Rejected
+	if c.oldest > 0 {
+		st.OldestUnsent = max(0, time.Duration(int64(o.now()-c.oldest))*time.Microsecond)
+	}
+	return st
+}
+
+// metrics is the collector of an outbox.
+type metrics struct {
+	o       *Outbox
+	reg     prometheus.Registerer
+	latency prometheus.Histogram
+	calls   *prometheus.Desc
+	frames  *prometheus.Desc
+	gauges  []gauge
+}
+
+type gauge struct {
+	desc  *prometheus.Desc
+	value func(*Stats) float64
+}
+
+func newMetrics(o *Outbox, reg prometheus.Registerer) (*metrics, error) {
+	m := &metrics{
+		o: o, reg: reg,
+		latency: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "tollkeeper_outbox_ack_latency_seconds", Help: "From sending a frame to its acknowledgement.",
+			Buckets: prometheus.ExponentialBuckets(0.0001, 2.5, 13),
+		}),
+		calls:  prometheus.NewDesc("tollkeeper_outbox_calls_total", "Calls by what became of them.", []string{"outcome"}, nil),
+		frames: prometheus.NewDesc("tollkeeper_outbox_frames_total", "Frames by what became of them.", []string{"outcome"}, nil),
+	}
+	add := func(name, help string, value func(*Stats) float64) {
+		m.gauges = append(m.gauges, gauge{prometheus.NewDesc("tollkeeper_outbox_"+name, help, nil, nil), value})
+	}
+	add("inflight", "Frames sent and not acknowledged.", func(s *Stats) float64 { return float64(s.InFlight) })
+	add("memory_bytes", "Memory taken by calls and frames.", func(s *Stats) float64 { return float64(s.MemoryBytes) })
+	add("oldest_unsent_seconds", "Age of the oldest call that is not acknowledged.", func(s *Stats) float64 { return s.OldestUnsent.Seconds() })
+	if reg != nil {
+		if err := reg.Register(m); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+func (m *metrics) unregister() {
+	if m.reg != nil {
+		m.reg.Unregister(m)
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (m *metrics) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(m, ch) }
+
+// Collect implements prometheus.Collector.
+func (m *metrics) Collect(ch chan<- prometheus.Metric) {
+	st := m.o.Stats()
+	for outcome, n := range map[string]int64{
+		"added": st.Added, "acked": st.Acked, "dropped": st.Dropped, "refused": st.Refused, "invalid": st.Invalid, "rejected": st.Rejected,
+	} {
+		ch <- prometheus.MustNewConstMetric(m.calls, prometheus.CounterValue, float64(n), outcome)
+	}
+	for outcome, n := range map[string]int64{"acked": st.Frames, "resent": st.Resent, "rejected": st.RejectedFrames} {
+		ch <- prometheus.MustNewConstMetric(m.frames, prometheus.CounterValue, float64(n), outcome)
+	}
+	for _, g := range m.gauges {
+		ch <- prometheus.MustNewConstMetric(g.desc, prometheus.GaugeValue, g.value(&st))
+	}
+	m.latency.Collect(ch)
+}
+
+// trouble logs a lasting problem once when it begins or changes and once when
+// it is over.
+type trouble struct {
+	log   zerolog.Logger
+	last  string
+	on    bool
+	since time.Time
+}
+
+// quiet is for how long the same problem is not told again.
+const quiet = 30 * time.Second
+
+func (t *trouble) is(now time.Time, what string) {
+	if what == t.last && (t.on || now.Sub(t.since) < quiet) {
+		t.on = true
+		return
+	}
+	t.last, t.on, t.since = what, true, now
+	t.log.Warn().Msg(what)
+}
+
+func (t *trouble) over(now time.Time) {
+	if !t.on {
+		return
+	}
+	t.on = false
+	t.log.Info().Dur("after", now.Sub(t.since)).Msg("the ledger takes frames")
+}

@@ -1,0 +1,423 @@
+// Package outbox brings the calls of a gateway to the ledger: it gathers them
+// by shard into frames, numbers the frames, keeps exactly one unacknowledged
+// frame per shard, and sends it again under the same identity until the ledger
+// has it. While the ledger can't be reached frames go to a spool on disk, in
+// order, and a spool that a killed process left is sent by the next one.
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+	"github.com/segmentio/ksuid"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/lane"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// FullPolicy is what happens to a call when memory, and the spool if there is
+// one, are full.
+type FullPolicy int
+
+const (
+	// Block: Add waits for room until its context is done.
+	Block FullPolicy = iota
+	// Refuse: Add returns ErrFull.
+	Refuse
+	// Drop: the call is not metered; counted and alarmed, Add returns nil.
+	Drop
+)
+
+// Defaults of Options.
+const (
+	DefaultMemoryBytes = 64 << 20
+	DefaultSpoolBytes  = 4 << 30
+	DefaultLinger      = 10 * time.Millisecond
+	DefaultAckTimeout  = 5 * time.Second
+
+	// MinMemoryBytes is enough for a frame of every kind.
+	MinMemoryBytes = 1 << 20
+)
+
+// Options of an outbox.
+type Options struct {
+	// NATS may be disconnected, and may disconnect at any time. It is not
+	// closed by the outbox, and must outlive it.
+	NATS *nats.Conn
+	// Shards of the ledger (ledger.Geometry).
+	Shards uint32
+	// Gateway is a name for people, at most 64 bytes; every frame carries it.
+	Gateway string
+	// SpoolDir is where the spool is; one outbox at a time can have it. Empty:
+	// there is only memory.
+	SpoolDir string
+	// MemoryBytes bounds calls and frames in memory, over all shards; a quarter
+	// of it is kept for what is read back from the spool. At least
+	// MinMemoryBytes; DefaultMemoryBytes when 0.
+	MemoryBytes int64
+	// SpoolBytes bounds the files on disk, those of earlier producers included;
+	// DefaultSpoolBytes when 0.
+	SpoolBytes int64
+	// OnFull is Block by default.
+	OnFull FullPolicy
+	// SpoolBeforeAnswer: Add returns when the call is on disk (fsync, many
+	// calls at once) or acknowledged by the ledger, whichever is first. It
+	// needs SpoolDir.
+	SpoolBeforeAnswer bool
+	// Linger bounds how long calls gather for the spool while the ledger can't
+	// be reached; DefaultLinger when 0. While it can be reached nothing waits
+	// for time: a frame leaves as soon as the one before it is acknowledged.
+	Linger time.Duration
+	// AckTimeout is after how long an acknowledgement counts as lost and the
+	// frame is sent again; DefaultAckTimeout when 0.
+	AckTimeout time.Duration
+	Logger     zerolog.Logger
+	// Registerer takes the metrics until Close; nil: none.
+	Registerer prometheus.Registerer
+	// Now is the wall clock; time.Now when nil.
+	Now func() time.Time
+}
+
+var (
+	// ErrFull says that there is no room for the call (policy Refuse).
+	ErrFull = errors.New("the outbox is full: the ledger can't be reached for too long, or its stream is full")
+	// ErrClosed says that the outbox takes no calls any more.
+	ErrClosed = errors.New("the outbox is closed")
+	// ErrNotSafe says that a call was taken but is neither on disk nor
+	// acknowledged yet; it may still be counted.
+	ErrNotSafe = errors.New("the call is not on disk yet; it may still be counted")
+	// ErrSpooled says that everything is on disk but not in the ledger yet.
+	ErrSpooled = errors.New("everything is in the spool, not all of it in the ledger yet")
+	// ErrSpoolInUse says that another outbox has the spool directory.
+	ErrSpoolInUse = errors.New("the spool directory is in use by another gateway")
+)
+
+// Totals are sums over calls. A refused call feeds no meter; an admitted one
+// adds 1 to calls unless it reports another number.
+type Totals = lane.Totals
+
+// Outbox is described at the package. Its methods are safe for concurrent use.
+type Outbox struct {
+	o        Options
+	producer ksuid.KSUID
+	budget   budget
+	gathers  []gather
+	coarse   atomic.Int64 // microseconds, a recent reading of the clock
+	ready    chan uint32  // shards whose gathered calls the sender should take; each at most once
+	s        *sender
+	metrics  *metrics
+
+	stop    chan struct{} // closed by Close: Run returns
+	stopped sync.Once
+	turn    chan struct{} // holds one token: whoever has it is the sender
+	closed  atomic.Bool
+
+	invalid, dropped, refused atomic.Int64
+	full                      atomic.Bool
+}
+
+// gather is where Add puts calls and the sender takes them from.
+type gather struct {
+	mu       sync.Mutex
+	calls    []usage.Call
+	added    uint64 // calls ever
+	charged  int64  // of calls
+	reserved int64  // of the budget, at least charged
+	first    usage.Micros
+	busy     bool // a frame is on its way or waiting: calls gather behind it
+	queued   bool // in ready
+	closed   bool
+	marks    watermarks
+
+	_ [64]byte // keep neighbours' locks apart
+}
+
+// reserveChunk is how much of the budget a shard takes at once.
+const reserveChunk = 16 << 10
+
+// Open makes an outbox with a new producer. It does not need NATS to be there.
+// With a spool directory it locks it (ErrSpoolInUse), and Run will send what
+// earlier producers left in it.
+func Open(o Options) (*Outbox, error) {
+	if err := o.withDefaults(); err != nil {
+		return nil, err
+	}
+	producer, err := ksuid.NewRandomWithTime(o.Now())
+	if err != nil {
+		return nil, fmt.Errorf("open outbox: %w", err)
+	}
+	b := &Outbox{
+		o: o, producer: producer, gathers: make([]gather, o.Shards), ready: make(chan uint32, o.Shards),
+		stop: make(chan struct{}), turn: make(chan struct{}, 1),
+	}
+	b.budget.limit = o.MemoryBytes - o.MemoryBytes/4
+	b.coarse.Store(o.Now().UnixMicro())
+	b.turn <- struct{}{}
+	if b.s, err = newSender(b); err != nil {
+		return nil, err
+	}
+	if b.metrics, err = newMetrics(b, o.Registerer); err != nil {
+		return nil, errors.Join(err, b.s.release())
+	}
+	return b, nil
+}
+
+func (o *Options) withDefaults() error {
+	if o.NATS == nil {
+		return errors.New("outbox: Options.NATS is missing")
+	}
+	if o.Shards == 0 || o.Shards > ledger.MaxShards {
+		return fmt.Errorf("outbox: %d shards: 1 to %d are possible", o.Shards, ledger.MaxShards)
+	}
+	if len(o.Gateway) > lane.MaxGateway {
+		return fmt.Errorf("outbox: the gateway's name is %d bytes long, at most %d are allowed", len(o.Gateway), lane.MaxGateway)
+	}
+	if o.SpoolBeforeAnswer && o.SpoolDir == "" {
+		return errors.New("outbox: spool-before-answer needs a spool directory")
+	}
+	if o.OnFull < Block || o.OnFull > Drop {
+		return fmt.Errorf("outbox: there is no policy %d for a full outbox", o.OnFull)
+	}
+	if o.MemoryBytes == 0 {
+		o.MemoryBytes = DefaultMemoryBytes
+	}
+	if o.MemoryBytes < MinMemoryBytes {
+		return fmt.Errorf("outbox: %d bytes of memory are too few, give at least %d", o.MemoryBytes, MinMemoryBytes)
+	}
+	if o.SpoolBytes == 0 {
+		o.SpoolBytes = DefaultSpoolBytes
+	}
+	if o.SpoolBytes < 0 || o.Linger < 0 || o.AckTimeout < 0 {
+		return errors.New("outbox: bounds and times must not be negative")
+	}
+	if o.Linger == 0 {
+		o.Linger = DefaultLinger
+	}
+	if o.AckTimeout == 0 {
+		o.AckTimeout = DefaultAckTimeout
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	return nil
+}
+
+// Producer returns the identity of this outbox's frames, new at each Open.
+func (o *Outbox) Producer() ksuid.KSUID { return o.producer }
+
+// Add takes a call of a shard. It keeps no reference to c. An invalid call is
+// an *usage.InvalidError and is not taken: it would spoil its whole frame. A
+// full outbox does what Options.OnFull says. With SpoolBeforeAnswer it returns
+// when the call is safe; when ctx is done before, the error is ErrNotSafe.
+func (o *Outbox) Add(ctx context.Context, shard uint32, c *usage.Call) error {
+	if int(shard) >= len(o.gathers) {
+		return fmt.Errorf("outbox: there is no shard %d, the ledger has %d", shard, len(o.gathers))
+	}
+	now := usage.Micros(o.coarse.Load())
+	if c.Time > now+usage.Micros(time.Minute.Microseconds()) {
+		now = o.now() // the coarse clock may have slept
+	}
+	if err := c.Validate(now); err != nil {
+		o.invalid.Add(1)
+		return err
+	}
+	need := lane.Charge(c)
+	g := &o.gathers[shard]
+	g.mu.Lock()
+	if g.closed {
+		g.mu.Unlock()
+		return ErrClosed
+	}
+	if g.charged+need > g.reserved && !o.reserve(g, need) {
+		if err, taken := o.noRoom(ctx, g, need); !taken {
+			return err
+		}
+	}
+	if len(g.calls) == 0 {
+		g.first = o.now()
+	}
+	g.calls = append(g.calls, *c)
+	if len(c.Quantities.Custom()) > 0 {
+		g.calls[len(g.calls)-1].Quantities = copyOf(&c.Quantities)
+	}
+	g.charged += need
+	g.added++
+	mine := g.added
+	wake := !g.queued && (!g.busy || len(g.calls) >= ledger.MaxFrameCalls || o.o.SpoolBeforeAnswer)
+	g.queued = g.queued || wake
+	g.mu.Unlock()
+	if wake {
+		o.ready <- shard // never blocks: one place per shard
+	}
+	if o.o.SpoolBeforeAnswer {
+		if err := g.marks.waitSafe(ctx, mine); err != nil {
+			return fmt.Errorf("%w: %w", ErrNotSafe, err)
+		}
+	}
+	return nil
+}
+
+// copyOf gives the readings of a user's own meters memory of their own.
+func copyOf(q *usage.Quantities) usage.Quantities {
+	var out usage.Quantities
+	for i := range usage.BuiltIn(usage.NumBuiltIn) {
+		if v, ok := q.BuiltIn(i); ok {
+			out.SetBuiltIn(i, v)
+		}
+	}
+	for _, own := range q.Custom() {
+		out.Set(own.Meter, own.Value)
+	}
+	return out
+}
+
+// reserve gives the shard room for need more bytes; g is locked.
+func (o *Outbox) reserve(g *gather, need int64) bool {
+	if chunk := max(need, reserveChunk); o.budget.take(chunk) {
+		g.reserved += chunk
+	} else if o.budget.take(need) {
+		g.reserved += need
+	} else {
+		return false
+	}
+	if o.budget.pressed() {
+		o.s.press()
+	}
+	return true
+}
+
+// noRoom does what the policy says. It is called and returns taken with g
+// locked, or returns not taken with g unlocked.
+func (o *Outbox) noRoom(ctx context.Context, g *gather, need int64) (err error, taken bool) {
+	for {
+		// What waits for more company gives its room back when it is sealed.
+		wake := !g.queued && len(g.calls) > 0
+		g.queued = g.queued || wake
+		g.mu.Unlock()
+		if wake {
+			o.ready <- o.shardOf(g)
+		}
+		o.full.Store(true)
+		o.s.press()
+		switch o.o.OnFull {
+		case Refuse:
+			o.refused.Add(1)
+			return ErrFull, false
+		case Drop:
+			o.dropped.Add(1)
+			return nil, false
+		}
+		if err := o.budget.wait(ctx, need); err != nil {
+			o.refused.Add(1)
+			return fmt.Errorf("%w: %w", ErrFull, err), false
+		}
+		g.mu.Lock()
+		if g.closed {
+			g.mu.Unlock()
+			return ErrClosed, false
+		}
+		if g.charged+need <= g.reserved || o.reserve(g, need) {
+			return nil, true
+		}
+	}
+}
+
+func (o *Outbox) shardOf(g *gather) uint32 {
+	for i := range o.gathers {
+		if g == &o.gathers[i] {
+			return uint32(i)
+		}
+	}
+	panic("outbox: a gather that is not ours")
+}
+
+func (o *Outbox) now() usage.Micros {
+	now := o.o.Now().UnixMicro()
+	o.coarse.Store(now)
+	return usage.Micros(now)
+}
+
+// Flush waits until every call that was added before is acknowledged by the
+// ledger. When ctx is done before, the error says so and is ErrSpooled if all
+// of it is safe on disk. Somebody must be in Run.
+func (o *Outbox) Flush(ctx context.Context) error {
+	targets := make([]uint64, len(o.gathers))
+	for i := range o.gathers {
+		o.gathers[i].mu.Lock()
+		targets[i] = o.gathers[i].added
+		o.gathers[i].mu.Unlock()
+	}
+	for i := range o.gathers {
+		if err := o.gathers[i].marks.waitAcked(ctx, targets[i]); err == nil {
+			continue
+		} else if !o.safe(targets) {
+			return fmt.Errorf("flush: %w", err)
+		} else {
+			return fmt.Errorf("flush: %w: %w", ErrSpooled, err)
+		}
+	}
+	return nil
+}
+
+func (o *Outbox) safe(targets []uint64) bool {
+	for i := range o.gathers {
+		if safe, _ := o.gathers[i].marks.get(); safe < targets[i] {
+			return false
+		}
+	}
+	return true
+}
+
+// Run sends until ctx is done or Close is called and returns nil. Only one Run
+// at a time does the work, another one waits for its turn.
+func (o *Outbox) Run(ctx context.Context) error {
+	select {
+	case <-o.turn:
+	case <-ctx.Done():
+		return nil
+	case <-o.stop:
+		return nil
+	}
+	defer func() { o.turn <- struct{}{} }()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-o.stop:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	o.s.loop(ctx, func() bool { return false })
+	return nil
+}
+
+// Close takes no more calls and brings those it has to safety: sent while the
+// ledger takes them and ctx lasts, else spooled. Where everything could be sent
+// the producer is retired with a closing entry on each shard it used; where not
+// the next Open sends it. The error says how many calls are lost: none with a
+// spool directory that can be written.
+func (o *Outbox) Close(ctx context.Context) error {
+	if !o.closed.CompareAndSwap(false, true) {
+		return nil
+	}
+	for i := range o.gathers {
+		o.gathers[i].mu.Lock()
+		o.gathers[i].closed = true
+		o.gathers[i].mu.Unlock()
+	}
+	close(o.stop)
+	o.budget.wake() // who waits for room shall see that it is closed
+	<-o.turn
+	err := o.s.finish(ctx)
+	o.metrics.unregister()
+	return errors.Join(err, o.s.release())
+}

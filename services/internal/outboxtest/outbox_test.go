@@ -1,0 +1,230 @@
+// Package outboxtest checks the outbox of pkg/gate against a real NATS server.
+package outboxtest
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+
+	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
+)
+
+const shards = 4
+
+// rig is a NATS server that can be stopped and started again in its place.
+type rig struct {
+	t    testing.TB
+	dir  string
+	port int
+	s    *embednats.Server
+}
+
+func newRig(t testing.TB) *rig {
+	r := &rig{t: t, dir: t.TempDir()}
+	r.start()
+	nc := r.connect()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ledger.Provision(t.Context(), js, ledger.ProvisionOptions{Shards: shards}); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func (r *rig) start() {
+	r.t.Helper()
+	s, err := embednats.Start(r.t.Context(), embednats.Options{StoreDir: r.dir, Port: r.port, Logger: zerolog.Nop()})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.s = s
+	r.port = port(s)
+	r.t.Cleanup(r.stop)
+}
+
+func (r *rig) stop() {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := r.s.Stop(ctx); err != nil {
+		r.t.Error(err)
+	}
+}
+
+// connect connects as services/internal/natsconn does: for ever, without a
+// buffer of its own.
+func (r *rig) connect() *nats.Conn {
+	r.t.Helper()
+	nc, err := nats.Connect(r.s.ClientURL(), nats.MaxReconnects(-1), nats.ReconnectBufSize(-1), nats.RetryOnFailedConnect(true),
+		nats.CustomReconnectDelay(func(int) time.Duration { return 20 * time.Millisecond }))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(nc.Close)
+	return nc
+}
+
+func open(t testing.TB, o outbox.Options) *outbox.Outbox {
+	t.Helper()
+	if o.Shards == 0 {
+		o.Shards = shards
+	}
+	o.Gateway = "test"
+	b, err := outbox.Open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// run runs the outbox until the test ends or the returned stop is called.
+func run(t testing.TB, b *outbox.Outbox) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- b.Run(ctx) }()
+	stopped := false
+	stop = func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+func call(i int) *usage.Call {
+	c := &usage.Call{Time: usage.At(time.Now()), Account: fmt.Sprintf("account-%d", i%97), RequestID: fmt.Sprintf("r%d", i), Route: "/v1/chat", Status: 200}
+	c.Quantities.SetBuiltIn(usage.InputTokensIndex, int64(i))
+	return c
+}
+
+// found is what a fresh reader sees in the ledger.
+type found struct {
+	calls      map[string]int // request id → how often after de-duplication
+	frames     int
+	duplicates int
+	gaps       int
+	closed     map[string]uint64 // producer/shard → last number
+	input      int64
+}
+
+func (r *rig) read(t testing.TB) found {
+	t.Helper()
+	nc := r.connect()
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stream, err := js.Stream(t.Context(), ledger.Stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := found{calls: map[string]int{}, closed: map[string]uint64{}}
+	last := stream.CachedInfo().State.LastSeq
+	if last == 0 {
+		return out
+	}
+	sets := map[uint32]*dedup.Set{}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	var f ledger.Frame
+	err = ledger.Read(ctx, js, ledger.ReadOptions{Stream: ledger.Stream}, func(m ledger.Message) error {
+		kind, shard, err := ledger.ParseSubject(m.Subject)
+		if err != nil {
+			return err
+		}
+		if sets[shard] == nil {
+			sets[shard] = dedup.New(0)
+		}
+		switch kind {
+		case ledger.KindCalls:
+			if err := ledger.DecodeCalls(&f, m.Subject, m.Header, m.Data); err != nil {
+				return err
+			}
+			out.frames++
+			v, _ := sets[shard].Frame(dedup.Producer(f.Producer), f.Number)
+			switch v {
+			case dedup.Duplicate:
+				out.duplicates++
+			case dedup.Gap:
+				out.gaps++
+			}
+			if v != dedup.Duplicate {
+				for i := range f.N {
+					c := f.Call(i)
+					out.calls[c.RequestID]++
+					n, _ := c.Usage(usage.InputTokens)
+					out.input += n
+				}
+			}
+		case ledger.KindControl:
+			e, err := ledger.DecodeControl(m.Header, m.Data)
+			if err != nil {
+				return err
+			}
+			if pc := e.GetProducerClosed(); pc != nil {
+				out.closed[fmt.Sprintf("%x/%d", pc.GetProducer(), shard)] = pc.GetLastNumber()
+			}
+		}
+		if m.Sequence == last {
+			cancel()
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func TestEveryCallIsInTheLedgerOnce(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	b := open(t, outbox.Options{NATS: r.connect(), Registerer: prometheus.NewRegistry()})
+	stop := run(t, b)
+	const n = 20_000
+	for i := range n {
+		if err := b.Add(t.Context(), uint32(i%shards), call(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := b.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	st := b.Stats()
+	if st.Acked != n || st.Sent.Admitted != n || st.Sent.Meters[usage.InputTokensIndex] != n*(n-1)/2 {
+		t.Errorf("stats: %+v", st)
+	}
+	if st.MemoryBytes != 0 {
+		t.Errorf("%d bytes of memory are still taken", st.MemoryBytes)
+	}
+	stop()
+	if err := b.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got := r.read(t)
+	if len(got.calls) != n || got.gaps != 0 || got.duplicates != 0 || got.input != n*(n-1)/2 {
+		t.Errorf("%d calls, %d gaps, %d duplicates", len(got.calls), got.gaps, got.duplicates)
+	}
+	if len(got.closed) != shards {
+		t.Errorf("closing entries: %v", got.closed)
+	}
+	t.Logf("%d calls in %d frames", n, got.frames)
+}
