@@ -181,6 +181,10 @@ func findRoom(ctx context.Context, js jetstream.JetStream, total int64, replicas
 }
 
 func setGeometry(ctx context.Context, js jetstream.JetStream, shards uint32) (Geometry, error) {
+	// Read first: whoever finds a ledger needs no right to write its geometry.
+	if g, err := ReadGeometry(ctx, js); !errors.Is(err, jetstream.ErrKeyNotFound) {
+		return g, err
+	}
 	if shards == 0 {
 		shards = DefaultLocalShards
 	}
