@@ -36,7 +36,7 @@ CREATE TABLE IF NOT EXISTS control
     id              String               CODEC(ZSTD(1)),
     author          LowCardinality(String),
     created_at      DateTime64(6, 'UTC') CODEC(Delta(8), ZSTD(1)),
-    kind            LowCardinality(String) COMMENT 'plan_set, account_set, tick, producer_closed',
+    kind            LowCardinality(String) COMMENT 'plan_set, account_set, producer_closed; ticks are left out',
     body            String               COMMENT 'JSON' CODEC(ZSTD(3))
 )
 ENGINE = MergeTree
@@ -53,10 +53,14 @@ CREATE TABLE IF NOT EXISTS alerts
     n               Int64,
     rule            LowCardinality(String),
     scope           String               CODEC(ZSTD(1)),
+    severity        LowCardinality(String),
+    started_at      DateTime64(6, 'UTC') COMMENT 'the first breach' CODEC(Delta(8), ZSTD(1)),
     at              DateTime64(6, 'UTC') CODEC(Delta(8), ZSTD(1)),
     value           Float64              CODEC(ZSTD(1)),
     threshold       Float64              CODEC(ZSTD(1)),
-    accounts        Array(String)        COMMENT 'the accounts most concerned' CODEC(ZSTD(1)),
+    refused_accounts Int64               CODEC(ZSTD(1)),
+    active_accounts Int64                CODEC(ZSTD(1)),
+    reason          String               COMMENT 'of a resolve' CODEC(ZSTD(1)),
     summary         String               CODEC(ZSTD(1)),
     body            String               COMMENT 'the whole transition, JSON' CODEC(ZSTD(3))
 )

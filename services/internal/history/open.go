@@ -266,3 +266,14 @@ func pause(ctx context.Context, try int) error {
 		return ctx.Err()
 	}
 }
+
+// TableID returns the identity that a table got when it was made, and whether
+// it has no rows.
+func (h *History) TableID(ctx context.Context, table string) (id string, empty bool, err error) {
+	var rows uint64
+	const q = "SELECT toString(uuid), ifNull(total_rows, 0) FROM system.tables WHERE database = currentDatabase() AND name = ?"
+	if err := h.conn.QueryRow(ctx, q, table).Scan(&id, &rows); err != nil {
+		return "", false, fmt.Errorf("ask ClickHouse for table %s: %w", table, err)
+	}
+	return id, rows == 0, nil
+}

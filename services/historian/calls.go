@@ -1,0 +1,148 @@
+package historian
+
+import (
+	"context"
+	"errors"
+
+	"github.com/rs/zerolog"
+
+	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
+)
+
+// calls gathers the ledger's calls.
+type calls struct {
+	fold    *fold
+	horizon usage.Micros
+	parts   func(*history.Block) []part
+	metrics *metrics
+	log     zerolog.Logger
+
+	pool  chan *history.Block
+	block *history.Block
+
+	// Of the entry that was weighed:
+	kind    ledger.Kind
+	shard   uint32
+	frame   ledger.Frame
+	err     error
+	scratch []uint32
+}
+
+func newCalls(horizon usage.Micros, parts func(*history.Block) []part, m *metrics, log zerolog.Logger) *calls {
+	c := &calls{fold: newFold(horizon), horizon: horizon, parts: parts, metrics: m, log: log, pool: make(chan *history.Block, 2)}
+	c.pool <- history.NewBlock()
+	c.block = history.NewBlock()
+	return c
+}
+
+func (c *calls) weigh(m ledger.Message) item {
+	it := item{sequence: m.Sequence, time: max(c.fold.high, streamTime(m)), near: m.Pending <= nearEntries}
+	if c.kind, c.shard, c.err = ledger.ParseSubject(m.Subject); c.err != nil || c.kind != ledger.KindCalls {
+		return it
+	}
+	if c.err = ledger.DecodeCalls(&c.frame, m.Subject, m.Header, m.Data); c.err == nil {
+		it.rows, it.bytes = c.frame.N, len(m.Data)
+	}
+	return it
+}
+
+func (c *calls) take(m ledger.Message, keep bool) {
+	if c.kind == 0 {
+		c.undecodable(m, c.err, keep)
+		return
+	}
+	shard := c.fold.pass(c.shard, streamTime(m))
+	switch {
+	case c.kind == ledger.KindControl:
+		if e, err := ledger.DecodeControl(m.Header, m.Data); err == nil {
+			shard.control(e)
+		}
+		// The control lane counts the ones that can't be decoded.
+		return
+	case c.kind != ledger.KindCalls:
+		return
+	case c.err != nil:
+		c.undecodable(m, c.err, keep)
+		return
+	}
+	f := shard.calls(&c.frame, c.scratch)
+	if f.keep != nil {
+		c.scratch = f.keep
+	}
+	if !keep {
+		return
+	}
+	switch f.verdict {
+	case dedup.Duplicate:
+		c.metrics.repeated.WithLabelValues("frame").Inc()
+		return
+	case dedup.Gap:
+		c.metrics.gaps.Add(float64(f.skipped))
+		c.log.Error().Str("producer", c.frame.Producer.String()).Uint32("shard", c.shard).Uint64("number", c.frame.Number).Uint64("skipped", f.skipped).Msg("a producer skipped frames: calls were sent that never came")
+	case dedup.Fresh:
+	}
+	if f.invalid {
+		c.undecodable(m, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: "a call names no account"}, keep)
+		return
+	}
+	c.metrics.repeated.WithLabelValues("event").Add(float64(f.foreign))
+	c.block.AppendFrame(&c.frame, history.Entry{Sequence: m.Sequence, Time: c.fold.high}, f.keep)
+}
+
+// undecodable leaves an entry out. The aggregator does the same, and keeps it in
+// the dead-letter stream.
+func (c *calls) undecodable(m ledger.Message, err error, keep bool) {
+	if !keep {
+		return
+	}
+	c.metrics.undecodable.WithLabelValues("calls", reason(err)).Inc()
+	c.log.Warn().Err(err).Uint64("sequence", m.Sequence).Msg("an entry can't be decoded and is left out")
+}
+
+// reason is the machine code of why an entry can't be decoded.
+func reason(err error) string {
+	var invalid *usage.InvalidError
+	if errors.As(err, &invalid) {
+		return invalid.Reason
+	}
+	return usage.ReasonMalformed
+}
+
+func (c *calls) seal(ctx context.Context, _ span) (int, []part, func(), error) {
+	full := c.block
+	if full.Rows() == 0 {
+		return 0, nil, nil, nil
+	}
+	select {
+	case c.block = <-c.pool:
+	case <-ctx.Done():
+		return 0, nil, nil, ctx.Err()
+	}
+	return full.Rows(), c.parts(full), func() {
+		full.Reset()
+		c.pool <- full
+	}, nil
+}
+
+func (c *calls) snapshot(position uint64, stream string) []byte {
+	return c.fold.marshal(position, stream)
+}
+
+func (c *calls) restore(data []byte, stream string) (uint64, error) {
+	if data == nil {
+		c.fold = newFold(c.horizon)
+		return 0, nil
+	}
+	f, position, id, err := unmarshalFold(data)
+	switch {
+	case err != nil:
+		return 0, err
+	case id != stream:
+		return 0, errors.New("the snapshot is of another ledger")
+	}
+	c.fold = f
+	return position, nil
+}

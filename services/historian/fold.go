@@ -1,0 +1,188 @@
+package historian
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"maps"
+	"slices"
+
+	"github.com/segmentio/ksuid"
+
+	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+)
+
+// fold is what the ledger up to an entry says about the next one: what has been
+// seen before, and how late it is. It is pure; two folds of the same entries are
+// equal. Not safe for concurrent use.
+type fold struct {
+	horizon usage.Micros
+	shards  map[uint32]*shardFold
+	// high is the highest stream time seen.
+	high usage.Micros
+}
+
+type shardFold struct {
+	set  *dedup.Set
+	high usage.Micros // of this shard's entries
+}
+
+func newFold(horizon usage.Micros) *fold {
+	return &fold{horizon: horizon, shards: map[uint32]*shardFold{}}
+}
+
+// pass lets the stream's time pass with an entry and returns the shard.
+func (f *fold) pass(shard uint32, at usage.Micros) *shardFold {
+	f.high = max(f.high, at)
+	s := f.shards[shard]
+	if s == nil {
+		s = &shardFold{set: dedup.New(f.horizon)}
+		f.shards[shard] = s
+	}
+	s.high = max(s.high, at)
+	return s
+}
+
+// fresh is what of a frame was not seen before.
+type fresh struct {
+	verdict dedup.Verdict
+	skipped uint64 // numbers missing before the frame
+	// keep names the rows in ascending order; nil is all of them.
+	keep []uint32
+	// foreign is how many rows were seen before.
+	foreign int
+	invalid bool
+}
+
+// calls takes note of a frame, by the rules of the aggregator (pkg/quota): a
+// frame of a producer once by its number; in it, or without a producer, a row
+// with a source and an event id once by these, whoever brought it; a frame that
+// names no account somewhere not at all. keep is appended to scratch.
+func (s *shardFold) calls(f *ledger.Frame, scratch []uint32) fresh {
+	out := fresh{verdict: dedup.Fresh}
+	if f.Producer != ksuid.Nil {
+		out.verdict, out.skipped = s.set.Frame(dedup.Producer(f.Producer), f.Number)
+		if out.verdict == dedup.Duplicate {
+			return out
+		}
+	}
+	for _, account := range f.Account.Dict {
+		if len(account) == 0 {
+			out.invalid = true
+			return out
+		}
+	}
+	if f.Source.Absent() || f.EventID.Absent() {
+		return out
+	}
+	keep := scratch[:0]
+	for i := range f.N {
+		source, id := f.Source.At(i), f.EventID.At(i)
+		if len(source) > 0 && len(id) > 0 && !s.set.Foreign(dedup.ForeignID(f.Account.At(i), source, id), s.high) {
+			out.foreign++
+			continue
+		}
+		keep = append(keep, uint32(i))
+	}
+	if out.foreign > 0 {
+		if keep == nil {
+			keep = []uint32{} // none; nil would be all
+		}
+		out.keep = keep
+	}
+	return out
+}
+
+// control takes note of a control entry: a producer that has closed is
+// forgotten after a while, and an act counts once.
+func (s *shardFold) control(e *tollkeeperv1.ControlEntry) {
+	if id := e.GetId(); id != "" && !s.set.Foreign(dedup.ForeignID(nil, []byte("control"), []byte(id)), s.high) {
+		return
+	}
+	if closed := e.GetProducerClosed(); closed != nil && len(closed.GetProducer()) == len(dedup.Producer{}) {
+		s.set.Close(dedup.Producer(closed.GetProducer()), s.high)
+	}
+}
+
+const foldMagic = "TKH1"
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// marshal writes the fold of everything up to and including position, in the
+// same bytes for equal folds.
+func (f *fold) marshal(position uint64, ledgerID string) []byte {
+	out := append([]byte(nil), foldMagic...)
+	out = binary.AppendUvarint(out, uint64(len(ledgerID)))
+	out = append(out, ledgerID...)
+	out = binary.AppendUvarint(out, position)
+	out = binary.AppendVarint(out, int64(f.high))
+	out = binary.AppendVarint(out, int64(f.horizon))
+	out = binary.AppendUvarint(out, uint64(len(f.shards)))
+	for _, shard := range slices.Sorted(maps.Keys(f.shards)) {
+		s := f.shards[shard]
+		out = binary.AppendUvarint(out, uint64(shard))
+		out = binary.AppendVarint(out, int64(s.high))
+		out = s.set.AppendBinary(out)
+	}
+	return binary.LittleEndian.AppendUint32(out, crc32.Checksum(out, castagnoli))
+}
+
+var errSnapshot = errors.New("the historian's snapshot cannot be read")
+
+// unmarshalFold reads what marshal wrote.
+func unmarshalFold(data []byte) (f *fold, position uint64, ledgerID string, err error) {
+	if len(data) < len(foldMagic)+4 || string(data[:len(foldMagic)]) != foldMagic {
+		return nil, 0, "", fmt.Errorf("%w: it does not begin with %s", errSnapshot, foldMagic)
+	}
+	body, sum := data[:len(data)-4], binary.LittleEndian.Uint32(data[len(data)-4:])
+	if crc32.Checksum(body, castagnoli) != sum {
+		return nil, 0, "", fmt.Errorf("%w: its CRC-32C does not match its content", errSnapshot)
+	}
+	b := body[len(foldMagic):]
+	cut := false
+	uvarint := func() uint64 {
+		v, n := binary.Uvarint(b)
+		if n <= 0 {
+			cut = true
+			return 0
+		}
+		b = b[n:]
+		return v
+	}
+	varint := func() int64 {
+		v, n := binary.Varint(b)
+		if n <= 0 {
+			cut = true
+			return 0
+		}
+		b = b[n:]
+		return v
+	}
+	n := uvarint()
+	if cut || n > uint64(len(b)) {
+		return nil, 0, "", fmt.Errorf("%w: it is cut off", errSnapshot)
+	}
+	ledgerID, b = string(b[:n]), b[n:]
+	position = uvarint()
+	f = &fold{shards: map[uint32]*shardFold{}, high: usage.Micros(varint())}
+	f.horizon = usage.Micros(varint())
+	for n := uvarint(); n > 0 && !cut; n-- {
+		shard := uvarint()
+		s := &shardFold{high: usage.Micros(varint())}
+		if cut || shard >= ledger.MaxShards {
+			break
+		}
+		if s.set, b, err = dedup.Read(b); err != nil {
+			return nil, 0, "", fmt.Errorf("%w: %w", errSnapshot, err)
+		}
+		f.shards[uint32(shard)] = s
+	}
+	if cut || len(b) != 0 {
+		return nil, 0, "", fmt.Errorf("%w: it is cut off", errSnapshot)
+	}
+	return f, position, ledgerID, nil
+}
