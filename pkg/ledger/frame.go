@@ -1,10 +1,13 @@
 package ledger
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
+	"math"
 	"math/bits"
+	"unicode/utf8"
 
 	"github.com/segmentio/ksuid"
 
@@ -17,8 +20,9 @@ const (
 	MaxFrameCalls    = 1000
 	TargetFrameBytes = 32 << 10
 
-	maxDecodeCalls = 4096
-	maxDecodeBytes = 1 << 20
+	maxDecodeCalls   = 4096
+	maxDecodeBytes   = 1 << 20
+	maxCustomColumns = 8 * usage.MaxCustomMeters
 )
 
 const frameMagic = "TKF1"
@@ -73,24 +77,6 @@ type Header struct {
 	SealedAt usage.Micros
 }
 
-// Builder gathers calls and seals them into one columnar frame. The zero value
-// is ready. Not safe for concurrent use.
-type Builder struct {
-	n      int
-	bytes  int
-	ints   [numIntColumns]intColumn
-	strs   [numStrColumns]strColumn
-	trace  fixedColumn
-	span   fixedColumn
-	custom []customColumn
-	buf    []byte
-}
-
-type customColumn struct {
-	meter usage.Meter
-	col   intColumn
-}
-
 // Positions of the columns inside a Builder and a Frame; meters follow.
 const (
 	intTime = iota
@@ -119,367 +105,63 @@ const (
 	numStrColumns
 )
 
-// intColumnID and strColumnID give the wire's id of a position.
+// Wire ids by position, and positions + 1 by wire id.
+var (
+	intIDs = [intMeter0]uint64{colTime, colStatus, colDuration, colFlags, colTraceFlags}
+	strIDs = [numStrColumns]uint64{
+		colAccount, colKeyID, colRequestID, colMethod, colRoute, colModel, colCode,
+		colDecisionID, colSource, colEventID, colPriceVersion, colCurrency, colRegion,
+	}
+	intPositions = [colMeter0]uint8{
+		colTime: intTime + 1, colStatus: intStatus + 1, colDuration: intDuration + 1, colFlags: intFlags + 1, colTraceFlags: intTraceFlags + 1,
+	}
+	strPositions = [colMeter0]uint8{
+		colAccount: strAccount + 1, colKeyID: strKeyID + 1, colRequestID: strRequestID + 1, colMethod: strMethod + 1,
+		colRoute: strRoute + 1, colModel: strModel + 1, colCode: strCode + 1, colDecisionID: strDecisionID + 1, colSource: strSource + 1,
+		colEventID: strEventID + 1, colPriceVersion: strPriceVersion + 1, colCurrency: strCurrency + 1, colRegion: strRegion + 1,
+	}
+)
+
 func intColumnID(pos int) uint64 {
 	if pos >= intMeter0 {
 		return uint64(colMeter0 + pos - intMeter0)
 	}
-	return [...]uint64{colTime, colStatus, colDuration, colFlags, colTraceFlags}[pos]
+	return intIDs[pos]
 }
 
-func strColumnID(pos int) uint64 {
-	return [...]uint64{
-		colAccount, colKeyID, colRequestID, colMethod, colRoute, colModel, colCode,
-		colDecisionID, colSource, colEventID, colPriceVersion, colCurrency, colRegion,
-	}[pos]
-}
+func strColumnID(pos int) uint64 { return strIDs[pos] }
 
 func intPosition(id uint64) (int, bool) {
-	if id >= colMeter0 && id < colMeter0+usage.NumBuiltIn {
+	switch {
+	case id < colMeter0:
+		return int(intPositions[id]) - 1, intPositions[id] != 0
+	case id < colMeter0+usage.NumBuiltIn:
 		return intMeter0 + int(id-colMeter0), true
-	}
-	for p := range intMeter0 {
-		if intColumnID(p) == id {
-			return p, true
-		}
 	}
 	return 0, false
 }
 
 func strPosition(id uint64) (int, bool) {
-	for p := range numStrColumns {
-		if strColumnID(p) == id {
-			return p, true
-		}
+	if id < colMeter0 {
+		return int(strPositions[id]) - 1, strPositions[id] != 0
 	}
 	return 0, false
 }
 
-// Len returns how many calls are gathered.
-func (b *Builder) Len() int { return b.n }
-
-// Size returns about how many bytes the frame will have.
-func (b *Builder) Size() int { return b.bytes }
-
-// Full reports whether the frame should be sealed before another call is added.
-func (b *Builder) Full() bool { return b.n >= MaxFrameCalls || b.bytes >= TargetFrameBytes }
-
-// Add gathers one call. The caller has validated it (usage.Call.Validate).
-func (b *Builder) Add(c *usage.Call) {
-	i := b.n
-	b.n++
-	size := b.ints[intTime].add(i, int64(c.Time))
-	if c.Status != 0 {
-		size += b.ints[intStatus].add(i, int64(c.Status))
+// intBounds are the values that a column's rows may have: what usage.Call can
+// hold and usage.Call.Validate lets through.
+func intBounds(pos int) (lo, hi int64) {
+	switch pos {
+	case intTime:
+		return int64(usage.OldestTimeMicros), int64(usage.NewestTimeMicros)
+	case intStatus:
+		return 0, usage.MaxStatus
+	case intFlags:
+		return 0, math.MaxUint32
+	case intTraceFlags:
+		return 0, math.MaxUint8
 	}
-	if c.Duration != 0 {
-		size += b.ints[intDuration].add(i, c.Duration)
-	}
-	if c.Flags != 0 {
-		size += b.ints[intFlags].add(i, int64(c.Flags))
-	}
-	if c.TraceFlags != 0 {
-		size += b.ints[intTraceFlags].add(i, int64(c.TraceFlags))
-	}
-	for m := range usage.BuiltIn(usage.NumBuiltIn) {
-		if v, ok := c.Quantities.BuiltIn(m); ok {
-			size += b.ints[intMeter0+int(m)].add(i, v)
-		}
-	}
-	size += b.strs[strAccount].add(i, c.Account)
-	size += b.strs[strKeyID].add(i, c.KeyID)
-	size += b.strs[strRequestID].add(i, c.RequestID)
-	size += b.strs[strMethod].add(i, c.Method)
-	size += b.strs[strRoute].add(i, c.Route)
-	size += b.strs[strModel].add(i, c.Model)
-	size += b.strs[strCode].add(i, string(c.Code))
-	size += b.strs[strDecisionID].add(i, c.DecisionID)
-	size += b.strs[strSource].add(i, c.Source)
-	size += b.strs[strEventID].add(i, c.EventID)
-	size += b.strs[strPriceVersion].add(i, c.PriceVersion)
-	size += b.strs[strCurrency].add(i, c.Currency)
-	size += b.strs[strRegion].add(i, c.Region)
-	if c.TraceID != ([16]byte{}) {
-		size += b.trace.add(i, c.TraceID[:])
-	}
-	if c.SpanID != ([8]byte{}) {
-		size += b.span.add(i, c.SpanID[:])
-	}
-	for _, q := range c.Quantities.Custom() {
-		size += b.customColumn(q.Meter).add(i, q.Value)
-	}
-	b.bytes += size
-}
-
-func (b *Builder) customColumn(m usage.Meter) *intColumn {
-	for i := range b.custom {
-		if b.custom[i].meter == m {
-			return &b.custom[i].col
-		}
-	}
-	b.custom = append(b.custom, customColumn{meter: m})
-	return &b.custom[len(b.custom)-1].col
-}
-
-// Seal returns the frame of the gathered calls and empties the builder. The
-// returned bytes are the caller's. Sealing an empty builder is a programming
-// error and panics.
-func (b *Builder) Seal(h Header) []byte {
-	if b.n == 0 {
-		panic("ledger: sealing a frame without calls")
-	}
-	out := b.buf[:0]
-	out = append(out, frameMagic...)
-	out = append(out, h.Producer[:]...)
-	out = binary.AppendUvarint(out, uint64(h.Shard))
-	out = binary.AppendUvarint(out, h.Number)
-	out = binary.AppendVarint(out, int64(h.SealedAt))
-	out = appendString(out, h.Gateway)
-	out = binary.AppendUvarint(out, uint64(b.n))
-	for p := range b.ints {
-		// An absent meter is unknown, every other absent integer is 0.
-		out = b.ints[p].appendBlock(out, intColumnID(p), "", b.n, p >= intMeter0)
-		b.ints[p].reset()
-	}
-	for p := range b.strs {
-		out = b.strs[p].appendBlock(out, strColumnID(p), b.n)
-		b.strs[p].reset()
-	}
-	out = b.trace.appendBlock(out, colTraceID, b.n)
-	out = b.span.appendBlock(out, colSpanID, b.n)
-	b.trace.reset()
-	b.span.reset()
-	for i := range b.custom {
-		out = b.custom[i].col.appendBlock(out, colCustomMeter, string(b.custom[i].meter), b.n, true)
-	}
-	b.custom = b.custom[:0]
-	out = binary.LittleEndian.AppendUint32(out, crc32.Checksum(out, castagnoli))
-	b.buf = out
-	b.n, b.bytes = 0, 0
-	return append([]byte(nil), out...)
-}
-
-func appendString(out []byte, s string) []byte {
-	out = binary.AppendUvarint(out, uint64(len(s)))
-	return append(out, s...)
-}
-
-// appendBlock writes id, encoding, length and the payload that fill appends.
-// The length is written after the payload and the payload moved up: payloads
-// are small and it spares a second pass over the column.
-func appendBlock(out []byte, id uint64, enc byte, payload []byte) []byte {
-	out = binary.AppendUvarint(out, id)
-	out = append(out, enc)
-	out = binary.AppendUvarint(out, uint64(len(payload)))
-	return append(out, payload...)
-}
-
-type intColumn struct {
-	values   []int64
-	rows     []uint32 // row of each value
-	min, max int64
-	scratch  []byte
-}
-
-func (c *intColumn) add(row int, v int64) int {
-	if len(c.values) == 0 {
-		c.min, c.max = v, v
-	} else {
-		c.min, c.max = min(c.min, v), max(c.max, v)
-	}
-	c.values = append(c.values, v)
-	c.rows = append(c.rows, uint32(row))
-	if c.min == c.max {
-		return 0
-	}
-	return offsetWidth(uint64(c.max) - uint64(c.min))
-}
-
-func (c *intColumn) reset() { c.values, c.rows = c.values[:0], c.rows[:0] }
-
-func offsetWidth(span uint64) int {
-	switch n := bits.Len64(span); {
-	case n <= 8:
-		return 1
-	case n <= 16:
-		return 2
-	case n <= 32:
-		return 4
-	default:
-		return 8
-	}
-}
-
-func (c *intColumn) appendBlock(out []byte, id uint64, name string, n int, nullable bool) []byte {
-	if len(c.values) == 0 {
-		return out
-	}
-	lo, hi := c.min, c.max
-	if !nullable && len(c.values) < n {
-		lo, hi = min(lo, 0), max(hi, 0)
-	}
-	p := c.scratch[:0]
-	if name != "" {
-		p = appendString(p, name)
-	}
-	enc := byte(encIntOffset)
-	if lo == hi {
-		enc = encIntConst
-	}
-	sparse := len(c.values) < n
-	if sparse && nullable {
-		p = appendBitmap(p, c.rows, n)
-	}
-	p = binary.AppendVarint(p, lo)
-	if enc == encIntOffset {
-		w := offsetWidth(uint64(hi) - uint64(lo))
-		p = append(p, byte(w))
-		at := len(p)
-		rows := len(c.values)
-		if sparse && !nullable {
-			rows = n
-		}
-		p = append(p, make([]byte, rows*w)...)
-		if sparse && !nullable {
-			zero := uint64(0) - uint64(lo)
-			for i := range n {
-				putWidth(p[at+i*w:], w, zero)
-			}
-			for k, r := range c.rows {
-				putWidth(p[at+int(r)*w:], w, uint64(c.values[k])-uint64(lo))
-			}
-		} else {
-			for k, v := range c.values {
-				putWidth(p[at+k*w:], w, uint64(v)-uint64(lo))
-			}
-		}
-	}
-	c.scratch = p
-	if sparse && nullable {
-		enc |= encNullable
-	}
-	return appendBlock(out, id, enc, p)
-}
-
-func putWidth(p []byte, w int, v uint64) {
-	switch w {
-	case 1:
-		p[0] = byte(v)
-	case 2:
-		binary.LittleEndian.PutUint16(p, uint16(v))
-	case 4:
-		binary.LittleEndian.PutUint32(p, uint32(v))
-	default:
-		binary.LittleEndian.PutUint64(p, v)
-	}
-}
-
-func appendBitmap(p []byte, rows []uint32, n int) []byte {
-	at := len(p)
-	p = append(p, make([]byte, (n+7)/8)...)
-	for _, r := range rows {
-		p[at+int(r>>3)] |= 1 << (r & 7)
-	}
-	return p
-}
-
-type strColumn struct {
-	dict    []string
-	ids     map[string]uint32
-	index   []uint32
-	bytes   int
-	scratch []byte
-}
-
-func (c *strColumn) add(row int, s string) int {
-	// Most columns repeat the value of the row before.
-	if row > 0 && len(c.index) == row && c.dict[c.index[row-1]] == s {
-		c.index = append(c.index, c.index[row-1])
-		if len(c.dict) == 1 {
-			return 0
-		}
-		return 2
-	}
-	if c.ids == nil {
-		c.ids = make(map[string]uint32)
-	}
-	id, ok := c.ids[s]
-	size := 2
-	if !ok {
-		id = uint32(len(c.dict))
-		c.dict = append(c.dict, s)
-		c.ids[s] = id
-		c.bytes += len(s)
-		size += len(s) + 1
-	}
-	c.index = append(c.index, id)
-	return size
-}
-
-func (c *strColumn) reset() {
-	clear(c.ids)
-	clear(c.dict)
-	c.dict, c.index, c.bytes = c.dict[:0], c.index[:0], 0
-}
-
-func (c *strColumn) appendBlock(out []byte, id uint64, n int) []byte {
-	switch {
-	case len(c.dict) == 0, len(c.dict) == 1 && c.dict[0] == "":
-		return out
-	case len(c.dict) == 1:
-		c.scratch = appendString(c.scratch[:0], c.dict[0])
-		return appendBlock(out, id, encStrConst, c.scratch)
-	}
-	p := c.scratch[:0]
-	enc := byte(encStrDict)
-	if len(c.dict) == n {
-		// All different: the index would say nothing.
-		enc = encStrPlain
-		for _, s := range c.dict {
-			p = appendString(p, s)
-		}
-	} else {
-		p = binary.AppendUvarint(p, uint64(len(c.dict)))
-		for _, s := range c.dict {
-			p = appendString(p, s)
-		}
-		w := offsetWidth(uint64(len(c.dict) - 1))
-		p = append(p, byte(w))
-		at := len(p)
-		p = append(p, make([]byte, n*w)...)
-		for i, id := range c.index {
-			putWidth(p[at+i*w:], w, uint64(id))
-		}
-	}
-	c.scratch = p
-	return appendBlock(out, id, enc, p)
-}
-
-type fixedColumn struct {
-	rows    []uint32
-	bytes   []byte
-	scratch []byte
-}
-
-func (c *fixedColumn) add(row int, v []byte) int {
-	c.rows = append(c.rows, uint32(row))
-	c.bytes = append(c.bytes, v...)
-	return len(v)
-}
-
-func (c *fixedColumn) reset() { c.rows, c.bytes = c.rows[:0], c.bytes[:0] }
-
-func (c *fixedColumn) appendBlock(out []byte, id uint64, n int) []byte {
-	if len(c.rows) == 0 {
-		return out
-	}
-	p, enc := c.scratch[:0], byte(encFixed)
-	if len(c.rows) < n {
-		p, enc = appendBitmap(p, c.rows, n), enc|encNullable
-	}
-	p = append(p, c.bytes...)
-	c.scratch = p
-	return appendBlock(out, id, enc, p)
+	return 0, usage.MaxQuantity
 }
 
 // Strings is a decoded string column: a dictionary and an index into it. The
@@ -581,15 +263,24 @@ type Frame struct {
 
 // arena keeps the memory of earlier decodings for the next.
 type arena struct {
-	ints  [][]int64
-	intN  int
-	idx   [][]uint32
-	idxN  int
-	dicts [][][]byte
-	dictN int
+	ints   [][]int64
+	intN   int
+	idx    [][]uint32
+	idxN   int
+	dicts  [][][]byte
+	dictN  int
+	fixed  [2][]byte // of sparse trace and span ids
+	rows   *Builder  // of the row-wise forms
+	gwName string    // of the frame before: it is mostly the same again
 }
 
-func (a *arena) reset() { a.intN, a.idxN, a.dictN = 0, 0, 0 }
+func (a *arena) reset() {
+	for i := range a.dicts[:a.dictN] {
+		// They point into a message, which must not be kept alive.
+		clear(a.dicts[i])
+	}
+	a.intN, a.idxN, a.dictN = 0, 0, 0
+}
 
 func (a *arena) int64s(n int) []int64 {
 	if a.intN == len(a.ints) {
@@ -620,8 +311,36 @@ func (a *arena) dict(n int) [][]byte {
 	if cap(a.dicts[a.dictN]) < n {
 		a.dicts[a.dictN] = make([][]byte, n)
 	}
+	a.dicts[a.dictN] = a.dicts[a.dictN][:n]
 	a.dictN++
-	return a.dicts[a.dictN-1][:n]
+	return a.dicts[a.dictN-1]
+}
+
+// fixedBytes returns n zeroed bytes.
+func (a *arena) fixedBytes(slot, n int) []byte {
+	if cap(a.fixed[slot]) < n {
+		a.fixed[slot] = make([]byte, n)
+	}
+	b := a.fixed[slot][:n]
+	clear(b)
+	return b
+}
+
+// builder returns an empty builder for the row-wise forms.
+func (a *arena) builder() *Builder {
+	if a.rows == nil || a.rows.Len() > 0 {
+		// The frame before was given up half way.
+		a.rows = new(Builder)
+	}
+	return a.rows
+}
+
+// gateway returns the name as a string, which is mostly that of the frame before.
+func (a *arena) gateway(name []byte) string {
+	if a.gwName != string(name) {
+		a.gwName = string(name)
+	}
+	return a.gwName
 }
 
 func (f *Frame) intColumn(pos int) *Ints {
@@ -651,15 +370,18 @@ func malformed(format string, args ...any) error {
 	return &usage.InvalidError{Reason: usage.ReasonMalformed, Message: "frame: " + fmt.Sprintf(format, args...)}
 }
 
+func oversized(format string, args ...any) error {
+	return &usage.InvalidError{Reason: usage.ReasonOversized, Message: "frame: " + fmt.Sprintf(format, args...)}
+}
+
 // Decode reads a columnar frame. Its errors are *usage.InvalidError: the
 // message can never be decoded and belongs in the dead-letter stream. After an
-// error the frame's content is undefined.
+// error the frame's content is undefined. What it accepts has, in every row,
+// what usage.Call.Validate wants of a call.
 func (f *Frame) Decode(data []byte) error {
-	f.arena.reset()
-	a := f.arena
-	*f = Frame{arena: a, Custom: f.Custom[:0]}
+	f.reset()
 	if len(data) > maxDecodeBytes {
-		return &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("frame: %d bytes, at most %d are read", len(data), maxDecodeBytes)}
+		return oversized("%d bytes, at most %d are read", len(data), maxDecodeBytes)
 	}
 	if len(data) < len(frameMagic)+20+4 || string(data[:len(frameMagic)]) != frameMagic {
 		return &usage.InvalidError{Reason: usage.ReasonUnknownSchema, Message: "frame: it does not begin with " + frameMagic}
@@ -668,16 +390,34 @@ func (f *Frame) Decode(data []byte) error {
 	if crc32.Checksum(body, castagnoli) != sum {
 		return &usage.InvalidError{Reason: usage.ReasonChecksum, Message: "frame: its CRC-32C does not match its content"}
 	}
+	return f.decodeBody(body)
+}
+
+// reset empties the frame and keeps its memory.
+func (f *Frame) reset() {
+	f.arena.reset()
+	*f = Frame{arena: f.arena, Custom: f.Custom[:0]}
+}
+
+// decodeBody is Decode of a reset frame, without the checks of size and checksum.
+func (f *Frame) decodeBody(body []byte) error {
 	r := reader{b: body[len(frameMagic):]}
 	copy(f.Producer[:], r.bytes(20))
 	shard := r.uvarint()
 	f.Number = r.uvarint()
 	f.SealedAt = usage.Micros(r.varint())
-	f.Gateway = string(r.lenBytes())
+	gateway := r.lenBytes()
 	n := r.uvarint()
 	if r.bad || shard >= MaxShards {
 		return malformed("its header is cut off or names shard %d", shard)
 	}
+	if f.SealedAt != 0 && (f.SealedAt < usage.OldestTimeMicros || f.SealedAt > usage.NewestTimeMicros) {
+		return &usage.InvalidError{Reason: usage.ReasonAbsurdTime, Message: "frame: it says it was sealed before the year 2000 or after 2199"}
+	}
+	if err := checkText(gateway); err != nil {
+		return err
+	}
+	f.Gateway = f.arena.gateway(gateway)
 	f.Shard = uint32(shard)
 	if n == 0 || n > maxDecodeCalls {
 		return malformed("it says it holds %d calls; 1 to %d are read", n, maxDecodeCalls)
@@ -693,8 +433,35 @@ func (f *Frame) Decode(data []byte) error {
 			return err
 		}
 	}
-	if f.Time.Values == nil || f.Account.Absent() {
-		return malformed("it has no time or no account column")
+	if f.Time.Values == nil || f.Time.Known != nil {
+		return malformed("a call has no time")
+	}
+	if f.Account.Absent() {
+		return malformed("a call names no account")
+	}
+	for _, account := range f.Account.Dict {
+		if len(account) == 0 {
+			return malformed("a call names no account")
+		}
+	}
+	if len(f.Custom) > usage.MaxCustomMeters {
+		return f.checkCustom()
+	}
+	return nil
+}
+
+// checkCustom looks for a call with too many meters of the user's own.
+func (f *Frame) checkCustom() error {
+	for i := range f.N {
+		count := 0
+		for k := range f.Custom {
+			if _, known := f.Custom[k].Get(i); known {
+				count++
+			}
+		}
+		if count > usage.MaxCustomMeters {
+			return oversized("call %d reports %d own meters, at most %d are allowed", i, count, usage.MaxCustomMeters)
+		}
 	}
 	return nil
 }
@@ -705,21 +472,8 @@ func (f *Frame) decodeColumn(id uint64, enc byte, payload []byte) error {
 		if col.Values != nil {
 			return malformed("column %d appears twice", id)
 		}
-		lowest, err := f.decodeInts(col, enc, payload)
-		if err != nil {
-			return err
-		}
-		if pos == intTime {
-			if usage.Micros(lowest) < usage.OldestTimeMicros {
-				return &usage.InvalidError{Reason: usage.ReasonAbsurdTime, Message: "frame: an event time is before the year 2000"}
-			}
-			if col.Known != nil {
-				return malformed("a call has no time")
-			}
-		} else if lowest < 0 {
-			return &usage.InvalidError{Reason: usage.ReasonNegativeCount, Message: fmt.Sprintf("frame: column %d has a negative value", id)}
-		}
-		return nil
+		lo, hi := intBounds(pos)
+		return f.decodeInts(col, id, lo, hi, enc, payload)
 	}
 	if pos, ok := strPosition(id); ok {
 		col := f.strColumn(pos)
@@ -730,28 +484,40 @@ func (f *Frame) decodeColumn(id uint64, enc byte, payload []byte) error {
 	}
 	switch id {
 	case colTraceID:
-		return f.decodeFixed(&f.TraceID, 16, enc, payload)
+		return f.decodeFixed(&f.TraceID, 0, 16, enc, payload)
 	case colSpanID:
-		return f.decodeFixed(&f.SpanID, 8, enc, payload)
+		return f.decodeFixed(&f.SpanID, 1, 8, enc, payload)
 	case colCustomMeter:
-		r := reader{b: payload}
-		name := r.lenBytes()
-		if r.bad || !usage.Meter(name).Valid() || len(f.Custom) >= usage.MaxCustomMeters*8 {
-			return malformed("a custom meter has no valid name, or there are too many")
-		}
-		for i := range f.Custom {
-			if string(f.Custom[i].Meter) == string(name) {
-				return malformed("meter %q appears twice", name)
-			}
-		}
-		f.Custom = append(f.Custom, CustomMeter{Meter: usage.Meter(name)})
-		lowest, err := f.decodeInts(&f.Custom[len(f.Custom)-1].Ints, enc, r.b)
-		if err == nil && lowest < 0 {
-			return &usage.InvalidError{Reason: usage.ReasonNegativeCount, Message: fmt.Sprintf("frame: meter %s has a negative value", name)}
-		}
-		return err
+		return f.decodeCustom(enc, payload)
 	}
 	return nil // a newer writer's column
+}
+
+func (f *Frame) decodeCustom(enc byte, payload []byte) error {
+	r := reader{b: payload}
+	name := r.lenBytes()
+	if r.bad || len(f.Custom) == maxCustomColumns {
+		return malformed("an own meter has no name, or there are more than %d", maxCustomColumns)
+	}
+	for i := range f.Custom {
+		if string(f.Custom[i].Meter) == string(name) {
+			return malformed("meter %q appears twice", name)
+		}
+	}
+	// The frame before mostly had the same meters in the same order.
+	k := len(f.Custom)
+	var meter usage.Meter
+	if k < cap(f.Custom) {
+		meter = f.Custom[:k+1][k].Meter
+	}
+	if meter == "" || string(meter) != string(name) {
+		meter = usage.Meter(name)
+		if _, builtIn := meter.Index(); builtIn || !meter.Valid() {
+			return malformed("%q cannot name an own meter", name)
+		}
+	}
+	f.Custom = append(f.Custom, CustomMeter{Meter: meter})
+	return f.decodeInts(&f.Custom[k].Ints, colCustomMeter, 0, usage.MaxQuantity, enc, r.b)
 }
 
 // bitmap takes the presence bitmap off the payload and returns how many rows
@@ -773,74 +539,99 @@ func (f *Frame) bitmap(enc byte, r *reader) (known []byte, rows int, err error) 
 	return known, rows, nil
 }
 
-func (f *Frame) decodeInts(col *Ints, enc byte, payload []byte) (lowest int64, err error) {
+func (f *Frame) decodeInts(col *Ints, id uint64, lo, hi int64, enc byte, payload []byte) error {
 	r := reader{b: payload}
 	known, rows, err := f.bitmap(enc, &r)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	base := r.varint()
 	values := f.arena.int64s(f.N)
+	col.Values, col.Known = values, known
 	w := 0
 	switch enc &^ encNullable {
 	case encIntConst:
 		if r.bad || len(r.b) != 0 {
-			return 0, malformed("a constant column has the wrong length")
+			return malformed("column %d has the wrong length", id)
 		}
+	case encIntOffset:
+		w = int(r.byte())
+		if r.bad || (w != 1 && w != 2 && w != 4 && w != 8) || len(r.b) != rows*w {
+			return malformed("column %d has the wrong length", id)
+		}
+	default:
+		return malformed("encoding %d is not one of an integer column", enc)
+	}
+	// The values are made with wrapping sums: a base that is within the bounds
+	// itself and cannot leave them need not be looked at row by row.
+	inside := base >= lo && base <= hi && (w == 0 || w < 8 && hi-base >= 1<<(8*w)-1)
+	if known != nil {
+		clear(values)
+		k := 0
+		for i := range values {
+			if known[i>>3]&(1<<(i&7)) != 0 {
+				values[i] = base
+				if w > 0 {
+					values[i] = int64(uint64(base) + getWidth(r.b[k*w:], w))
+				}
+				k++
+				if !inside && (values[i] < lo || values[i] > hi) {
+					return outside(id, values[i], lo)
+				}
+			}
+		}
+		return nil
+	}
+	b := r.b
+	switch w {
+	case 0:
 		for i := range values {
 			values[i] = base
 		}
-		col.Values, col.Known = values, known
-		return base, nil
-	case encIntOffset:
-		w = int(r.byte())
-	default:
-		return 0, malformed("encoding %d is not one of an integer column", enc)
-	}
-	if r.bad || (w != 1 && w != 2 && w != 4 && w != 8) || len(r.b) != rows*w {
-		return 0, malformed("an integer column has the wrong length")
-	}
-	if known != nil {
-		k := 0
+	case 1:
+		b = b[:len(values)]
 		for i := range values {
-			values[i] = 0
-			if known[i>>3]&(1<<(i&7)) != 0 {
-				values[i] = int64(uint64(base) + getWidth(r.b[k*w:], w))
-				k++
-			}
+			values[i] = base + int64(b[i])
 		}
-	} else {
-		b := r.b
-		switch w {
-		case 1:
-			for i := range values {
-				values[i] = base + int64(b[i])
-			}
-		case 2:
-			for i := range values {
-				values[i] = base + int64(binary.LittleEndian.Uint16(b[i*2:]))
-			}
-		case 4:
-			for i := range values {
-				values[i] = base + int64(binary.LittleEndian.Uint32(b[i*4:]))
-			}
-		default:
-			for i := range values {
-				values[i] = int64(uint64(base) + binary.LittleEndian.Uint64(b[i*8:]))
-			}
+	case 2:
+		for i := range values {
+			values[i] = base + int64(binary.LittleEndian.Uint16(b[i*2:]))
+		}
+	case 4:
+		for i := range values {
+			values[i] = base + int64(binary.LittleEndian.Uint32(b[i*4:]))
+		}
+	default:
+		for i := range values {
+			values[i] = int64(uint64(base) + binary.LittleEndian.Uint64(b[i*8:]))
 		}
 	}
-	lowest = base
-	// An 8-byte offset, or a base near the end of the range, can wrap.
-	if w == 8 || base > 1<<62 {
-		lowest = values[0]
-		for _, v := range values {
-			lowest = min(lowest, v)
-		}
-		lowest = min(lowest, base)
+	if inside {
+		return nil
 	}
-	col.Values, col.Known = values, known
-	return lowest, nil
+	least, most := values[0], values[0]
+	for _, v := range values {
+		least, most = min(least, v), max(most, v)
+	}
+	if least < lo {
+		return outside(id, least, lo)
+	}
+	if most > hi {
+		return outside(id, most, lo)
+	}
+	return nil
+}
+
+// outside says that a value is below lo or above what its column may have.
+func outside(id uint64, v, lo int64) error {
+	e := &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("frame: column %d has a value of %d, which is too great", id, v)}
+	switch {
+	case id == colTime:
+		e.Reason, e.Message = usage.ReasonAbsurdTime, "frame: an event time is before the year 2000 or after 2199"
+	case v < lo:
+		e.Reason, e.Message = usage.ReasonNegativeCount, fmt.Sprintf("frame: column %d has a negative value", id)
+	}
+	return e
 }
 
 func getWidth(p []byte, w int) uint64 {
@@ -910,14 +701,24 @@ func (f *Frame) decodeStrings(col *Strings, enc byte, payload []byte) error {
 		return malformed("a string column has the wrong length")
 	}
 	for _, d := range col.Dict {
-		if len(d) > usage.MaxIDBytes {
-			return &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("frame: a text of %d bytes, at most %d are read", len(d), usage.MaxIDBytes)}
+		if err := checkText(d); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-func (f *Frame) decodeFixed(col *Fixed, width int, enc byte, payload []byte) error {
+func checkText(d []byte) error {
+	if len(d) > usage.MaxIDBytes {
+		return oversized("a text of %d bytes, at most %d are read", len(d), usage.MaxIDBytes)
+	}
+	if !utf8.Valid(d) || bytes.IndexByte(d, 0) >= 0 {
+		return malformed("a text is not UTF-8 or contains a zero byte")
+	}
+	return nil
+}
+
+func (f *Frame) decodeFixed(col *Fixed, slot, width int, enc byte, payload []byte) error {
 	if enc&^encNullable != encFixed || col.Values != nil {
 		return malformed("a fixed column has encoding %d or appears twice", enc)
 	}
@@ -934,7 +735,7 @@ func (f *Frame) decodeFixed(col *Fixed, width int, enc byte, payload []byte) err
 		col.Values = r.b
 		return nil
 	}
-	col.Values = make([]byte, f.N*width)
+	col.Values = f.arena.fixedBytes(slot, f.N*width)
 	k := 0
 	for i := range f.N {
 		if known[i>>3]&(1<<(i&7)) != 0 {

@@ -5,11 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"slices"
+	"math"
 	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/segmentio/ksuid"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -36,6 +37,7 @@ func FrameMessage(shard uint32, frame []byte) *nats.Msg {
 // Its errors are *usage.InvalidError. A foreign event has no producer; its
 // shard is taken from the subject.
 func DecodeCalls(f *Frame, subject string, header nats.Header, data []byte) error {
+	f.reset()
 	kind, shard, err := ParseSubject(subject)
 	if err != nil || kind != KindCalls {
 		return malformed("%q is not a subject of calls", subject)
@@ -59,42 +61,44 @@ func DecodeCalls(f *Frame, subject string, header nats.Header, data []byte) erro
 	if f.Producer != ksuid.Nil && f.Number == 0 {
 		return malformed("a producer's frames are numbered from 1")
 	}
+	if f.Producer == ksuid.Nil {
+		// Without a frame's identity each event must have its own, or all of
+		// them would be taken for one.
+		for i := range f.N {
+			if len(f.Source.At(i)) == 0 || len(f.EventID.At(i)) == 0 {
+				return malformed("call %d has neither a producer nor a source and event id", i)
+			}
+		}
+	}
 	return nil
 }
 
 func (f *Frame) decodeProtobuf(data []byte) error {
 	if len(data) > maxDecodeBytes {
-		return &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("frame: %d bytes, at most %d are read", len(data), maxDecodeBytes)}
+		return oversized("%d bytes, at most %d are read", len(data), maxDecodeBytes)
+	}
+	if err := scanProtobuf(data); err != nil {
+		return err
 	}
 	var m tollkeeperv1.Frame
 	if err := proto.Unmarshal(data, &m); err != nil {
 		return malformed("it is not a protobuf frame: %v", err)
 	}
-	sum := m.GetCrc32C()
-	m.Crc32C = 0
-	plain, err := proto.MarshalOptions{Deterministic: true}.Marshal(&m)
-	if err != nil {
-		return malformed("%v", err)
-	}
-	if crc32.Checksum(plain, castagnoli) != sum {
-		return &usage.InvalidError{Reason: usage.ReasonChecksum, Message: "frame: its CRC-32C does not match its content"}
-	}
-	if n := len(m.GetCalls()); n == 0 || n > maxDecodeCalls {
-		return malformed("it holds %d calls; 1 to %d are read", n, maxDecodeCalls)
-	}
 	h := Header{Shard: m.GetShard(), Number: m.GetNumber(), Gateway: m.GetGateway(), SealedAt: usage.Micros(m.GetSealedAtUnixMicros())}
 	if p := m.GetProducer(); len(p) != 0 {
+		var err error
 		if h.Producer, err = ksuid.FromBytes(p); err != nil {
 			return malformed("the producer is not a ksuid: %v", err)
 		}
 	}
-	var b Builder
+	b := f.arena.builder()
 	for i, pc := range m.GetCalls() {
-		c := callFromProto(pc)
-		// The protobuf form has no columns whose bounds could be checked at
-		// once, so its rows are checked one by one; the future is the
-		// counter's to clamp.
-		if err := c.Validate(c.Time); err != nil {
+		c, err := callFromProto(pc)
+		if err == nil {
+			// The future is the counter's to clamp: it knows the ledger's time.
+			err = c.Validate(c.Time)
+		}
+		if err != nil {
 			var invalid *usage.InvalidError
 			if errors.As(err, &invalid) {
 				return &usage.InvalidError{Reason: invalid.Reason, Message: fmt.Sprintf("frame: call %d: %s", i, invalid.Message)}
@@ -103,7 +107,80 @@ func (f *Frame) decodeProtobuf(data []byte) error {
 		}
 		b.Add(&c)
 	}
-	return f.Decode(b.Seal(h))
+	return f.decodeRows(b, h)
+}
+
+// decodeRows brings the gathered rows into columns. It goes through the bytes
+// of a columnar frame, so that all forms of a call come out alike.
+func (f *Frame) decodeRows(b *Builder, h Header) error {
+	sealed := b.Seal(h)
+	return f.decodeBody(sealed[:len(sealed)-4])
+}
+
+// Fields of tollkeeperv1.Frame and tollkeeperv1.Call that scanProtobuf needs.
+const (
+	protoFrameCalls     = 6
+	protoFrameCRC       = 15
+	protoCallQuantities = 21
+)
+
+// scanProtobuf checks the checksum and counts what a frame holds before it is
+// unmarshalled: a message of empty calls, 2 bytes each, would grow by a
+// hundred times.
+func scanProtobuf(data []byte) error {
+	sum, want := uint32(0), uint32(0)
+	calls := 0
+	for rest := data; len(rest) > 0; {
+		num, typ, tagLen := protowire.ConsumeTag(rest)
+		if tagLen < 0 {
+			return malformed("it is not a protobuf frame: %v", protowire.ParseError(tagLen))
+		}
+		valueLen := protowire.ConsumeFieldValue(num, typ, rest[tagLen:])
+		if valueLen < 0 {
+			return malformed("it is not a protobuf frame: %v", protowire.ParseError(valueLen))
+		}
+		value := rest[tagLen : tagLen+valueLen]
+		switch {
+		case num == protoFrameCRC && typ == protowire.Fixed32Type:
+			want, _ = protowire.ConsumeFixed32(value)
+			rest = rest[tagLen+valueLen:]
+			continue
+		case num == protoFrameCalls && typ == protowire.BytesType:
+			if calls++; calls > maxDecodeCalls {
+				return malformed("it holds more than %d calls", maxDecodeCalls)
+			}
+			call, _ := protowire.ConsumeBytes(value)
+			if err := scanCall(call); err != nil {
+				return err
+			}
+		}
+		sum = crc32.Update(sum, castagnoli, rest[:tagLen+valueLen])
+		rest = rest[tagLen+valueLen:]
+	}
+	if sum != want {
+		return &usage.InvalidError{Reason: usage.ReasonChecksum, Message: "frame: its CRC-32C does not match its content"}
+	}
+	if calls == 0 {
+		return malformed("it holds no calls")
+	}
+	return nil
+}
+
+func scanCall(call []byte) error {
+	quantities := 0
+	for len(call) > 0 {
+		num, _, n := protowire.ConsumeField(call)
+		if n < 0 {
+			return malformed("it is not a protobuf frame: %v", protowire.ParseError(n))
+		}
+		if num == protoCallQuantities {
+			if quantities++; quantities > usage.NumBuiltIn+usage.MaxCustomMeters {
+				return oversized("a call reports more than %d meters", usage.NumBuiltIn+usage.MaxCustomMeters)
+			}
+		}
+		call = call[n:]
+	}
+	return nil
 }
 
 // MarshalProtobuf writes calls as a protobuf frame, the form for producers
@@ -124,19 +201,33 @@ func MarshalProtobuf(h Header, calls []usage.Call) ([]byte, error) {
 	return proto.MarshalOptions{Deterministic: true}.Marshal(m)
 }
 
-func callFromProto(p *tollkeeperv1.Call) usage.Call {
+func callFromProto(p *tollkeeperv1.Call) (usage.Call, error) {
+	if p.GetTraceFlags() > math.MaxUint8 || p.GetStatus() > usage.MaxStatus {
+		return usage.Call{}, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: "trace flags or status are out of their range"}
+	}
 	c := usage.Call{
 		Time: usage.Micros(p.GetTimeUnixMicros()), Account: p.GetAccount(), KeyID: p.GetKeyId(), RequestID: p.GetRequestId(),
 		TraceFlags: byte(p.GetTraceFlags()), Method: p.GetMethod(), Route: p.GetRoute(), Model: p.GetModel(), Region: p.GetRegion(),
 		Status: uint16(p.GetStatus()), Code: usage.Code(p.GetCode()), DecisionID: p.GetDecisionId(), Duration: p.GetDurationMicros(),
 		Flags: usage.Flags(p.GetFlags()), Source: p.GetSource(), EventID: p.GetEventId(), PriceVersion: p.GetPriceVersion(), Currency: p.GetCurrency(),
 	}
-	copy(c.TraceID[:], p.GetTraceId())
-	copy(c.SpanID[:], p.GetSpanId())
-	for _, q := range p.GetQuantities() {
-		c.Quantities.Set(usage.Meter(q.GetMeter()), q.GetValue())
+	for _, id := range [...]struct {
+		to   []byte
+		from []byte
+	}{{c.TraceID[:], p.GetTraceId()}, {c.SpanID[:], p.GetSpanId()}} {
+		if len(id.from) != 0 && len(id.from) != len(id.to) {
+			return usage.Call{}, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("a trace or span id has %d bytes, not %d", len(id.from), len(id.to))}
+		}
+		copy(id.to, id.from)
 	}
-	return c
+	for _, q := range p.GetQuantities() {
+		m := usage.Meter(q.GetMeter())
+		if _, twice := c.Quantities.Get(m); twice {
+			return usage.Call{}, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("meter %q is reported twice", m)}
+		}
+		c.Quantities.Set(m, q.GetValue())
+	}
+	return c, nil
 }
 
 func callToProto(c *usage.Call) *tollkeeperv1.Call {
@@ -162,6 +253,10 @@ func callToProto(c *usage.Call) *tollkeeperv1.Call {
 	}
 	return p
 }
+
+// MaxCloudEventBytes bounds a CloudEvent in JSON: a call's texts and meters,
+// escaped at their worst, are far smaller.
+const MaxCloudEventBytes = 64 << 10
 
 // CloudEventType is the type attribute of a call as a CloudEvent.
 const CloudEventType = "io.tollkeeper.call.v1"
@@ -226,14 +321,11 @@ func CallFromCloudEvent(specVersion, typ, source, id, subject, eventTime string,
 		Model: d.Model, Region: d.Region, Status: uint16(d.Status), Code: usage.Code(d.Code), Duration: d.DurationMicros,
 		Source: source, EventID: id, Currency: d.Currency,
 	}
-	names := make([]string, 0, len(d.Meters))
-	for name := range d.Meters {
-		names = append(names, name)
+	if most := usage.NumBuiltIn + usage.MaxCustomMeters; len(d.Meters) > most {
+		return usage.Call{}, &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("the event reports %d meters, at most %d are allowed", len(d.Meters), most)}
 	}
-	// The order of a user's own meters is part of the frame's bytes.
-	slices.Sort(names)
-	for _, name := range names {
-		if v := d.Meters[name]; v != nil {
+	for name, v := range d.Meters {
+		if v != nil {
 			c.Quantities.Set(usage.Meter(name), *v)
 		}
 	}
@@ -242,6 +334,9 @@ func CallFromCloudEvent(specVersion, typ, source, id, subject, eventTime string,
 }
 
 func (f *Frame) decodeCloudEvent(shard uint32, data []byte) error {
+	if len(data) > MaxCloudEventBytes {
+		return oversized("a CloudEvent of %d bytes, at most %d are read", len(data), MaxCloudEventBytes)
+	}
 	var e cloudEvent
 	if err := json.Unmarshal(data, &e); err != nil {
 		return malformed("it is not a CloudEvent in JSON: %v", err)
@@ -250,7 +345,7 @@ func (f *Frame) decodeCloudEvent(shard uint32, data []byte) error {
 	if err != nil {
 		return err
 	}
-	var b Builder
+	b := f.arena.builder()
 	b.Add(&c)
-	return f.Decode(b.Seal(Header{Shard: shard, SealedAt: c.Time}))
+	return f.decodeRows(b, Header{Shard: shard, SealedAt: c.Time})
 }

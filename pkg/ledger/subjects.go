@@ -72,7 +72,8 @@ const (
 func ParseSubject(subject string) (Kind, uint32, error) {
 	prefix, rest, ok := strings.Cut(subject, ".")
 	n, err := strconv.ParseUint(rest, 10, 32)
-	if !ok || err != nil || n >= MaxShards {
+	// "calls.07" is not read by the reader of "calls.7".
+	if !ok || err != nil || n >= MaxShards || len(rest) > 1 && rest[0] == '0' {
 		return 0, 0, fmt.Errorf("%q is not a ledger subject", subject)
 	}
 	switch prefix {

@@ -12,6 +12,7 @@ import (
 	"math/bits"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // Micros is a point in time, microseconds since the Unix epoch.
@@ -108,11 +109,20 @@ func (q *Quantities) Set(m Meter, v int64) {
 	}
 	for i := range q.custom {
 		if q.custom[i].Meter == m {
+			q.custom = append([]Quantity(nil), q.custom...)
 			q.custom[i].Value = v
 			return
 		}
 	}
-	q.custom = append(q.custom, Quantity{m, v})
+	// Kept in order of names: what is known is the same, in whatever order it
+	// was learned. Appended to a copy: calls are copied, and share the slice.
+	at := 0
+	for at < len(q.custom) && q.custom[at].Meter < m {
+		at++
+	}
+	custom := make([]Quantity, 0, len(q.custom)+1)
+	custom = append(append(custom, q.custom[:at]...), Quantity{m, v})
+	q.custom = append(custom, q.custom[at:]...)
 }
 
 // SetBuiltIn stores the reading of a built-in meter.
@@ -139,8 +149,8 @@ func (q *Quantities) BuiltIn(i BuiltIn) (int64, bool) {
 	return q.values[i], q.known&(1<<i) != 0
 }
 
-// Custom returns the readings of the user's own meters, in the order they
-// were set. The slice must not be changed.
+// Custom returns the readings of the user's own meters, in the order of their
+// names. The slice must not be changed.
 func (q *Quantities) Custom() []Quantity { return q.custom }
 
 // Len returns how many meters are known.
@@ -223,7 +233,9 @@ const (
 	MaxCustomMeters  = 16
 	MaxQuantity      = int64(1) << 53 // exact in every JSON reader
 	MaxFuture        = 24 * time.Hour
-	OldestTimeMicros = Micros(946684800_000000) // 2000-01-01
+	MaxStatus        = 999
+	OldestTimeMicros = Micros(946684800_000000)      // 2000-01-01
+	NewestTimeMicros = Micros(7258118400_000000 - 1) // the last of 2199: every store can hold it
 )
 
 // InvalidError says why an event cannot be counted. Reason is a machine code
@@ -262,14 +274,14 @@ func (c *Call) Validate(now Micros) error {
 		if len(f.value) > MaxIDBytes {
 			return &InvalidError{ReasonOversized, fmt.Sprintf("%s is %d bytes long, at most %d are allowed", f.name, len(f.value), MaxIDBytes)}
 		}
-		if strings.ContainsRune(f.value, 0) {
-			return &InvalidError{ReasonMalformed, fmt.Sprintf("%s contains a zero byte", f.name)}
+		if !validText(f.value) {
+			return &InvalidError{ReasonMalformed, fmt.Sprintf("%s is not UTF-8 or contains a zero byte", f.name)}
 		}
 	}
 	if c.Time < OldestTimeMicros {
 		return &InvalidError{ReasonAbsurdTime, fmt.Sprintf("the event time %s is before the year 2000", c.Time.Time().Format(time.RFC3339))}
 	}
-	if c.Time > now+Micros(MaxFuture.Microseconds()) {
+	if c.Time > NewestTimeMicros || c.Time-now > Micros(MaxFuture.Microseconds()) {
 		return &InvalidError{ReasonAbsurdTime, fmt.Sprintf("the event time %s is more than %s in the future", c.Time.Time().Format(time.RFC3339), MaxFuture)}
 	}
 	if len(c.Quantities.custom) > MaxCustomMeters {
@@ -277,6 +289,12 @@ func (c *Call) Validate(now Micros) error {
 	}
 	if c.Duration < 0 {
 		return &InvalidError{ReasonNegativeCount, fmt.Sprintf("the duration is %d", c.Duration)}
+	}
+	if c.Duration > MaxQuantity {
+		return &InvalidError{ReasonOversized, fmt.Sprintf("the duration is %d microseconds, at most %d is allowed", c.Duration, MaxQuantity)}
+	}
+	if c.Status > MaxStatus {
+		return &InvalidError{ReasonMalformed, fmt.Sprintf("%d is not an HTTP status", c.Status)}
 	}
 	for i, m := range BuiltInMeters() {
 		if v, ok := c.Quantities.BuiltIn(BuiltIn(i)); ok {
@@ -294,6 +312,26 @@ func (c *Call) Validate(now Micros) error {
 		}
 	}
 	return nil
+}
+
+func validText(s string) bool { return utf8.ValidString(s) && strings.IndexByte(s, 0) < 0 }
+
+// CleanText returns what of s an event may carry: valid UTF-8 without zero
+// bytes, at most MaxIDBytes. For texts that only describe a call and come from
+// outside (a request id, a model): they must not make it uncountable.
+func CleanText(s string) string {
+	if len(s) <= MaxIDBytes && validText(s) {
+		return s
+	}
+	s = strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "\uFFFD")
+	if len(s) > MaxIDBytes {
+		end := MaxIDBytes
+		for !utf8.RuneStart(s[end]) {
+			end--
+		}
+		s = s[:end]
+	}
+	return s
 }
 
 func validQuantity(m Meter, v int64) error {
