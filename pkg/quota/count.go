@@ -146,7 +146,7 @@ func (s *Shard) sortRows() {
 			}
 		}
 	}
-	if len(b.Source.Dict) == 0 || len(b.EventID.Dict) == 0 {
+	if len(b.Source.Dict) == 0 {
 		return
 	}
 	if f.rows == nil {
@@ -154,11 +154,12 @@ func (s *Shard) sortRows() {
 		f.rows = f.marks
 	}
 	for i := range b.N {
-		source, id := b.Source.At(i), b.EventID.At(i)
-		if len(source) == 0 || len(id) == 0 {
+		// A row with a source is a foreign event, whoever brought it.
+		source := b.Source.At(i)
+		if len(source) == 0 {
 			continue
 		}
-		if !s.dedup.Foreign(dedup.ForeignID(b.Account.At(i), source, id), s.now) {
+		if !s.dedup.Foreign(dedup.ForeignID(b.Account.At(i), source, b.EventID.At(i)), s.now) {
 			f.rows[i] = repeatedRow
 			s.effects.Duplicates++
 		}

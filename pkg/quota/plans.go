@@ -3,6 +3,7 @@ package quota
 import (
 	"math"
 	"math/bits"
+	"reflect"
 	"slices"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -184,6 +185,7 @@ func (s *Shard) changePlan(i, plan uint32) {
 // gone while it warned or denied is lifted by a decision of its own.
 func (s *Shard) moveCounters(i uint32, old, limits []limit, oldVersion string) {
 	first := s.accounts[i].first
+	sameVersion := oldVersion == s.plans.version
 	if !sameBlock(old, limits) {
 		fresh := s.block(uint32(len(limits)))
 		for k := range limits {
@@ -212,7 +214,9 @@ func (s *Shard) moveCounters(i uint32, old, limits []limit, oldVersion string) {
 		s.accounts[i].first = fresh
 	}
 	for k := range limits {
-		s.touch(i, uint32(k), true)
+		// What gateways were told while it warns or denies must stay true.
+		same := sameVersion && k < len(old) && reflect.DeepEqual(old[k], limits[k])
+		s.touch(i, uint32(k), !same)
 	}
 }
 
