@@ -131,12 +131,15 @@ func (g *Gate) run(ctx context.Context, nc *nats.Conn, js jetstream.JetStream, o
 	}
 	stopOutbox()
 	if !outEnded {
+		// Close may have used up its time, and Run has nothing to do any more.
+		last := time.NewTimer(g.o.CloseTimeout / 4)
+		defer last.Stop()
 		select {
 		case err := <-outDone:
 			if err != nil && !errors.Is(err, context.Canceled) {
 				failed = errors.Join(failed, fmt.Errorf("gate: outbox: %w", err))
 			}
-		case <-closing.Done():
+		case <-last.C:
 			failed = errors.Join(failed, errors.New("gate: the outbox did not stop in time"))
 		}
 	}

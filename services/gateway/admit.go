@@ -1,0 +1,176 @@
+package gateway
+
+import (
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// Headers of an answer of /v1/admit.
+const (
+	StatusHeader     = "X-Tollkeeper-Status"
+	CodeHeader       = "X-Tollkeeper-Code"
+	DecisionIDHeader = "X-Tollkeeper-Decision-Id"
+	// UnknownHeader is set when the call passes under the policy for unknown
+	// verdicts.
+	UnknownHeader = "X-Tollkeeper-Admitted-Unknown"
+	// ModelHeader names the model of the call that is asked for.
+	ModelHeader = "X-Tollkeeper-Model"
+)
+
+// admit answers GET /v1/admit, for proxies that ask before they forward
+// (Caddy forward_auth, Traefik ForwardAuth, Envoy ext_authz, nginx auth_request).
+//
+// The API key is in the headers where the routes look for it. What is asked for is
+// in X-Forwarded-Method, -Host and -Uri (or X-Original-Method and -Uri), or in the
+// query: method, host, uri, route, model, profile. The route is the one named, else
+// the one that the configuration has for host, path and method, else none.
+//
+// 200 admits; anything else is the whole answer for the client. ?nginx=1 is for
+// auth_request, which knows 2xx, 401 and 403 only and makes 500 of the rest: what
+// is not 401 is answered 403, and X-Tollkeeper-Status has the status that is meant.
+//
+// It does not meter: the caller posts an event for every call that it let through.
+// Refusals are recorded here.
+type admit struct {
+	gate   *gate.Gate
+	proxy  *proxy
+	key    func(*http.Request) string
+	region string
+	record func(r *http.Request, shard uint32, c *usage.Call)
+	now    func() usage.Micros
+}
+
+func (a *admit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	began := a.now()
+	id := gate.RequestID(r.Header.Get(gate.RequestIDHeader))
+	req, profile := a.asked(r)
+	w.Header().Set(gate.RequestIDHeader, id)
+	key := a.key(r)
+	if key == "" {
+		a.refuse(w, r, profile, &refusal.Refusal{Code: refusal.Unauthenticated, Detail: "The request carries no API key.", RequestID: id})
+		return
+	}
+	hash := gate.HashKey(key)
+	caller, found := a.gate.Account(&hash)
+	switch found {
+	case gate.Found:
+	case gate.NotFound:
+		a.refuse(w, r, profile, &refusal.Refusal{Code: refusal.Unauthenticated, Detail: "There is no such API key.", RequestID: id})
+		return
+	default:
+		a.refuse(w, r, profile, &refusal.Refusal{Code: usage.BillingStateUnknown, Detail: "The directory of accounts could not be read, so the API key can't be checked.", RequestID: id})
+		return
+	}
+	keyID := ""
+	if caller.KeyID != nil {
+		keyID = *caller.KeyID
+	}
+	v := a.gate.Admit(caller.Account, req)
+	if v.Allowed {
+		w.Header().Set(AccountHeader, headerSafe(caller.Account.ID()))
+		w.Header().Set(KeyIDHeader, headerSafe(keyID))
+		w.Header().Set("Cache-Control", "no-store")
+		if v.Unknown {
+			w.Header().Set(UnknownHeader, "1")
+		}
+		w.WriteHeader(http.StatusOK)
+		return
+	}
+	f := a.gate.Refusal(caller.Account, req, v, id)
+	if _, shard, ok := caller.Account.Root(); ok {
+		c := usage.Call{
+			Time: began, Account: caller.Account.ID(), KeyID: keyID, RequestID: id, Method: req.Method, Route: req.Route, Model: req.Model,
+			Region: a.region, Status: uint16(f.HTTPStatus()), Code: v.Code, Duration: max(int64(a.now()-began), 0),
+		}
+		if v.Decision != nil {
+			c.DecisionID = v.Decision.ID
+		}
+		c.TraceID, c.SpanID, c.TraceFlags, _ = gate.ParseTraceparent(r.Header.Get("Traceparent"))
+		a.record(r, shard, &c)
+	}
+	a.refuse(w, r, profile, f)
+}
+
+func (a *admit) refuse(w http.ResponseWriter, r *http.Request, p refusal.Profile, f *refusal.Refusal) {
+	status := f.HTTPStatus()
+	w.Header().Set(StatusHeader, strconv.Itoa(status))
+	w.Header().Set(CodeHeader, string(f.Code))
+	if f.Decision != nil {
+		w.Header().Set(DecisionIDHeader, f.Decision.ID)
+	}
+	if r.URL.Query().Get("nginx") == "1" && status != http.StatusUnauthorized {
+		f.SetHeaders(w.Header())
+		w.WriteHeader(http.StatusForbidden)
+		return
+	}
+	a.proxy.answer(w, r, f, p)
+}
+
+// asked is what the caller wants to know about.
+func (a *admit) asked(r *http.Request) (gate.Request, refusal.Profile) {
+	q := r.URL.Query()
+	first := func(name string, headers ...string) string {
+		if v := q.Get(name); v != "" {
+			return v
+		}
+		for _, h := range headers {
+			if v := r.Header.Get(h); v != "" {
+				return v
+			}
+		}
+		return ""
+	}
+	req := gate.Request{
+		Method: bounded(first("method", "X-Forwarded-Method", "X-Original-Method")),
+		Model:  bounded(first("model", ModelHeader)),
+		Route:  bounded(q.Get("route")),
+	}
+	profile := refusal.Profile(q.Get("profile"))
+	if !profile.Valid() {
+		profile = refusal.Problem
+	}
+	found := a.named(req.Route)
+	if req.Route == "" {
+		path := "/"
+		if u, err := url.ParseRequestURI(first("uri", "X-Forwarded-Uri", "X-Original-Uri")); err == nil {
+			path = u.Path
+		}
+		if found = a.proxy.find(first("host", "X-Forwarded-Host"), path, req.Method); found != nil {
+			req.Route = found.o.Name
+		}
+	}
+	if found != nil {
+		if profile == "" {
+			profile = found.o.Profile
+		}
+		if req.Model == "" && found.o.Model.JSON == "" && found.model != nil {
+			if m, err := found.model(r); err == nil {
+				req.Model = bounded(m)
+			}
+		}
+	}
+	return req, profile
+}
+
+func (a *admit) named(name string) *route {
+	for _, r := range a.proxy.routes {
+		if name != "" && r.o.Name == name {
+			return r
+		}
+	}
+	return nil
+}
+
+// bounded keeps what a caller chose within the bounds of an event.
+func bounded(s string) string {
+	if len(s) > usage.MaxNameBytes {
+		s = s[:usage.MaxNameBytes]
+	}
+	return strings.ToValidUTF8(strings.ReplaceAll(s, "\x00", ""), "")
+}

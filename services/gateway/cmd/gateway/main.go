@@ -1,0 +1,111 @@
+// Command gateway runs Tollkeeper's reverse proxy.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
+	"github.com/tollkeeper/tollkeeper/services/gateway"
+	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/run"
+	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
+)
+
+type flags struct {
+	Config   string `help:"File with the routes (see --example-config)." env:"TOLLKEEPER_GATEWAY_CONFIG" placeholder:"FILE" xor:"routes"`
+	Upstream string `help:"Send everything to this URL instead." env:"TOLLKEEPER_GATEWAY_UPSTREAM" placeholder:"URL" xor:"routes"`
+	Profile  string `help:"Form of refusals with --upstream: problem, openai, anthropic or flat." enum:"problem,openai,anthropic,flat" default:"problem" env:"TOLLKEEPER_GATEWAY_PROFILE"`
+
+	ExampleConfig bool `help:"Print a commented configuration and end."`
+
+	GatewayListen      string `help:"Address of the proxy." default:"127.0.0.1:8080" env:"TOLLKEEPER_GATEWAY_LISTEN" placeholder:"HOST:PORT"`
+	GatewayAdminListen string `help:"Address for events, admit, metrics and readiness; empty for none." default:"127.0.0.1:8081" env:"TOLLKEEPER_GATEWAY_ADMIN_LISTEN" placeholder:"HOST:PORT"`
+	AdminTokenFile     string `help:"File with the bearer token of the admin address; needed where other machines can reach it." env:"TOLLKEEPER_GATEWAY_ADMIN_TOKEN_FILE" placeholder:"FILE"`
+
+	Name   string `help:"This gateway's name; the host's by default." env:"TOLLKEEPER_GATEWAY_NAME"`
+	Region string `help:"Region in the events." env:"TOLLKEEPER_REGION"`
+
+	NATSURL          string `name:"nats-url" help:"Addresses of NATS." default:"nats://127.0.0.1:4222" env:"TOLLKEEPER_NATS_URL"`
+	NATSCredsFile    string `name:"nats-creds-file" help:"JWT and seed, as nsc writes them." env:"TOLLKEEPER_NATS_CREDS_FILE" placeholder:"FILE"`
+	NATSNKeySeedFile string `name:"nats-nkey-seed-file" help:"Seed of an nkey." env:"TOLLKEEPER_NATS_NKEY_SEED_FILE" placeholder:"FILE"`
+	NATSTokenFile    string `name:"nats-token-file" help:"Token." env:"TOLLKEEPER_NATS_TOKEN_FILE" placeholder:"FILE"`
+	NATSCAFile       string `name:"nats-ca-file" help:"Authority of the server's certificate." env:"TOLLKEEPER_NATS_CA_FILE" placeholder:"FILE"`
+
+	Unknown         string        `help:"Calls whose verdict can't be known: pass or refuse." enum:"pass,refuse" default:"pass" env:"TOLLKEEPER_UNKNOWN"`
+	UnknownMaxCalls uint32        `help:"How many of them pass, for each account, since its state became unknown." default:"1000" env:"TOLLKEEPER_UNKNOWN_MAX_CALLS"`
+	StaleAfter      time.Duration `help:"How long nothing may be heard of a shard before its state is unknown." default:"3s" env:"TOLLKEEPER_STALE_AFTER"`
+	TrustEventTime  bool          `help:"Let clients say when a call took place (Tollkeeper-Event-Time): for replays only." env:"TOLLKEEPER_TRUST_EVENT_TIME"`
+
+	SpoolDir          string `help:"Directory for events while NATS is away; memory only when empty." env:"TOLLKEEPER_SPOOL_DIR" placeholder:"DIR"`
+	SpoolBytes        int64  `help:"Bound of the spool." env:"TOLLKEEPER_SPOOL_BYTES"`
+	SpoolBeforeAnswer bool   `help:"Answer a call only when its event is on disk or in the ledger." env:"TOLLKEEPER_SPOOL_BEFORE_ANSWER"`
+	OnFull            string `help:"What happens when memory and spool are full: block, refuse or drop." enum:"block,refuse,drop" default:"block" env:"TOLLKEEPER_ON_FULL"`
+
+	LogLevel  string `help:"trace, debug, info, warn or error." default:"info" env:"TOLLKEEPER_LOG_LEVEL"`
+	LogFormat string `help:"auto, console or json." default:"auto" env:"TOLLKEEPER_LOG_FORMAT"`
+}
+
+func main() {
+	run.Main(start)
+}
+
+func start(ctx context.Context) error {
+	var f flags
+	kong.Parse(&f, kong.Name("gateway"), kong.Description("Tollkeeper's gateway: admits calls, answers 402 for what is used up, and meters."))
+	if f.ExampleConfig {
+		_, err := os.Stdout.Write(gateway.Example)
+		return err
+	}
+	o, err := f.options()
+	if err != nil {
+		return &run.ExitError{Code: 2, Err: err}
+	}
+	return gateway.Run(ctx, o)
+}
+
+func (f *flags) options() (gateway.Options, error) {
+	logger, err := telemetry.NewLogger(telemetry.LogOptions{Level: f.LogLevel, Format: f.LogFormat, Service: "gateway"})
+	if err != nil {
+		return gateway.Options{}, err
+	}
+	o := gateway.Options{
+		NATS: natsconn.Options{
+			URL: f.NATSURL, CredsFile: f.NATSCredsFile, NKeySeedFile: f.NATSNKeySeedFile, TokenFile: f.NATSTokenFile, CAFile: f.NATSCAFile,
+		},
+		Listen: f.GatewayListen, AdminListen: f.GatewayAdminListen, Name: f.Name, Region: f.Region,
+		Unknown:    gate.Unknown{Mode: gate.UnknownMode(f.Unknown), MaxCalls: f.UnknownMaxCalls},
+		StaleAfter: f.StaleAfter, TrustEventTime: f.TrustEventTime,
+		SpoolDir: f.SpoolDir, SpoolBytes: f.SpoolBytes, SpoolBeforeAnswer: f.SpoolBeforeAnswer,
+		OnFull: map[string]outbox.FullPolicy{"block": outbox.Block, "refuse": outbox.Refuse, "drop": outbox.Drop}[f.OnFull],
+		Logger: logger,
+	}
+	switch {
+	case f.Upstream != "":
+		o.Config = gateway.SingleUpstream("default", f.Upstream, refusal.Profile(f.Profile))
+	case f.Config != "":
+		if o.Config, err = gateway.LoadConfig(f.Config); err != nil {
+			return o, err
+		}
+	default:
+		return o, errors.New("no routes: give --config FILE (--example-config prints one) or --upstream URL")
+	}
+	if f.AdminTokenFile != "" {
+		token, err := os.ReadFile(f.AdminTokenFile)
+		if err != nil {
+			return o, fmt.Errorf("the admin token: %w", err)
+		}
+		if o.AdminToken = strings.TrimSpace(string(token)); o.AdminToken == "" {
+			return o, fmt.Errorf("the admin token file %s is empty", f.AdminTokenFile)
+		}
+	}
+	return o, nil
+}

@@ -1,0 +1,335 @@
+package gateway
+
+import (
+	"bytes"
+	_ "embed"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// Example is a commented configuration with every field.
+//
+//go:embed example.yaml
+var Example []byte
+
+// Config is what the gateway's file says.
+type Config struct {
+	// KeyHeaders are looked at in this order for the API key; Authorization
+	// (Bearer) and X-Api-Key when empty.
+	KeyHeaders []string      `yaml:"key_headers"`
+	Routes     []RouteConfig `yaml:"routes"`
+}
+
+// RouteConfig is one route. A request takes the route with its host before those
+// for any host, then the one with the longest prefix, then one that names its
+// method, then the first.
+type RouteConfig struct {
+	// Name is the route's name in limits and events.
+	Name string `yaml:"name"`
+	// Host without port; any when empty.
+	Host string `yaml:"host"`
+	// Prefix of the path, by whole segments; "/" when empty.
+	Prefix  string   `yaml:"prefix"`
+	Methods []string `yaml:"methods"` // all when empty
+	// Upstream is the base URL; what follows the host stands before the path.
+	Upstream string `yaml:"upstream"`
+	// StripPrefix takes Prefix off the path.
+	StripPrefix bool `yaml:"strip_prefix"`
+	// KeepHost sends the client's Host to the upstream instead of its own.
+	KeepHost bool `yaml:"keep_host"`
+	// KeepKey sends the client's API key on. By default the upstream does not
+	// see it, but the account, in X-Tollkeeper-Account.
+	KeepKey bool `yaml:"keep_key"`
+	// SetHeaders go to the upstream; ${NAME} is taken from the environment.
+	SetHeaders map[string]string `yaml:"set_headers"`
+	// Profile of refusals: problem, openai, anthropic or flat.
+	Profile refusal.Profile `yaml:"profile"`
+	// Model says where the model's name is; the call has none when empty.
+	Model ModelConfig `yaml:"model"`
+	// Usage is json (read token counts from JSON answers) or none; json by
+	// default when Model or a provider's profile is given.
+	Usage string `yaml:"usage"`
+	// Timeout until the answer's header; 10 minutes when 0.
+	Timeout Duration `yaml:"timeout"`
+}
+
+// ModelConfig says where a request names its model. At most one is given.
+type ModelConfig struct {
+	JSON   string `yaml:"json"`   // a member of the JSON body
+	Header string `yaml:"header"` // a header
+	Fixed  string `yaml:"fixed"`  // always this one
+	// MaxBody bounds the bodies that are read for it, in bytes; larger ones are
+	// refused with 413. DefaultMaxModelBody when 0.
+	MaxBody int64 `yaml:"max_body"`
+}
+
+// DefaultMaxModelBody is ModelConfig.MaxBody's default.
+const DefaultMaxModelBody = 16 << 20
+
+// DefaultTimeout is RouteConfig.Timeout's default.
+const DefaultTimeout = 10 * time.Minute
+
+// Usage of RouteConfig.
+const (
+	UsageJSON = "json"
+	UsageNone = "none"
+)
+
+// Duration is written as in "30s".
+type Duration time.Duration
+
+// UnmarshalYAML implements yaml.BytesUnmarshaler.
+func (d *Duration) UnmarshalYAML(b []byte) error {
+	var s string
+	if err := yaml.Unmarshal(b, &s); err != nil {
+		return err
+	}
+	v, err := time.ParseDuration(s)
+	if err != nil {
+		return fmt.Errorf("%q is not a duration: write one such as 30s or 10m", s)
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// SingleUpstream is the configuration of a gateway that sends everything to one
+// upstream.
+func SingleUpstream(route, upstream string, profile refusal.Profile) Config {
+	return Config{Routes: []RouteConfig{{
+		Name: route, Prefix: "/", Upstream: upstream, Profile: profile, Model: ModelConfig{JSON: "model"}, Usage: UsageJSON,
+	}}}
+}
+
+// ConfigError says what is wrong with a configuration, and where.
+type ConfigError struct {
+	File string
+	Line int // from 1; 0 when there is none
+	Text string
+}
+
+// Error is "file:line: what is wrong".
+func (e *ConfigError) Error() string {
+	if e.Line == 0 {
+		return fmt.Sprintf("%s: %s", e.File, e.Text)
+	}
+	return fmt.Sprintf("%s:%d: %s", e.File, e.Line, e.Text)
+}
+
+// LoadConfig reads a configuration file.
+func LoadConfig(file string) (Config, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return Config{}, fmt.Errorf("read the gateway's configuration: %w", err)
+	}
+	return ParseConfig(file, data)
+}
+
+// ParseConfig reads a configuration; name stands for it in errors, which are
+// *ConfigError, joined when there are several.
+func ParseConfig(name string, data []byte) (Config, error) {
+	var c Config
+	file, err := parser.ParseBytes(data, 0)
+	if err != nil {
+		return c, yamlError(name, err)
+	}
+	if err := yaml.NewDecoder(bytes.NewReader(data), yaml.DisallowUnknownField()).Decode(&c); err != nil {
+		return c, yamlError(name, err)
+	}
+	var errs []error
+	for _, p := range c.problems() {
+		errs = append(errs, &ConfigError{File: name, Line: lineOf(file, p.path), Text: p.text})
+	}
+	return c, errors.Join(errs...)
+}
+
+func yamlError(name string, err error) error {
+	var y yaml.Error
+	if errors.As(err, &y) {
+		e := &ConfigError{File: name, Text: y.GetMessage()}
+		if t := y.GetToken(); t != nil && t.Position != nil {
+			e.Line = t.Position.Line
+		}
+		return e
+	}
+	return &ConfigError{File: name, Text: err.Error()}
+}
+
+// lineOf finds a path's line, or that of the nearest thing around it.
+func lineOf(f *ast.File, path string) int {
+	for path != "" && path != "$" {
+		if p, err := yaml.PathString(path); err == nil {
+			if n, err := p.FilterFile(f); err == nil && n != nil {
+				return n.GetToken().Position.Line
+			}
+		}
+		path = path[:max(strings.LastIndexAny(path, ".["), 0)]
+	}
+	return 0
+}
+
+type problem struct{ path, text string }
+
+// Validate returns what is wrong with a configuration that was not read from a
+// file.
+func (c *Config) Validate() error {
+	var errs []error
+	for _, p := range c.problems() {
+		errs = append(errs, &ConfigError{File: "gateway configuration, " + p.path, Text: p.text})
+	}
+	return errors.Join(errs...)
+}
+
+// maxRoutes bounds the search for one, and the label sets made of them.
+const maxRoutes = 500
+
+func (c *Config) problems() []problem {
+	var out []problem
+	add := func(path, format string, args ...any) {
+		out = append(out, problem{path, fmt.Sprintf(format, args...)})
+	}
+	for i, h := range c.KeyHeaders {
+		if !validHeader(h) {
+			add(fmt.Sprintf("$.key_headers[%d]", i), "%q is not the name of a header", h)
+		}
+	}
+	if len(c.Routes) == 0 {
+		add("$.routes", "there is no route: the gateway would serve nothing")
+	}
+	if len(c.Routes) > maxRoutes {
+		add("$.routes", "there are %d routes, at most %d are possible", len(c.Routes), maxRoutes)
+	}
+	type place struct{ host, prefix, methods string }
+	seen := make(map[place]string)
+	names := make(map[string]bool)
+	for i := range c.Routes {
+		r, at := &c.Routes[i], fmt.Sprintf("$.routes[%d]", i)
+		if r.Name == "" || len(r.Name) > usage.MaxNameBytes {
+			add(at+".name", "a route needs a name of 1 to %d bytes", usage.MaxNameBytes)
+		}
+		if names[r.Name] {
+			add(at+".name", "the name %q is taken by another route", r.Name)
+		}
+		names[r.Name] = true
+		if r.Prefix != "" && !strings.HasPrefix(r.Prefix, "/") {
+			add(at+".prefix", "%q does not begin with /", r.Prefix)
+		}
+		if strings.ContainsAny(r.Host, ":/") {
+			add(at+".host", "%q is not a host: write it without scheme and port", r.Host)
+		}
+		if u, err := url.Parse(r.Upstream); err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || u.RawQuery != "" || u.Fragment != "" {
+			add(at+".upstream", "the upstream is not a URL such as http://127.0.0.1:9000")
+		} else if u.User != nil {
+			add(at+".upstream", "the upstream's URL has credentials in it: use set_headers with ${NAME}")
+		}
+		if !r.Profile.Valid() {
+			add(at+".profile", "%q is not a profile: choose problem, openai, anthropic or flat", r.Profile)
+		}
+		switch r.Usage {
+		case "", UsageJSON, UsageNone:
+		default:
+			add(at+".usage", "%q: choose json or none", r.Usage)
+		}
+		given := 0
+		for _, s := range []string{r.Model.JSON, r.Model.Header, r.Model.Fixed} {
+			if s != "" {
+				given++
+			}
+		}
+		if given > 1 {
+			add(at+".model", "choose one of json, header and fixed")
+		}
+		if r.Model.Header != "" && !validHeader(r.Model.Header) {
+			add(at+".model.header", "%q is not the name of a header", r.Model.Header)
+		}
+		if r.Model.MaxBody < 0 {
+			add(at+".model.max_body", "it is negative")
+		}
+		if r.Timeout < 0 {
+			add(at+".timeout", "it is negative")
+		}
+		for _, m := range r.Methods {
+			if m == "" || m != strings.ToUpper(m) || !validHeader(m) {
+				add(at+".methods", "%q is not a method: write it as in POST", m)
+			}
+		}
+		for h, v := range r.SetHeaders {
+			if !validHeader(h) {
+				add(at+".set_headers", "%q is not the name of a header", h)
+			}
+			if _, missing := expand(v); missing != "" {
+				add(at+".set_headers", "the environment has no variable %s", missing)
+			}
+		}
+		methods := slices.Sorted(slices.Values(r.Methods))
+		p := place{strings.ToLower(r.Host), r.prefix(), strings.Join(methods, " ")}
+		if other, ok := seen[p]; ok {
+			add(at, "route %q is for the same host, prefix and methods as %q", r.Name, other)
+		}
+		seen[p] = r.Name
+	}
+	return out
+}
+
+func (r *RouteConfig) prefix() string {
+	if p := strings.TrimSuffix(r.Prefix, "/"); p != "" {
+		return p
+	}
+	return "/"
+}
+
+// readsUsage: token counts are worth looking for.
+func (r *RouteConfig) readsUsage() bool {
+	if r.Usage != "" {
+		return r.Usage == UsageJSON
+	}
+	return r.Model != ModelConfig{} || r.Profile == refusal.OpenAI || r.Profile == refusal.Anthropic
+}
+
+func validHeader(s string) bool {
+	if s == "" {
+		return false
+	}
+	for _, c := range []byte(s) {
+		if c <= ' ' || c >= 0x7f || strings.IndexByte("()<>@,;:\\\"/[]?={}", c) >= 0 {
+			return false
+		}
+	}
+	return http.CanonicalHeaderKey(s) != ""
+}
+
+// expand replaces ${NAME} by the environment's value, and names the first one that
+// is missing.
+func expand(s string) (value, missing string) {
+	var b strings.Builder
+	for {
+		before, rest, ok := strings.Cut(s, "${")
+		b.WriteString(before)
+		if !ok {
+			return b.String(), missing
+		}
+		name, after, closed := strings.Cut(rest, "}")
+		if !closed {
+			b.WriteString("${" + rest)
+			return b.String(), missing
+		}
+		v, there := os.LookupEnv(name)
+		if !there && missing == "" {
+			missing = name
+		}
+		b.WriteString(v)
+		s = after
+	}
+}

@@ -1,0 +1,185 @@
+// Package tokens reads what a call has used from the JSON that a model provider
+// answers, while it passes by.
+package tokens
+
+import "encoding/json"
+
+// Scanner finds one member of the outermost JSON object in a stream of bytes and
+// keeps its value, whatever the size of the rest. The zero value is not usable:
+// see NewScanner. Not safe for concurrent use.
+type Scanner struct {
+	want  string
+	bound int
+
+	state    state
+	depth    int // of the value that is being passed, below the outermost object
+	inString bool
+	escaped  bool
+	key      []byte
+	value    []byte
+	capture  bool
+	tooLong  bool
+	found    bool
+	complete bool
+}
+
+type state uint8
+
+const (
+	beforeObject state = iota
+	beforeKey          // or the object's end
+	inKey
+	beforeColon
+	beforeValue
+	inValue
+	afterObject
+	broken // it is not a JSON object
+)
+
+// maxKey bounds the member names that are looked at; "\u0075" makes a byte six.
+const maxKey = 6 * 64
+
+// NewScanner looks for the member of that name. A value of more than bound bytes
+// counts as not found. Of members of the same name the last one counts, as with
+// most parsers.
+func NewScanner(member string, bound int) *Scanner {
+	return &Scanner{want: member, bound: bound}
+}
+
+// Write takes the next bytes. It never fails.
+func (s *Scanner) Write(p []byte) (int, error) {
+	for i := 0; i < len(p); i++ {
+		if s.inString {
+			i = s.passString(p, i)
+			continue
+		}
+		s.step(p[i])
+	}
+	return len(p), nil
+}
+
+// passString goes on from p[i], which is inside a string, and returns the index of
+// the last byte it took.
+func (s *Scanner) passString(p []byte, i int) int {
+	from := i
+	for ; i < len(p); i++ {
+		if s.escaped {
+			s.escaped = false
+			continue
+		}
+		switch p[i] {
+		case '\\':
+			s.escaped = true
+		case '"':
+			s.inString = false
+			s.keep(p[from : i+1])
+			if s.state == inKey {
+				s.endKey()
+			}
+			return i
+		}
+	}
+	s.keep(p[from:])
+	return i
+}
+
+func (s *Scanner) keep(p []byte) {
+	switch {
+	case s.state == inKey:
+		if len(s.key)+len(p) > maxKey {
+			s.key = append(s.key[:0], '!') // too long for what is wanted, and not a string any more
+			return
+		}
+		s.key = append(s.key, p...)
+	case s.capture:
+		if len(s.value)+len(p) > s.bound {
+			s.tooLong = true
+			s.value = s.value[:0]
+		}
+		if !s.tooLong {
+			s.value = append(s.value, p...)
+		}
+	}
+}
+
+func (s *Scanner) endKey() {
+	s.state = beforeColon
+	var name string
+	s.capture = json.Unmarshal(s.key, &name) == nil && name == s.want
+	if s.capture {
+		s.value, s.tooLong, s.found, s.complete = s.value[:0], false, true, false
+	}
+}
+
+func (s *Scanner) step(c byte) {
+	if c == ' ' || c == '\t' || c == '\n' || c == '\r' {
+		return
+	}
+	switch s.state {
+	case beforeObject:
+		s.state = broken
+		if c == '{' {
+			s.state = beforeKey
+		}
+	case beforeKey:
+		switch c {
+		case '"':
+			s.state, s.inString = inKey, true
+			s.key = append(s.key[:0], '"')
+		case '}':
+			s.state = afterObject
+		case ',':
+		default:
+			s.state = broken
+		}
+	case beforeColon:
+		s.state = broken
+		if c == ':' {
+			s.state = beforeValue
+		}
+	case beforeValue:
+		s.state = inValue
+		s.stepValue(c)
+	case inValue:
+		s.stepValue(c)
+	case afterObject:
+		s.state = broken
+	}
+}
+
+func (s *Scanner) stepValue(c byte) {
+	if s.depth == 0 && (c == ',' || c == '}') {
+		s.complete = s.complete || s.capture
+		s.capture = false
+		s.state = beforeKey
+		if c == '}' {
+			s.state = afterObject
+		}
+		return
+	}
+	one := [1]byte{c}
+	s.keep(one[:])
+	switch c {
+	case '"':
+		s.inString = true
+	case '{', '[':
+		s.depth++
+	case '}', ']':
+		s.depth--
+	}
+}
+
+// Object reports whether the bytes so far were, or can become, a JSON object.
+func (s *Scanner) Object() bool { return s.state != broken }
+
+// Ended reports whether they were a whole one.
+func (s *Scanner) Ended() bool { return s.state == afterObject }
+
+// Value returns the member's JSON. ok is false when it was not there, was too
+// long, or the object did not end.
+func (s *Scanner) Value() (value []byte, ok bool) {
+	return s.value, s.state == afterObject && s.found && s.complete && !s.tooLong
+}
+
+// Absent reports that the object is whole and has no such member.
+func (s *Scanner) Absent() bool { return s.state == afterObject && !s.found }

@@ -1,0 +1,405 @@
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	stdlog "log"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/textproto"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
+)
+
+// Headers between clients, gateway and upstream. Clients can't set the first two:
+// they are taken off what they send.
+const (
+	AccountHeader = "X-Tollkeeper-Account"
+	KeyIDHeader   = "X-Tollkeeper-Key-Id"
+	// EventTimeHeader is the event time of a replayed call, RFC 3339 with any
+	// fraction of a second. It counts with Options.TrustEventTime only, and is
+	// never sent on.
+	EventTimeHeader = "Tollkeeper-Event-Time"
+)
+
+// proxy finds the route of a request and sends it there.
+type proxy struct {
+	routes []*route // in the order in which they are tried
+	none   http.Handler
+	usage  *prometheus.CounterVec
+	buffer bufferPool
+	logger zerolog.Logger
+}
+
+type route struct {
+	o       *RouteConfig
+	host    string
+	prefix  string
+	handler http.Handler
+	model   func(*http.Request) (string, error)
+}
+
+type proxyOptions struct {
+	config         *Config
+	gate           *gate.Gate
+	region         string
+	trustEventTime bool
+	logger         zerolog.Logger
+	registerer     prometheus.Registerer
+}
+
+func newProxy(o proxyOptions) (*proxy, error) {
+	p := &proxy{
+		usage: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "tollkeeper_gateway_usage_answers_total", Help: "Answers of routes that read token counts, by what was found.",
+		}, []string{"outcome"}),
+		logger: o.logger,
+	}
+	for _, outcome := range tokens.Outcomes() {
+		p.usage.WithLabelValues(string(outcome))
+	}
+	if o.registerer != nil {
+		if err := o.registerer.Register(p.usage); err != nil {
+			return nil, err
+		}
+	}
+	keyHeaders := o.config.KeyHeaders
+	if len(keyHeaders) == 0 {
+		keyHeaders = gate.DefaultKeyHeaders()
+	}
+	p.none = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		f := refusal.Refusal{Code: refusal.NoRoute, RequestID: gate.RequestID(r.Header.Get(gate.RequestIDHeader))}
+		w.Header().Set(gate.RequestIDHeader, f.RequestID)
+		p.answer(w, r, &f, refusal.Problem)
+	})
+	transports := make(map[time.Duration]*http.Transport)
+	for i := range o.config.Routes {
+		c := &o.config.Routes[i]
+		timeout := time.Duration(c.Timeout)
+		if timeout == 0 {
+			timeout = DefaultTimeout
+		}
+		if transports[timeout] == nil {
+			transports[timeout] = newTransport(timeout)
+		}
+		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model)}
+		if o.trustEventTime {
+			m.Time = replayedTime
+		}
+		upstream, err := p.upstream(c, keyHeaders, transports[timeout])
+		if err != nil {
+			return nil, err
+		}
+		p.routes = append(p.routes, &route{
+			o: c, host: strings.ToLower(c.Host), prefix: c.prefix(), model: m.Model,
+			handler: o.gate.Middleware(m, upstream),
+		})
+	}
+	slices.SortStableFunc(p.routes, func(a, b *route) int {
+		switch {
+		case (a.host != "") != (b.host != ""):
+			return before(a.host != "")
+		case len(a.prefix) != len(b.prefix):
+			return len(b.prefix) - len(a.prefix)
+		case (len(a.o.Methods) > 0) != (len(b.o.Methods) > 0):
+			return before(len(a.o.Methods) > 0)
+		}
+		return 0
+	})
+	return p, nil
+}
+
+func before(yes bool) int {
+	if yes {
+		return -1
+	}
+	return 1
+}
+
+func newTransport(timeout time.Duration) *http.Transport {
+	return &http.Transport{
+		DialContext:           (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		ForceAttemptHTTP2:     true,
+		MaxIdleConns:          1024,
+		MaxIdleConnsPerHost:   256,
+		IdleConnTimeout:       90 * time.Second,
+		TLSHandshakeTimeout:   5 * time.Second,
+		ExpectContinueTimeout: time.Second,
+		ResponseHeaderTimeout: timeout,
+		// What the client and the upstream agree on is not ours to change.
+		DisableCompression: true,
+	}
+}
+
+// ServeHTTP implements http.Handler.
+func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if found := p.find(r.Host, r.URL.Path, r.Method); found != nil {
+		found.handler.ServeHTTP(w, r)
+		return
+	}
+	p.none.ServeHTTP(w, r)
+}
+
+// find returns the route of a request, nil when there is none.
+func (p *proxy) find(host, path, method string) *route {
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	host = strings.ToLower(host)
+	for _, r := range p.routes {
+		if r.host != "" && r.host != host || !hasPrefix(path, r.prefix) {
+			continue
+		}
+		if len(r.o.Methods) > 0 && !slices.Contains(r.o.Methods, method) {
+			continue
+		}
+		return r
+	}
+	return nil
+}
+
+// hasPrefix compares whole segments: /v1 is no prefix of /v10.
+func hasPrefix(path, prefix string) bool {
+	if prefix == "/" {
+		return true
+	}
+	rest, ok := strings.CutPrefix(path, prefix)
+	return ok && (rest == "" || rest[0] == '/')
+}
+
+func replayedTime(r *http.Request, now time.Time) time.Time {
+	if at, err := time.Parse(time.RFC3339Nano, r.Header.Get(EventTimeHeader)); err == nil {
+		return at
+	}
+	return now
+}
+
+// upstream is the reverse proxy of one route.
+func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.RoundTripper) (http.Handler, error) {
+	target, err := url.Parse(c.Upstream)
+	if err != nil {
+		return nil, err
+	}
+	set := make(map[string]string, len(c.SetHeaders))
+	for h, v := range c.SetHeaders {
+		value, _ := expand(v)
+		set[textproto.CanonicalMIMEHeaderKey(h)] = value
+	}
+	prefix, readsUsage := c.prefix(), c.readsUsage()
+	rp := &httputil.ReverseProxy{
+		Transport:  transport,
+		BufferPool: &p.buffer,
+		ErrorLog:   stdlog.New(debugLog{p.logger}, "", 0),
+		Rewrite: func(r *httputil.ProxyRequest) {
+			if c.StripPrefix && prefix != "/" {
+				r.Out.URL.Path = stripped(r.Out.URL.Path, prefix)
+				if r.Out.URL.RawPath != "" {
+					r.Out.URL.RawPath = stripped(r.Out.URL.RawPath, prefix)
+				}
+			}
+			r.SetURL(target)
+			if c.KeepHost {
+				r.Out.Host = r.In.Host
+			}
+			r.SetXForwarded()
+			h := r.Out.Header
+			if !c.KeepKey {
+				for _, name := range keyHeaders {
+					h.Del(name)
+				}
+			}
+			h.Del(EventTimeHeader)
+			h.Del(AccountHeader)
+			h.Del(KeyIDHeader)
+			if account, keyID := gate.ReportFrom(r.In.Context()).Account(); account != "" {
+				h.Set(AccountHeader, headerSafe(account))
+				h.Set(KeyIDHeader, headerSafe(keyID))
+			}
+			if readsUsage {
+				h.Set("Accept-Encoding", "identity")
+			}
+			for name, value := range set {
+				h.Set(name, value)
+			}
+		},
+		ModifyResponse: func(resp *http.Response) error {
+			// The client's answer carries the id that the event carries.
+			resp.Header.Del(gate.RequestIDHeader)
+			if readsUsage && resp.StatusCode/100 == 2 && tokens.IsJSON(resp.Header.Get("Content-Type")) && resp.Request.Method != http.MethodHead {
+				report := gate.ReportFrom(resp.Request.Context())
+				resp.Body = tokens.NewTap(resp.Body, resp.Header.Get("Content-Encoding"), func(readings []tokens.Reading, o tokens.Outcome) {
+					p.usage.WithLabelValues(string(o)).Inc()
+					for _, r := range readings {
+						report.Set(r.Meter, r.Value)
+					}
+				})
+			}
+			return nil
+		},
+		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { p.failed(w, r, err, c.Profile) },
+	}
+	return rp, nil
+}
+
+// stripped takes a prefix off a path. Where an escaped path does not begin with the
+// prefix as it is written, net/url goes by the plain one.
+func stripped(path, prefix string) string {
+	return "/" + strings.TrimPrefix(strings.TrimPrefix(path, prefix), "/")
+}
+
+// failed answers for an upstream that did not.
+func (p *proxy) failed(w http.ResponseWriter, r *http.Request, err error, profile refusal.Profile) {
+	var timeout net.Error
+	f := refusal.Refusal{Code: refusal.BadGateway, RequestID: r.Header.Get(gate.RequestIDHeader)}
+	switch {
+	case r.Context().Err() != nil && errors.Is(err, context.Canceled):
+		// Nobody reads it; the status is for the event.
+		w.WriteHeader(gate.StatusClientGone)
+		return
+	case errors.As(err, &timeout) && timeout.Timeout():
+		f.Code = refusal.GatewayTimeout
+	}
+	p.logger.Debug().Err(err).Str("request_id", f.RequestID).Msg("the upstream did not answer")
+	p.answer(w, r, &f, profile)
+}
+
+func (p *proxy) answer(w http.ResponseWriter, r *http.Request, f *refusal.Refusal, profile refusal.Profile) {
+	if err := f.Write(w, profile); err != nil && r.Context().Err() == nil {
+		p.logger.Debug().Err(err).Str("request_id", f.RequestID).Msg("an answer could not be delivered")
+	}
+}
+
+// headerSafe: an account's id may be anything.
+func headerSafe(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < 0x20 || r == 0x7f {
+			return -1
+		}
+		return r
+	}, s)
+}
+
+// modelOf returns what finds a request's model; nil when nothing has to.
+func modelOf(c *ModelConfig) func(*http.Request) (string, error) {
+	switch {
+	case c.Fixed != "":
+		return func(*http.Request) (string, error) { return c.Fixed, nil }
+	case c.Header != "":
+		return func(r *http.Request) (string, error) { return r.Header.Get(c.Header), nil }
+	case c.JSON != "":
+		bound := c.MaxBody
+		if bound == 0 {
+			bound = DefaultMaxModelBody
+		}
+		return func(r *http.Request) (string, error) { return modelInBody(r, c.JSON, bound) }
+	}
+	return nil
+}
+
+// maxModel bounds a model's name in JSON.
+const maxModel = 6*256 + 2
+
+// modelInBody reads the body as far as it has to and puts it back. A body that is
+// no JSON object is not read on. One that is, is read whole: the last of several
+// members of the name counts, for the upstream too.
+func modelInBody(r *http.Request, member string, bound int64) (string, error) {
+	if r.Body == nil || r.Body == http.NoBody {
+		return "", nil
+	}
+	if e := r.Header.Get("Content-Encoding"); e != "" && !strings.EqualFold(e, "identity") {
+		return "", &refusal.Refusal{Code: refusal.BadRequest, Status: http.StatusUnsupportedMediaType, Detail: "The body is compressed, so the model it asks for can't be read: send it plain."}
+	}
+	if r.ContentLength > bound && tokens.IsJSON(r.Header.Get("Content-Type")) {
+		return "", tooLarge()
+	}
+	var kept bytes.Buffer
+	if n := r.ContentLength; n > 0 && n <= bound {
+		kept.Grow(int(min(n, 64<<10)) + bytes.MinRead)
+	}
+	scanner := tokens.NewScanner(member, maxModel)
+	chunk := make([]byte, 4096)
+	for {
+		n, err := r.Body.Read(chunk)
+		kept.Write(chunk[:n])
+		_, _ = scanner.Write(chunk[:n]) // never fails
+		switch {
+		case errors.Is(err, io.EOF):
+			r.Body = whole{bytes.NewReader(kept.Bytes()), r.Body}
+			return modelName(scanner)
+		case err != nil:
+			return "", &refusal.Refusal{Code: refusal.BadRequest, Detail: "The body could not be read to its end."}
+		case !scanner.Object():
+			r.Body = whole{io.MultiReader(bytes.NewReader(kept.Bytes()), r.Body), r.Body}
+			return "", nil
+		case int64(kept.Len()) > bound:
+			return "", tooLarge()
+		}
+	}
+}
+
+func tooLarge() error {
+	return &refusal.Refusal{Code: refusal.TooLarge, Detail: "The body is too large for the model it asks for to be found."}
+}
+
+func modelName(s *tokens.Scanner) (string, error) {
+	value, ok := s.Value()
+	if !ok {
+		if s.Ended() && !s.Absent() {
+			return "", &refusal.Refusal{Code: refusal.BadRequest, Detail: "The model's name is too long."}
+		}
+		return "", nil
+	}
+	var name string
+	if err := json.Unmarshal(value, &name); err != nil {
+		return "", nil // not a name: the upstream will say what it thinks of it
+	}
+	return name, nil
+}
+
+// whole is a body that was read, and closes as the one it was.
+type whole struct {
+	io.Reader
+	io.Closer
+}
+
+// bufferPool keeps the proxy's copy buffers: 35 kB of garbage a call otherwise.
+type bufferPool struct{ pool sync.Pool }
+
+const copyBuffer = 32 << 10
+
+// Get implements httputil.BufferPool.
+func (b *bufferPool) Get() []byte {
+	if p, ok := b.pool.Get().(*[copyBuffer]byte); ok {
+		return p[:]
+	}
+	return make([]byte, copyBuffer)
+}
+
+// Put implements httputil.BufferPool.
+func (b *bufferPool) Put(p []byte) {
+	if cap(p) >= copyBuffer {
+		b.pool.Put((*[copyBuffer]byte)(p[:copyBuffer]))
+	}
+}
+
+// debugLog takes what ReverseProxy has to say about broken connections.
+type debugLog struct{ logger zerolog.Logger }
+
+func (l debugLog) Write(p []byte) (int, error) {
+	l.logger.Debug().Msg(strings.TrimSpace(string(p)))
+	return len(p), nil
+}
