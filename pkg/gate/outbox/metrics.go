@@ -11,12 +11,20 @@ import (
 
 // Stats is what an outbox has done and holds. Calls unless said otherwise.
 type Stats struct {
-	Added    int64 // taken by Add
-	Acked    int64 // of this producer, acknowledged by the ledger
-	InMemory int64 // of this producer, in memory
+	Added   int64 // taken by Add
+	Acked   int64 // of this producer, acknowledged by the ledger
+	Waiting int64 // of this producer, in memory or in the spool
 	// Sent sums the calls of this producer that are acknowledged or spooled,
 	// each once: the "gateway sent" point of the conservation check.
 	Sent Totals
+
+	Spooled int64 // of this producer, written to the spool, also if sent since
+	// Recovered sums what this outbox has sent of earlier producers' spools;
+	// each of them counted it as Sent itself.
+	Recovered       Totals
+	RecoveredFrames int64
+	// TornSegments: segments of the spool whose end a crash had cut.
+	TornSegments int64
 
 	Dropped  int64 // policy Drop
 	Refused  int64 // Add returned ErrFull
@@ -27,6 +35,8 @@ type Stats struct {
 	Bytes                          int64 // of acknowledged frames
 	InFlight                       int64 // frames sent and not acknowledged
 	MemoryBytes                    int64 // taken of Options.MemoryBytes
+	SpoolBytes                     int64 // files of this and earlier producers
+	SpoolFailing, Full             bool  // alarms
 	// OldestUnsent is the age of the oldest call that is not acknowledged.
 	OldestUnsent time.Duration
 	Connected    bool
@@ -35,8 +45,9 @@ type Stats struct {
 // counts are the sender's own.
 type counts struct {
 	acked, frames, resent, bytes, rejected, rejectedFrames int64
-	sent                                                   Totals
-	inflight, memory                                       int64
+	spooled, recoveredFrames, torn                         int64
+	sent, recovered                                        Totals
+	inflight                                               int64
 	oldest                                                 usage.Micros
 	connected                                              bool
 }
@@ -55,7 +66,12 @@ func (o *Outbox) Stats() Stats {
 	st := Stats{
 		Acked: c.acked, Sent: c.sent, Dropped: o.dropped.Load(), Refused: o.refused.Load(), Invalid: o.invalid.Load(), Rejected: c.rejected,
 		Frames: c.frames, Resent: c.resent, RejectedFrames: c.rejectedFrames, Bytes: c.bytes,
-		InFlight: c.inflight, MemoryBytes: o.budget.used.Load(), Connected: c.connected,
+		Spooled: c.spooled, Recovered: c.recovered, RecoveredFrames: c.recoveredFrames, TornSegments: c.torn,
+		InFlight: c.inflight, MemoryBytes: o.budget.used.Load(), Connected: c.connected, SpoolFailing: o.spoolFails.Load(), Full: o.full.Load(),
+	}
+	if d := o.s.disk; d != nil {
+		st.MemoryBytes += d.budget.used.Load()
+		st.SpoolBytes = d.store.Bytes()
 	}
 	for i := range o.gathers {
 		g := &o.gathers[i]
@@ -63,7 +79,7 @@ func (o *Outbox) Stats() Stats {
 		st.Added += int64(g.added)
 		g.mu.Unlock()
 	}
-	st.InMemory = st.Added - st.Acked - st.Rejected
+	st.Waiting = st.Added - st.Acked - st.Rejected
 	if c.oldest > 0 {
 		st.OldestUnsent = max(0, time.Duration(int64(o.now()-c.oldest))*time.Microsecond)
 	}
@@ -101,12 +117,24 @@ func newMetrics(o *Outbox, reg prometheus.Registerer) (*metrics, error) {
 	add("inflight", "Frames sent and not acknowledged.", func(s *Stats) float64 { return float64(s.InFlight) })
 	add("memory_bytes", "Memory taken by calls and frames.", func(s *Stats) float64 { return float64(s.MemoryBytes) })
 	add("oldest_unsent_seconds", "Age of the oldest call that is not acknowledged.", func(s *Stats) float64 { return s.OldestUnsent.Seconds() })
+	add("waiting_calls", "Calls that are not acknowledged, in memory or in the spool.", func(s *Stats) float64 { return float64(s.Waiting) })
+	add("spool_bytes", "Size of the spool on disk, earlier producers' included.", func(s *Stats) float64 { return float64(s.SpoolBytes) })
+	add("spool_failing", "1 while the spool is full or can't be written: alarm.", func(s *Stats) float64 { return flag(s.SpoolFailing) })
+	add("full", "1 while calls wait, are refused or dropped for want of room: alarm.", func(s *Stats) float64 { return flag(s.Full) })
+	add("connected", "1 while NATS is connected.", func(s *Stats) float64 { return flag(s.Connected) })
 	if reg != nil {
 		if err := reg.Register(m); err != nil {
 			return nil, err
 		}
 	}
 	return m, nil
+}
+
+func flag(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 func (m *metrics) unregister() {
@@ -122,11 +150,11 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCo
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	st := m.o.Stats()
 	for outcome, n := range map[string]int64{
-		"added": st.Added, "acked": st.Acked, "dropped": st.Dropped, "refused": st.Refused, "invalid": st.Invalid, "rejected": st.Rejected,
+		"added": st.Added, "acked": st.Acked, "spooled": st.Spooled, "recovered": st.Recovered.Admitted + st.Recovered.Refused, "dropped": st.Dropped, "refused": st.Refused, "invalid": st.Invalid, "rejected": st.Rejected,
 	} {
 		ch <- prometheus.MustNewConstMetric(m.calls, prometheus.CounterValue, float64(n), outcome)
 	}
-	for outcome, n := range map[string]int64{"acked": st.Frames, "resent": st.Resent, "rejected": st.RejectedFrames} {
+	for outcome, n := range map[string]int64{"acked": st.Frames, "resent": st.Resent, "recovered": st.RecoveredFrames, "rejected": st.RejectedFrames} {
 		ch <- prometheus.MustNewConstMetric(m.frames, prometheus.CounterValue, float64(n), outcome)
 	}
 	for _, g := range m.gauges {
@@ -141,25 +169,26 @@ type trouble struct {
 	log   zerolog.Logger
 	last  string
 	on    bool
-	since time.Time
+	hold  time.Duration // for how long it must be gone before that is told
+	since time.Time     // told
+	seen  time.Time     // last heard of
 }
 
-// quiet is for how long the same problem is not told again.
-const quiet = 30 * time.Second
+// steady is for how long a problem that comes and goes must be gone.
+const steady = 2 * time.Second
 
 func (t *trouble) is(now time.Time, what string) {
-	if what == t.last && (t.on || now.Sub(t.since) < quiet) {
-		t.on = true
-		return
+	t.seen = now
+	if !t.on || what != t.last {
+		t.last, t.on, t.since = what, true, now
+		t.log.Warn().Msg(what)
 	}
-	t.last, t.on, t.since = what, true, now
-	t.log.Warn().Msg(what)
 }
 
-func (t *trouble) over(now time.Time) {
-	if !t.on {
+func (t *trouble) over(now time.Time, what string) {
+	if !t.on || now.Sub(t.seen) < t.hold {
 		return
 	}
 	t.on = false
-	t.log.Info().Dur("after", now.Sub(t.since)).Msg("the ledger takes frames")
+	t.log.Info().Dur("after", now.Sub(t.since)).Msg(what)
 }

@@ -44,7 +44,9 @@ const (
 	DefaultAckTimeout  = 5 * time.Second
 
 	// MinMemoryBytes is enough for a frame of every kind.
-	MinMemoryBytes = 1 << 20
+	MinMemoryBytes = 4 << 20
+	// MinSpoolBytes likewise.
+	MinSpoolBytes = 4 << 20
 )
 
 // Options of an outbox.
@@ -121,7 +123,9 @@ type Outbox struct {
 	closed  atomic.Bool
 
 	invalid, dropped, refused atomic.Int64
-	full                      atomic.Bool
+	full                      atomic.Bool // for want of room; until memory is half free
+	spoolFails                atomic.Bool
+	healthy                   atomic.Bool // the ledger took the newest frame
 }
 
 // gather is where Add puts calls and the sender takes them from.
@@ -195,7 +199,10 @@ func (o *Options) withDefaults() error {
 	if o.SpoolBytes == 0 {
 		o.SpoolBytes = DefaultSpoolBytes
 	}
-	if o.SpoolBytes < 0 || o.Linger < 0 || o.AckTimeout < 0 {
+	if o.SpoolBytes < MinSpoolBytes {
+		return fmt.Errorf("outbox: %d bytes of spool are too few, give at least %d", o.SpoolBytes, MinSpoolBytes)
+	}
+	if o.Linger < 0 || o.AckTimeout < 0 {
 		return errors.New("outbox: bounds and times must not be negative")
 	}
 	if o.Linger == 0 {
@@ -228,6 +235,10 @@ func (o *Outbox) Add(ctx context.Context, shard uint32, c *usage.Call) error {
 	if err := c.Validate(now); err != nil {
 		o.invalid.Add(1)
 		return err
+	}
+	if o.o.SpoolBeforeAnswer && o.o.OnFull != Block && o.spoolFails.Load() && !o.healthy.Load() {
+		// Neither disk nor ledger can make it safe.
+		return o.turnAway()
 	}
 	need := lane.Charge(c)
 	g := &o.gathers[shard]
@@ -305,16 +316,11 @@ func (o *Outbox) noRoom(ctx context.Context, g *gather, need int64) (err error, 
 		if wake {
 			o.ready <- o.shardOf(g)
 		}
-		o.full.Store(true)
 		o.s.press()
-		switch o.o.OnFull {
-		case Refuse:
-			o.refused.Add(1)
-			return ErrFull, false
-		case Drop:
-			o.dropped.Add(1)
-			return nil, false
+		if o.o.OnFull != Block {
+			return o.turnAway(), false
 		}
+		o.full.Store(true)
 		if err := o.budget.wait(ctx, need); err != nil {
 			o.refused.Add(1)
 			return fmt.Errorf("%w: %w", ErrFull, err), false
@@ -328,6 +334,17 @@ func (o *Outbox) noRoom(ctx context.Context, g *gather, need int64) (err error, 
 			return nil, true
 		}
 	}
+}
+
+// turnAway does what Refuse and Drop say.
+func (o *Outbox) turnAway() error {
+	o.full.Store(true)
+	if o.o.OnFull == Drop {
+		o.dropped.Add(1)
+		return nil
+	}
+	o.refused.Add(1)
+	return ErrFull
 }
 
 func (o *Outbox) shardOf(g *gather) uint32 {

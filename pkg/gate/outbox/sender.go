@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/lane"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/spool"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
@@ -33,10 +34,14 @@ type sender struct {
 	status chan nats.Status
 	slots  []*slot // of this producer, by shard
 
+	disk *disk // nil: there is no spool
+
 	pressed    chan struct{}
 	connected  bool
 	reconnects uint64
 	trouble    trouble
+	fullness   trouble
+	frame      ledger.Frame
 
 	mu    sync.Mutex // of stats
 	stats counts
@@ -47,6 +52,7 @@ type slot struct {
 	id     uint64 // in acknowledgement subjects
 	lane   *lane.Lane
 	g      *gather // nil for an earlier producer
+	src    *source // nil: there is no spool
 	spare  []usage.Call
 	budget *budget
 }
@@ -61,14 +67,24 @@ const maxSpare = 4 * ledger.MaxFrameCalls
 func newSender(b *Outbox) (*sender, error) {
 	s := &sender{b: b, nc: b.o.NATS, acks: make(chan *nats.Msg, ackBuffer), pressed: make(chan struct{}, 1)}
 	s.trouble.log = b.o.Logger
+	s.fullness = trouble{log: b.o.Logger, hold: steady}
 	for shard := range b.o.Shards {
 		s.slots = append(s.slots, &slot{id: uint64(shard), lane: lane.New(b.producer, shard, b.o.Gateway), g: &b.gathers[shard], budget: &b.budget})
 	}
+	var err error
+	if b.o.SpoolDir != "" {
+		if s.disk, err = newDisk(s); err != nil {
+			return nil, err
+		}
+		for _, sl := range s.slots {
+			sl.src = s.disk.own
+		}
+	}
 	inbox := s.nc.NewInbox()
 	s.prefix = inbox + "."
-	var err error
 	if s.sub, err = s.nc.ChanSubscribe(inbox+".*.*", s.acks); err != nil {
-		return nil, fmt.Errorf("open outbox: subscribe to acknowledgements: %w", err)
+		err = fmt.Errorf("open outbox: subscribe to acknowledgements: %w", err)
+		return nil, errors.Join(err, s.disk.release())
 	}
 	s.status = s.nc.StatusChanged()
 	return s, nil
@@ -76,7 +92,11 @@ func newSender(b *Outbox) (*sender, error) {
 
 func (s *sender) release() error {
 	s.nc.RemoveStatusListener(s.status)
-	if err := s.sub.Unsubscribe(); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
+	err := s.sub.Unsubscribe()
+	if errors.Is(err, nats.ErrConnectionClosed) {
+		err = nil
+	}
+	if err = errors.Join(err, s.disk.release()); err != nil {
 		return fmt.Errorf("close outbox: %w", err)
 	}
 	return nil
@@ -100,8 +120,17 @@ const (
 func (s *sender) loop(ctx context.Context, finished func() bool) {
 	timer := time.NewTimer(busyTick)
 	defer timer.Stop()
+	var results <-chan *job
+	if s.disk != nil {
+		s.disk.begin()
+		defer s.disk.end()
+		results = s.disk.results
+	}
 	s.tick()
 	for ctx.Err() == nil && !finished() {
+		if s.disk != nil {
+			s.disk.work()
+		}
 		select {
 		case <-ctx.Done():
 		case shard := <-s.b.ready:
@@ -114,6 +143,8 @@ func (s *sender) loop(ctx context.Context, finished func() bool) {
 				s.status = nil
 			}
 			s.checkConnection()
+		case j := <-results:
+			s.disk.handle(j)
 		case <-s.pressed:
 		case <-timer.C:
 			s.tick()
@@ -132,7 +163,23 @@ func (s *sender) idle() bool {
 			return false
 		}
 	}
-	return true
+	return s.disk == nil || s.disk.drain == nil && s.disk.budget.used.Load() == 0
+}
+
+// everySlot calls f for the lanes of this producer and of the earlier one that
+// is being sent.
+func (s *sender) everySlot(f func(*slot)) {
+	for _, sl := range s.slots {
+		f(sl)
+	}
+	if s.disk == nil || s.disk.drain == nil {
+		return
+	}
+	for _, sl := range s.disk.drain.slots {
+		if sl != nil {
+			f(sl)
+		}
+	}
 }
 
 // take moves what was gathered into the lane.
@@ -211,6 +258,7 @@ func (s *sender) publish(sl *slot, f *lane.Frame) {
 
 func (s *sender) failed(sl *slot, number uint64, err error) {
 	sl.lane.Failed(number, s.b.now(), rand.Float64())
+	s.healthy(false)
 	s.trouble.is(s.b.o.Now(), "the ledger does not take frames: "+err.Error()+"; trying again")
 }
 
@@ -252,7 +300,14 @@ func (s *sender) slot(id uint64) *slot {
 	if id < uint64(len(s.slots)) {
 		return s.slots[id]
 	}
-	return nil
+	if s.disk == nil || s.disk.drain == nil {
+		return nil
+	}
+	d := s.disk.drain
+	if id < d.base || id-d.base >= uint64(len(d.slots)) {
+		return nil
+	}
+	return d.slots[id-d.base]
 }
 
 func (s *sender) acked(sl *slot, number uint64) {
@@ -261,22 +316,59 @@ func (s *sender) acked(sl *slot, number uint64) {
 	if f == nil {
 		return // acknowledged before
 	}
-	s.trouble.over(s.b.o.Now())
+	s.healthy(true)
+	s.trouble.over(s.b.o.Now(), "the ledger takes frames again")
 	s.b.metrics.latency.Observe(float64(now-f.SentAt) / 1e6)
 	s.count(func(c *counts) {
 		c.frames++
 		c.bytes += int64(len(f.Data))
-		c.acked += int64(f.Calls)
-		if !f.Counted {
-			c.sent.Plus(&f.Totals)
+		switch {
+		case sl.g != nil:
+			c.acked += int64(f.Calls)
+			if !f.Counted {
+				c.sent.Plus(&f.Totals)
+			}
+		case !f.Closing:
+			c.recoveredFrames++
+			c.recovered.Plus(s.totalsOf(f))
 		}
 	})
 	s.done(sl, f)
 }
 
+// totalsOf sums a frame of an earlier producer.
+func (s *sender) totalsOf(f *lane.Frame) *lane.Totals {
+	var t lane.Totals
+	if err := s.frame.Decode(f.Data); err != nil {
+		// The record's CRC was right, so that is how it was written; readers
+		// of the ledger will dead-letter it and say so.
+		t.Admitted = int64(f.Calls)
+		return &t
+	}
+	for i := range s.frame.N {
+		c := s.frame.Call(i)
+		t.Add(&c)
+	}
+	return &t
+}
+
+func (s *sender) healthy(yes bool) {
+	if s.b.healthy.Load() != yes {
+		s.b.healthy.Store(yes)
+	}
+}
+
 // done lets go of a frame that needs no more work and goes on.
 func (s *sender) done(sl *slot, f *lane.Frame) {
-	sl.budget.give(int64(len(f.Data)))
+	switch {
+	case f.Loaded:
+		s.disk.budget.give(int64(len(f.Data)))
+	case !f.Closing:
+		sl.budget.give(int64(len(f.Data)))
+	}
+	if sl.src != nil {
+		sl.src.acked(f)
+	}
 	s.advance(sl)
 	if !sl.lane.Waiting() {
 		s.take(sl)
@@ -303,7 +395,14 @@ func (s *sender) reject(sl *slot, number uint64, err error) {
 		c.rejectedFrames++
 		c.rejected += int64(f.Calls)
 	})
-	s.b.o.Logger.Error().Err(err).Uint32("shard", sl.lane.Shard()).Uint64("frame", f.Number).Uint32("calls", f.Calls).Int("bytes", len(f.Data)).
+	where := "nowhere: there is no spool directory"
+	if s.disk != nil {
+		kept, keepErr := s.disk.store.Keep(sl.producer(s.b), &spool.Record{Shard: sl.lane.Shard(), Number: f.Number, Data: f.Data})
+		if err = errors.Join(err, keepErr); keepErr == nil {
+			where = kept
+		}
+	}
+	s.b.o.Logger.Error().Err(err).Str("kept", where).Uint32("shard", sl.lane.Shard()).Uint64("frame", f.Number).Uint32("calls", f.Calls).Int("bytes", len(f.Data)).
 		Msg("the ledger can never take this frame: its calls are not counted; raise max_payload of the server and max_msg_size of the stream to 1 MiB")
 	s.done(sl, f)
 }
@@ -314,13 +413,36 @@ func (s *sender) tick() {
 	s.checkConnection()
 	now := s.b.now()
 	timeout := usage.Micros(s.b.o.AckTimeout.Microseconds())
-	for _, sl := range s.slots {
+	inflight, oldest := int64(0), usage.Micros(0)
+	s.everySlot(func(sl *slot) {
 		if number, at, ok := sl.lane.Inflight(); ok && now-at > timeout {
 			s.failed(sl, number, fmt.Errorf("no acknowledgement within %s", s.b.o.AckTimeout))
 		}
+		if sl.g != nil && (!s.connected || sl.lane.Failing()) {
+			s.take(sl) // so that it can be spooled
+		}
 		if !sl.lane.Empty() {
 			s.pump(sl)
+		} else {
+			s.settle(sl)
 		}
+		if _, _, ok := sl.lane.Inflight(); ok {
+			inflight++
+		}
+		if at := sl.lane.Oldest(); at > 0 && (oldest == 0 || at < oldest) {
+			oldest = at
+		}
+	})
+	s.count(func(c *counts) { c.inflight, c.oldest, c.connected = inflight, oldest, s.connected })
+	if s.b.full.Load() && !s.b.budget.pressed() {
+		s.b.full.Store(false)
+	}
+	if full := s.b.full.Load(); full {
+		s.fullness.is(s.b.o.Now(), "the outbox is full: "+[...]string{
+			Block: "calls wait", Refuse: "calls are refused", Drop: "calls pass WITHOUT being metered",
+		}[s.b.o.OnFull])
+	} else {
+		s.fullness.over(s.b.o.Now(), "the outbox has room again")
 	}
 }
 
@@ -333,65 +455,108 @@ func (s *sender) checkConnection() {
 		return
 	}
 	s.connected, s.reconnects = connected, reconnects
-	for _, sl := range s.slots {
+	if !connected {
+		s.healthy(false)
+		s.trouble.is(s.b.o.Now(), "NATS is away: calls gather in memory and in the spool, if there is one")
+	}
+	s.everySlot(func(sl *slot) {
 		sl.lane.Lost()
 		s.pump(sl)
-	}
+	})
 }
 
 // finish brings everything to safety before the end (Close).
 func (s *sender) finish(ctx context.Context) error {
-	s.loop(ctx, s.drained)
+	s.loop(ctx, func() bool { return s.drained() || s.disk != nil && !s.connected && s.safe() })
 	if s.drained() {
-		used := 0
-		for _, sl := range s.slots {
-			if sl.lane.Last() == 0 {
-				continue
-			}
-			used++
-			data, err := closing(s.b.producer, sl.lane.Last(), s.b.o.Now())
-			if err != nil {
-				return err
-			}
-			sl.lane.Retire(data)
-			s.pump(sl)
-		}
-		s.loop(ctx, s.drained)
+		return s.retire(ctx)
 	}
-	lost := uint64(0)
+	var err error
+	if s.disk != nil {
+		err = s.disk.secure(s.b.o.Now())
+	}
+	lost, kept := uint64(0), uint64(0)
 	for _, sl := range s.slots {
-		added, safe, _ := sl.lane.Calls()
+		added, safe, acked := sl.lane.Calls()
 		lost += added - safe
+		kept += safe - acked
+	}
+	if kept > 0 {
+		s.b.o.Logger.Info().Uint64("calls", kept).Msg("calls stay in the spool: the next gateway on it will send them")
 	}
 	if lost > 0 {
-		return fmt.Errorf("close outbox: %d calls could not be sent and are lost: %w", lost, context.Cause(ctx))
+		return fmt.Errorf("close outbox: %d calls could neither be sent nor spooled and are lost: %w", lost, errors.Join(context.Cause(ctx), err))
 	}
 	return nil
 }
 
-func (s *sender) drained() bool {
-	for _, sl := range s.slots {
-		if !sl.lane.Empty() {
-			return false
+// retire ends a producer whose frames are all acknowledged. Where it can't, the
+// next Open does.
+func (s *sender) retire(ctx context.Context) error {
+	if s.disk != nil {
+		// First, so that nobody sends again what the ledger may have forgotten.
+		if err := s.disk.own.log.Remove(s.disk.own.log.Active() + 1); err != nil {
+			return fmt.Errorf("close outbox: %w", err)
 		}
-		sl.g.mu.Lock()
-		n := len(sl.g.calls)
-		sl.g.mu.Unlock()
-		if n > 0 {
+	}
+	for _, sl := range s.slots {
+		if last := sl.lane.Last(); last > 0 {
+			sl.lane.Retire(closing(s.b.producer, last, s.b.o.Now()))
+		}
+	}
+	s.loop(ctx, func() bool { return s.drained() || !s.connected })
+	if !s.drained() {
+		s.b.o.Logger.Warn().Msg("everything was sent, but the closing entries could not be: readers will remember this producer")
+		return nil
+	}
+	if s.disk != nil {
+		if err := s.disk.own.log.Destroy(); err != nil {
+			return fmt.Errorf("close outbox: %w", err)
+		}
+	}
+	return nil
+}
+
+func (s *sender) safe() bool {
+	for _, sl := range s.slots {
+		if !sl.lane.Safe() || gathered(sl.g) > 0 {
 			return false
 		}
 	}
 	return true
 }
 
+func (s *sender) drained() bool {
+	for _, sl := range s.slots {
+		if !sl.lane.Empty() || gathered(sl.g) > 0 {
+			return false
+		}
+	}
+	return true
+}
+
+func gathered(g *gather) int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.calls)
+}
+
+// producer returns whose frames the lane sends.
+func (sl *slot) producer(b *Outbox) ksuid.KSUID {
+	if sl.g == nil {
+		return sl.src.log.Identity().Producer
+	}
+	return b.producer
+}
+
 // closing is the entry that retires a producer on a shard.
-func closing(producer ksuid.KSUID, last uint64, now time.Time) ([]byte, error) {
+func closing(producer ksuid.KSUID, last uint64, now time.Time) []byte {
 	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(&tollkeeperv1.ControlEntry{
 		Id: producer.String(), Author: "gateway", CreatedAtUnixMicros: now.UnixMicro(),
 		Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: producer.Bytes(), LastNumber: last}},
 	})
 	if err != nil {
-		return nil, fmt.Errorf("closing entry: %w", err)
+		panic(err) // it has no text that could be invalid UTF-8, the only cause
 	}
-	return data, nil
+	return data
 }

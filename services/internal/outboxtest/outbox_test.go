@@ -3,7 +3,12 @@ package outboxtest
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"path/filepath"
+	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -227,4 +232,190 @@ func TestEveryCallIsInTheLedgerOnce(t *testing.T) {
 		t.Errorf("closing entries: %v", got.closed)
 	}
 	t.Logf("%d calls in %d frames", n, got.frames)
+}
+
+// load adds calls at full speed from several goroutines until stopped and
+// returns how many were added.
+func load(t testing.TB, b *outbox.Outbox, stop <-chan struct{}) int {
+	t.Helper()
+	const workers = 4
+	counts := make(chan int, workers)
+	for w := range workers {
+		go func() {
+			n := 0
+			defer func() { counts <- n }()
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				i := n*workers + w
+				if err := b.Add(context.Background(), uint32(i%shards), call(i)); err != nil {
+					t.Error(err)
+					return
+				}
+				n++
+				if n%500 == 0 {
+					runtime.Gosched()
+				}
+			}
+		}()
+	}
+	total := 0
+	for range workers {
+		total += <-counts
+	}
+	return total
+}
+
+// until polls a condition that another goroutine or process brings about.
+func until(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	deadline := time.After(30 * time.Second)
+	for !cond() {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("not within 30 s: %s", what)
+		}
+	}
+}
+
+func flush(t testing.TB, b *outbox.Outbox) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	defer cancel()
+	if err := b.Flush(ctx); err != nil {
+		t.Fatalf("%v: %+v", err, b.Stats())
+	}
+}
+
+func TestNATSAwayUnderLoadLosesAndDoublesNothing(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	dir := t.TempDir()
+	b := open(t, outbox.Options{NATS: r.connect(), SpoolDir: dir, MemoryBytes: 4 << 20, Logger: zerolog.New(zerolog.NewTestWriter(t))})
+	stop := run(t, b)
+	halt := make(chan struct{})
+	total := make(chan int, 1)
+	go func() { total <- load(t, b, halt) }()
+	until(t, "some calls are acknowledged", func() bool { return b.Stats().Acked > 2000 })
+	r.stop()
+	until(t, "the spool is used", func() bool { return b.Stats().Spooled > 50_000 })
+	st := b.Stats()
+	if st.MemoryBytes > 4<<20 {
+		t.Errorf("%d bytes in memory", st.MemoryBytes)
+	}
+	r.start()
+	defer func() {
+		if t.Failed() {
+			t.Logf("%+v", b.Stats())
+		}
+	}()
+	until(t, "frames are acknowledged again", func() bool { return b.Stats().Acked > st.Acked+20_000 })
+	close(halt)
+	n := <-total
+	flush(t, b)
+	st = b.Stats()
+	t.Logf("%d calls, %d of them spooled, %d frames, %d sent again", n, st.Spooled, st.Frames, st.Resent)
+	if st.Sent.Admitted != int64(n) || st.Acked != int64(n) || st.MemoryBytes != 0 {
+		t.Errorf("stats: %+v", st)
+	}
+	until(t, "the spool is deleted", func() bool { return b.Stats().SpoolBytes == 0 })
+	stop()
+	if err := b.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got := r.read(t)
+	if len(got.calls) != n || got.gaps != 0 || len(got.closed) != shards {
+		t.Errorf("%d calls in the ledger of %d, %d gaps, closed %v", len(got.calls), n, got.gaps, got.closed)
+	}
+	for id, times := range got.calls {
+		if times != 1 {
+			t.Fatalf("call %s is there %d times", id, times)
+		}
+	}
+	if left := files(t, dir); len(left) != 1 {
+		t.Errorf("left in the spool directory: %v", left)
+	}
+}
+
+// files lists the spool directory; the lock file always stays.
+func files(t testing.TB, dir string) []string {
+	t.Helper()
+	var out []string
+	err := filepath.WalkDir(dir, func(p string, e fs.DirEntry, err error) error {
+		if err == nil && !e.IsDir() {
+			out = append(out, p)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func TestTwoOutboxesCantShareASpool(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	dir := t.TempDir()
+	b := open(t, outbox.Options{NATS: r.connect(), SpoolDir: dir})
+	_, err := outbox.Open(outbox.Options{NATS: r.connect(), SpoolDir: dir, Shards: shards})
+	if !errors.Is(err, outbox.ErrSpoolInUse) || !strings.Contains(err.Error(), dir) {
+		t.Errorf("got %v", err)
+	}
+	if err := b.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := open(t, outbox.Options{NATS: r.connect(), SpoolDir: dir}).Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestWhatACloseLeavesInTheSpoolTheNextOneSends(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	dir := t.TempDir()
+	r.stop()
+	b := open(t, outbox.Options{NATS: r.connect(), SpoolDir: dir})
+	stop := run(t, b)
+	const n = 5000
+	for i := range n {
+		if err := b.Add(t.Context(), uint32(i%shards), call(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if err := b.Flush(ctx); !errors.Is(err, outbox.ErrSpooled) {
+		t.Errorf("flush: %v", err)
+	}
+	stop()
+	if err := b.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.Stats().Sent.Admitted; got != n {
+		t.Errorf("sent %d", got)
+	}
+	if err := b.Add(t.Context(), 0, call(0)); !errors.Is(err, outbox.ErrClosed) {
+		t.Errorf("add after close: %v", err)
+	}
+	r.start()
+	b2 := open(t, outbox.Options{NATS: r.connect(), SpoolDir: dir})
+	run(t, b2)
+	until(t, "the old spool is gone", func() bool { return b2.Stats().Recovered.Admitted == n && len(files(t, dir)) == 2 })
+	if got := b2.Stats().Sent.Admitted; got != 0 {
+		t.Errorf("the second producer says it sent %d", got)
+	}
+	if err := b2.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got := r.read(t)
+	if len(got.calls) != n || got.gaps != 0 || len(got.closed) != shards {
+		t.Errorf("%d calls, %d gaps, closed %v", len(got.calls), got.gaps, got.closed)
+	}
 }

@@ -267,16 +267,21 @@ func (l *Lane) Failing() bool { return l.failures > 0 }
 // must go there too.
 func (l *Lane) Holed() bool { return l.hole > 0 }
 
-// Handout returns the frames that are to be appended to the spool next, in
-// order: all that were not handed out before.
-func (l *Lane) Handout(out []*Frame) []*Frame {
+// Handout appends to out the frames that are to be appended to the spool next,
+// in order: those that were not handed out before, up to the first that
+// reaches limit bytes.
+func (l *Lane) Handout(out []*Frame, limit int64) []*Frame {
 	if l.earlier {
 		return out
 	}
 	for _, part := range [...][]*Frame{l.queue, l.tail} {
 		for _, f := range part {
+			if limit <= 0 {
+				return out
+			}
 			if f.Number > l.handed && !f.Closing {
 				l.handed = f.Number
+				limit -= int64(len(f.Data))
 				out = append(out, f)
 			}
 		}
@@ -314,13 +319,17 @@ func (l *Lane) Unspooled(number uint64) {
 	l.handed = max(min(l.handed, number-1), l.acked)
 }
 
-// Evict lets go of spooled frames beyond the oldest keep ones and returns the
-// freed bytes and where the first of them stands in the spool.
+// Evict lets go of spooled frames beyond the oldest keep ones, but of none that
+// was read back already, and returns the freed bytes and where the first of
+// them stands in the spool.
 func (l *Lane) Evict(keep int) (freed int64, first Position) {
 	if l.hole > 0 || l.earlier {
 		return 0, first
 	}
 	keep = max(keep, 1) // the first may be on its way
+	for keep < len(l.queue) && l.queue[keep].Loaded {
+		keep++
+	}
 	k := keep
 	for k < len(l.queue) && l.queue[k].Position != (Position{}) {
 		if k == keep {
@@ -347,6 +356,10 @@ func (l *Lane) Wants(number uint64) bool {
 	}
 	return l.hole > 0 && number == l.newest()+1
 }
+
+// FirstMissing returns the number of the first frame that only the spool has;
+// only meaningful while Holed.
+func (l *Lane) FirstMissing() uint64 { return l.newest() + 1 }
 
 func (l *Lane) newest() uint64 {
 	if n := len(l.queue); n > 0 {

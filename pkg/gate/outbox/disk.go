@@ -1,0 +1,576 @@
+package outbox
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/lane"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/spool"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// disk is the sender's side of the spool: it says what is to be written, read
+// and deleted, one job at a time, and a goroutine that knows nothing else does
+// it. It belongs to the sender.
+type disk struct {
+	s       *sender
+	store   *spool.Store
+	own     *source
+	earlier []*spool.Log // still to be sent, oldest first
+	drain   *source      // the earlier producer that is being sent; nil: none
+	drains  uint64       // how many there were
+
+	jobs    chan *job
+	results chan *job
+	busy    bool
+
+	budget  budget // of frames read back
+	retryAt usage.Micros
+	trouble trouble
+}
+
+// source is a producer's log and how far it is sent.
+type source struct {
+	log   *spool.Log
+	slots []*slot // by shard; nil where an earlier producer has none
+	base  uint64  // id of slots[0]
+	// cursor is before every frame that is still to be read.
+	cursor spool.Position
+	// live counts the records of a segment that are not acknowledged.
+	live       map[uint64]int
+	first      uint64       // oldest segment that may exist
+	active     uint64       // segment that is written
+	emptySince usage.Micros // no live records since; 0: there are some
+	stage      stage
+}
+
+// stage of an earlier producer on its way out.
+type stage int
+
+const (
+	reading   stage = iota // its spool is being sent
+	exhausted              // all of it was read
+	cleared                // all of it is acknowledged, and deleted
+	closed                 // the closing entries are acknowledged
+	done                   // nothing is left of it
+	damaged                // its directory can't be read or deleted: left for a person
+)
+
+// job is a piece of work for the disk, and then what became of it.
+type job struct {
+	src     *source
+	append  []spool.Record
+	refs    []ref
+	load    int64             // bytes at most
+	wants   map[uint32]uint64 // by shard: number to load next; others are passed
+	all     bool              // an earlier producer's: load what is newer than wants says
+	remove  uint64            // segments before this one
+	destroy bool
+
+	at        []spool.Position
+	appendErr error
+	loaded    []loaded
+	cursor    spool.Position
+	atEnd     bool
+	torn      []spool.Torn
+	loadErr   error
+	removeErr error
+	active    uint64
+}
+
+type ref struct {
+	slot   *slot
+	number uint64
+}
+
+type loaded struct {
+	record spool.Record
+	at     spool.Position
+}
+
+// Bounds of a job, so that none takes long.
+const (
+	maxAppend = 4 << 20
+	// pauseAfterError of the disk, microseconds.
+	pauseAfterError = 500_000
+	// keepEmpty is for how long an active segment without live records is kept.
+	keepEmpty = 2_000_000
+)
+
+func newDisk(s *sender) (*disk, error) {
+	o := &s.b.o
+	store, err := spool.Open(o.SpoolDir, o.SpoolBytes)
+	if err != nil {
+		if errors.Is(err, spool.ErrInUse) {
+			err = fmt.Errorf("%w: give each its own directory, or stop the other one first: %w", ErrSpoolInUse, err)
+		}
+		return nil, fmt.Errorf("open outbox: %w", err)
+	}
+	d := &disk{s: s, store: store, trouble: trouble{log: o.Logger}}
+	d.budget.limit = o.MemoryBytes / 4
+	d.earlier, err = store.Earlier()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open outbox: %w", err), store.Close())
+	}
+	log, err := store.Create(spool.Identity{Producer: s.b.producer, Gateway: o.Gateway, Shards: o.Shards, OpenedAt: s.b.now()})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open outbox: %w", err), store.Close())
+	}
+	d.own = &source{log: log, slots: s.slots, live: map[uint64]int{}, first: 1, active: 1}
+	if n := len(d.earlier); n > 0 {
+		o.Logger.Info().Int("producers", n).Int64("bytes", store.Bytes()).Msg("the spool of earlier producers will be sent")
+	}
+	return d, nil
+}
+
+// begin starts the goroutine that does the jobs, end waits for it.
+func (d *disk) begin() {
+	d.jobs, d.results = make(chan *job, 1), make(chan *job, 1)
+	go func() {
+		for j := range d.jobs {
+			j.do()
+			d.results <- j
+		}
+		close(d.results)
+	}()
+}
+
+func (d *disk) end() {
+	if d.busy {
+		d.handle(<-d.results)
+	}
+	close(d.jobs)
+	for range d.results { // until it is closed: the goroutine has ended
+	}
+}
+
+func (j *job) do() {
+	log := j.src.log
+	if len(j.append) > 0 {
+		j.at, j.appendErr = log.Append(j.append)
+	}
+	if j.load > 0 {
+		j.doLoad(log)
+	}
+	if j.remove > 0 {
+		j.removeErr = log.Remove(j.remove)
+	}
+	if j.destroy && j.removeErr == nil {
+		j.removeErr = log.Destroy()
+	}
+	j.active = log.Active()
+}
+
+func (j *job) doLoad(log *spool.Log) {
+	for size := int64(0); ; {
+		r, at, next, torn, ok, err := log.Read(j.cursor)
+		if torn != nil {
+			j.torn = append(j.torn, *torn)
+		}
+		if err != nil {
+			j.loadErr = err
+			return
+		}
+		if !ok {
+			j.cursor, j.atEnd = next, true
+			return
+		}
+		want, listed := j.wants[r.Shard]
+		if !(listed && r.Number == want || j.all && r.Number >= want) {
+			j.cursor = next
+			continue
+		}
+		if size += int64(len(r.Data)); size > j.load {
+			return
+		}
+		j.wants[r.Shard] = r.Number + 1
+		j.loaded = append(j.loaded, loaded{r, at})
+		j.cursor = next
+	}
+}
+
+// work gives the disk its next job, if there is one.
+func (d *disk) work() {
+	if d.busy {
+		return
+	}
+	now := d.s.b.now()
+	if now < d.retryAt {
+		return
+	}
+	j := d.ownJob(now)
+	if j == nil {
+		j = d.drainJob()
+	}
+	if j != nil {
+		d.busy = true
+		d.jobs <- j // never blocks: one place, and the disk has none
+	}
+}
+
+// ownJob writes what must be safe, reads back what can leave, and deletes what
+// is acknowledged.
+func (d *disk) ownJob(now usage.Micros) *job {
+	src := d.own
+	j := &job{src: src, cursor: src.cursor}
+	d.collect(j, now)
+	d.wantBack(j)
+	keep := src.keep()
+	if len(src.live) > 0 {
+		src.emptySince = 0
+	} else if src.emptySince == 0 {
+		src.emptySince = now
+	} else if now-src.emptySince > keepEmpty {
+		keep = src.active + 1
+	}
+	if keep > src.first && len(j.append) == 0 {
+		j.remove = keep
+		src.first = keep
+	}
+	if len(j.append) == 0 && j.load == 0 && j.remove == 0 {
+		return nil
+	}
+	return j
+}
+
+// keep returns the oldest segment that is still needed.
+func (src *source) keep() uint64 {
+	keep := src.active
+	for n := range src.live {
+		keep = min(keep, n)
+	}
+	return keep
+}
+
+// collect gathers the frames that must go to the spool now.
+func (d *disk) collect(j *job, now usage.Micros) {
+	s := d.s
+	always := s.b.o.SpoolBeforeAnswer
+	pressed := s.b.budget.pressed()
+	away := !s.connected
+	linger := usage.Micros(s.b.o.Linger.Microseconds())
+	size := int64(0)
+	var frames []*lane.Frame
+	for _, sl := range s.slots {
+		unsure := away || sl.lane.Failing()
+		if !always && !pressed && !unsure && !sl.lane.Holed() {
+			continue
+		}
+		switch {
+		case always:
+			// What gathered while the disk was busy goes with one fsync.
+			s.take(sl)
+			sl.budget.give(sl.lane.Seal(now))
+		case pressed, unsure && sl.lane.Gathered() > 0 && now-sl.lane.GatheredSince() >= linger:
+			sl.budget.give(sl.lane.Seal(now))
+		}
+		frames = sl.lane.Handout(frames[:0], maxAppend-size)
+		for _, f := range frames {
+			size += int64(len(f.Data))
+			j.append = append(j.append, spool.Record{Shard: sl.lane.Shard(), Number: f.Number, Calls: f.Calls, At: f.At, Data: f.Data})
+			j.refs = append(j.refs, ref{sl, f.Number})
+		}
+		if size >= maxAppend {
+			return
+		}
+	}
+}
+
+// wantBack asks for frames that only the spool has.
+func (d *disk) wantBack(j *job) {
+	if !d.s.connected {
+		return
+	}
+	for _, sl := range d.own.slots {
+		if sl.lane.Holed() {
+			if j.wants == nil {
+				j.wants = map[uint32]uint64{}
+			}
+			j.wants[sl.lane.Shard()] = sl.lane.FirstMissing()
+		}
+	}
+	if j.wants != nil {
+		d.takeRoom(j)
+	}
+}
+
+// takeRoom lets the job load as much as memory for it is free, if that is
+// enough to be worth it.
+func (d *disk) takeRoom(j *job) {
+	if free := d.budget.limit - d.budget.used.Load(); free >= d.budget.limit/2 && d.budget.take(free) {
+		j.load = free
+	}
+}
+
+// drainJob moves an earlier producer on.
+func (d *disk) drainJob() *job {
+	if d.drain == nil {
+		if len(d.earlier) == 0 || !d.s.connected {
+			return nil
+		}
+		d.next()
+	}
+	src := d.drain
+	switch src.stage {
+	case reading:
+		j := &job{src: src, cursor: src.cursor, all: true, wants: map[uint32]uint64{}}
+		for _, sl := range src.slots {
+			if sl != nil {
+				j.wants[sl.lane.Shard()] = sl.lane.Last() + 1
+			}
+		}
+		if d.s.connected {
+			d.takeRoom(j)
+		}
+		if keep := min(src.keep(), src.cursor.Segment); keep > src.first {
+			j.remove, src.first = keep, keep
+		}
+		if j.load == 0 && j.remove == 0 {
+			return nil
+		}
+		return j
+	case exhausted:
+		if src.empty() {
+			// Deleted before the producer is retired: what a crash leaves now can
+			// only be retired again, never sent again to somebody who forgot it.
+			return &job{src: src, remove: src.active + 1}
+		}
+	case cleared:
+		if src.empty() {
+			src.stage = closed
+			return &job{src: src, destroy: true}
+		}
+	case done:
+		d.s.b.o.Logger.Info().Stringer("producer", src.log.Identity().Producer).Msg("the spool of an earlier producer was sent")
+		d.drain = nil
+		return d.drainJob()
+	case damaged:
+		d.s.b.o.Logger.Error().Stringer("producer", src.log.Identity().Producer).Msg("the spool of an earlier producer can't be read or deleted: it is left for the next start")
+		d.drain = nil
+		return d.drainJob()
+	}
+	return nil
+}
+
+func (src *source) empty() bool {
+	for _, sl := range src.slots {
+		if sl != nil && !sl.lane.Empty() {
+			return false
+		}
+	}
+	return true
+}
+
+func (d *disk) next() {
+	log := d.earlier[0]
+	d.earlier = d.earlier[1:]
+	d.drains++
+	d.drain = &source{log: log, base: d.drains * ledger.MaxShards, live: map[uint64]int{}, slots: make([]*slot, ledger.MaxShards), active: log.Active()}
+}
+
+// slotOf returns the slot of a shard, made when it is the first time.
+func (d *disk) slotOf(src *source, shard uint32) *slot {
+	if src.slots[shard] == nil {
+		src.slots[shard] = &slot{id: src.base + uint64(shard), src: src, lane: lane.Earlier(src.log.Identity().Producer, shard), budget: &d.budget}
+	}
+	return src.slots[shard]
+}
+
+// handle takes note of what the disk has done.
+func (d *disk) handle(j *job) {
+	d.busy = false
+	j.src.active = j.active
+	d.appended(j)
+	if j.load > 0 {
+		d.loaded(j)
+	}
+	if j.removeErr != nil {
+		d.failed(j.removeErr)
+	}
+	if j.src != d.own {
+		d.drained(j)
+		return
+	}
+	if d.s.b.budget.pressed() {
+		d.evict()
+	}
+}
+
+func (d *disk) appended(j *job) {
+	s := d.s
+	for i, r := range j.refs[:len(j.at)] {
+		at := lane.Position{Segment: j.at[i].Segment, Offset: j.at[i].Offset}
+		f, freed := r.slot.lane.Spooled(r.number, at)
+		if f == nil {
+			continue // acknowledged in the meantime
+		}
+		j.src.live[at.Segment]++
+		s.count(func(c *counts) {
+			c.spooled += int64(f.Calls)
+			if !f.Counted {
+				c.sent.Plus(&f.Totals)
+			}
+		})
+		f.Counted = true
+		r.slot.budget.give(freed)
+		s.advance(r.slot)
+	}
+	for _, r := range slices.Backward(j.refs[len(j.at):]) {
+		r.slot.lane.Unspooled(r.number)
+	}
+	if j.appendErr != nil {
+		d.failed(j.appendErr)
+	} else if len(j.at) > 0 {
+		d.trouble.over(s.b.o.Now(), "the spool takes frames again")
+		s.b.spoolFails.Store(false)
+	}
+}
+
+func (d *disk) failed(err error) {
+	now := d.s.b.o.Now()
+	d.retryAt = usage.At(now) + pauseAfterError
+	d.s.b.spoolFails.Store(true)
+	what := "the spool fails: " + err.Error()
+	if errors.Is(err, spool.ErrFull) {
+		what = fmt.Sprintf("the spool is full (%d bytes): calls stay in memory, and then what is configured for a full outbox happens", d.s.b.o.SpoolBytes)
+	}
+	d.trouble.is(now, what)
+}
+
+func (d *disk) loaded(j *job) {
+	s, src := d.s, j.src
+	room := j.load
+	for _, l := range j.loaded {
+		if l.record.Shard >= uint32(len(src.slots)) {
+			continue // not a shard at all: the ledger has fewer now
+		}
+		sl := src.slots[l.record.Shard]
+		if sl == nil {
+			sl = d.slotOf(src, l.record.Shard)
+		}
+		if !sl.lane.Wants(l.record.Number) {
+			continue
+		}
+		room -= int64(len(l.record.Data))
+		if src != d.own {
+			src.live[l.at.Segment]++
+		}
+		sl.lane.Loaded(&lane.Frame{
+			Number: l.record.Number, Data: l.record.Data, Calls: l.record.Calls, At: l.record.At,
+			Position: lane.Position{Segment: l.at.Segment, Offset: l.at.Offset}, Counted: true,
+		})
+		s.pump(sl)
+	}
+	d.budget.give(room)
+	src.cursor = j.cursor
+	for _, t := range j.torn {
+		s.count(func(c *counts) { c.torn++ })
+		s.b.o.Logger.Warn().Stringer("producer", src.log.Identity().Producer).Uint64("segment", t.Position.Segment).Int64("bytes", t.Bytes).
+			Msg("the end of a spool segment is torn: a crash came while it was written; what was answered as safe is before it")
+	}
+	if j.loadErr != nil {
+		d.failed(j.loadErr)
+	}
+}
+
+// drained moves an earlier producer on after a job.
+func (d *disk) drained(j *job) {
+	src := j.src
+	switch {
+	case j.removeErr != nil || j.loadErr != nil && len(j.loaded) == 0:
+		if src.stage == closed || j.loadErr != nil {
+			src.stage = damaged
+		}
+	case src.stage == reading && j.atEnd:
+		src.stage = exhausted
+	case src.stage == exhausted && j.remove > 0:
+		src.stage = cleared
+		d.retire(src)
+	case src.stage == closed:
+		src.stage = done
+	}
+}
+
+// retire sends the closing entries of an earlier producer: on every shard that
+// it may have used, for what it sent from memory left no trace here.
+func (d *disk) retire(src *source) {
+	id := src.log.Identity()
+	for shard := range min(id.Shards, ledger.MaxShards) {
+		d.slotOf(src, shard)
+	}
+	for _, sl := range src.slots {
+		if sl == nil {
+			continue
+		}
+		sl.lane.Retire(closing(id.Producer, sl.lane.Last(), d.s.b.o.Now()))
+		d.s.pump(sl)
+	}
+}
+
+// evict lets go of spooled frames while memory is short.
+func (d *disk) evict() {
+	for _, sl := range d.own.slots {
+		freed, first := sl.lane.Evict(1)
+		if freed == 0 {
+			continue
+		}
+		sl.budget.give(freed)
+		at := spool.Position{Segment: first.Segment, Offset: first.Offset}
+		if c := d.own.cursor; at.Segment < c.Segment || at.Segment == c.Segment && at.Offset < c.Offset {
+			d.own.cursor = at
+		}
+	}
+}
+
+func (d *disk) release() error {
+	if d == nil {
+		return nil
+	}
+	err := d.own.log.Close()
+	for _, l := range d.earlier {
+		err = errors.Join(err, l.Close())
+	}
+	if d.drain != nil {
+		err = errors.Join(err, d.drain.log.Close())
+	}
+	return errors.Join(err, d.store.Close())
+}
+
+// acked takes note that a frame which the spool has is acknowledged.
+func (src *source) acked(f *lane.Frame) {
+	n := f.Position.Segment
+	if n == 0 {
+		return
+	}
+	if src.live[n]--; src.live[n] <= 0 {
+		delete(src.live, n)
+	}
+}
+
+// secure writes what memory holds, at the end and for the last time.
+func (d *disk) secure(now time.Time) error {
+	for _, sl := range d.own.slots {
+		d.s.take(sl)
+		sl.budget.give(sl.lane.Seal(usage.At(now)))
+	}
+	for {
+		j := &job{src: d.own, cursor: d.own.cursor}
+		for _, sl := range d.own.slots {
+			for _, f := range sl.lane.Handout(nil, maxAppend) {
+				j.append = append(j.append, spool.Record{Shard: sl.lane.Shard(), Number: f.Number, Calls: f.Calls, At: f.At, Data: f.Data})
+				j.refs = append(j.refs, ref{sl, f.Number})
+			}
+		}
+		if len(j.append) == 0 {
+			return nil
+		}
+		j.do()
+		d.handle(j)
+		if j.appendErr != nil {
+			return j.appendErr
+		}
+	}
+}

@@ -1,0 +1,547 @@
+// Package spool keeps frames on disk: one directory a producer, in it segment
+// files of records in the order they were appended. What Append has returned
+// is on disk (fsync); a record that a crash cut is found by its CRC.
+//
+//	segment := "TKS1" producer:20 number:8 crc:4
+//	record  := length:4 crc:4 shard:4 number:8 calls:4 at:8 frame
+//
+// Integers are little-endian, crc is CRC-32C, that of a record over its length
+// and all that follows, length counts what follows the crc.
+package spool
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/segmentio/ksuid"
+
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+const (
+	magic         = "TKS1"
+	segmentHeader = 4 + 20 + 8 + 4
+	recordHeader  = 4 + 4
+	recordFixed   = 4 + 8 + 4 + 8
+	maxRecord     = 2 << 20
+	// DefaultSegmentBytes is from which size on a segment is followed by another.
+	DefaultSegmentBytes = 16 << 20
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+var (
+	// ErrInUse says that another process has the directory.
+	ErrInUse = errors.New("the spool directory is in use")
+	// ErrFull says that the spool has reached its bound.
+	ErrFull = errors.New("the spool has reached its bound")
+)
+
+// Record is a frame in the spool.
+type Record struct {
+	Shard  uint32
+	Number uint64
+	Calls  uint32
+	At     usage.Micros
+	Data   []byte
+}
+
+func (r *Record) size() int64 { return recordHeader + recordFixed + int64(len(r.Data)) }
+
+// Position of a record; segments are numbered from 1.
+type Position struct {
+	Segment uint64
+	Offset  int64
+}
+
+// Identity is what a producer's directory says of it.
+type Identity struct {
+	Producer ksuid.KSUID  `json:"producer"`
+	Gateway  string       `json:"gateway"`
+	Shards   uint32       `json:"shards"`
+	OpenedAt usage.Micros `json:"opened_at_unix_micros"`
+}
+
+// file is what a segment is written through.
+type file interface {
+	io.Writer
+	Sync() error
+	Truncate(size int64) error
+	Seek(offset int64, whence int) (int64, error)
+	Close() error
+}
+
+// Store is a spool directory. It is held by one process at a time.
+type Store struct {
+	dir          string
+	lock         *os.File
+	limit        int64
+	segmentBytes int64
+	bytes        atomic.Int64
+	create       func(path string) (file, error)
+}
+
+// Open makes the directory if it has to, and locks it.
+func Open(dir string, limit int64) (*Store, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("spool directory: %w", err)
+	}
+	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("spool directory: %w", err)
+	}
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			err = ErrInUse
+		}
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), lock.Close())
+	}
+	return &Store{
+		dir: dir, lock: lock, limit: limit,
+		// A small spool has small segments, so that it is freed bit by bit.
+		segmentBytes: max(min(DefaultSegmentBytes, limit/8), 64<<10),
+		create: func(path string) (file, error) {
+			return os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+		},
+	}, nil
+}
+
+// Close unlocks the directory.
+func (s *Store) Close() error { return s.lock.Close() }
+
+// Bytes returns the size of all segments. Safe for concurrent use.
+func (s *Store) Bytes() int64 { return s.bytes.Load() }
+
+// Earlier opens what earlier producers left, the oldest first. A directory that
+// is not a producer's is left alone.
+func (s *Store) Earlier() ([]*Log, error) {
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		return nil, fmt.Errorf("spool directory: %w", err)
+	}
+	var logs []*Log
+	for _, e := range entries {
+		producer, err := ksuid.Parse(e.Name())
+		if err != nil || !e.IsDir() {
+			continue
+		}
+		l := &Log{store: s, dir: filepath.Join(s.dir, e.Name()), identity: Identity{Producer: producer}}
+		data, err := os.ReadFile(filepath.Join(l.dir, identityFile))
+		if errors.Is(err, os.ErrNotExist) {
+			// It was not even begun, or all but gone: nothing was sent before
+			// the identity was on disk, and it is removed last.
+			if err := os.Remove(l.dir); err == nil {
+				continue
+			}
+		} else if err != nil {
+			return nil, fmt.Errorf("spool of producer %s: %w", producer, err)
+		}
+		// Without a readable identity the segments still say whose they are.
+		if err := json.Unmarshal(data, &l.identity); err != nil {
+			l.identity = Identity{}
+		}
+		l.identity.Producer = producer
+		if err := l.scan(); err != nil {
+			return nil, err
+		}
+		logs = append(logs, l)
+	}
+	slices.SortFunc(logs, func(a, b *Log) int { return ksuid.Compare(a.identity.Producer, b.identity.Producer) })
+	return logs, nil
+}
+
+const identityFile = "identity.json"
+
+// Create begins the log of a new producer; its identity is on disk.
+func (s *Store) Create(id Identity) (*Log, error) {
+	l := &Log{store: s, dir: filepath.Join(s.dir, id.Producer.String()), identity: id}
+	if err := os.Mkdir(l.dir, 0o700); err != nil {
+		return nil, fmt.Errorf("spool: %w", err)
+	}
+	data, err := json.Marshal(id)
+	if err != nil {
+		return nil, fmt.Errorf("spool: %w", err)
+	}
+	if err := s.write(filepath.Join(l.dir, identityFile), data); err != nil {
+		return nil, err
+	}
+	return l, syncDir(s.dir)
+}
+
+func (s *Store) write(path string, data []byte) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// Keep puts a frame that the ledger can never take aside, for a person.
+func (s *Store) Keep(producer ksuid.KSUID, r *Record) (path string, err error) {
+	dir := filepath.Join(s.dir, "rejected")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", fmt.Errorf("spool: %w", err)
+	}
+	path = filepath.Join(dir, fmt.Sprintf("%s-%d-%d.frame", producer, r.Shard, r.Number))
+	return path, s.write(path, r.Data)
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	if err := errors.Join(d.Sync(), d.Close()); err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	return nil
+}
+
+// Log is the spool of one producer. Not safe for concurrent use.
+type Log struct {
+	store    *Store
+	dir      string
+	identity Identity
+	segments []segment // oldest first
+
+	// The segment that is being written, always the last one; nil: the next
+	// Append begins another.
+	cur file
+	buf []byte
+
+	reading *os.File // segment of the last Read
+	readSeg uint64
+}
+
+type segment struct {
+	number uint64
+	size   int64 // up to here it is on disk, or was found there
+}
+
+// Identity returns whose log it is.
+func (l *Log) Identity() Identity { return l.identity }
+
+// Active returns the segment that the next record goes to at the earliest.
+func (l *Log) Active() uint64 {
+	switch n := len(l.segments); {
+	case n == 0:
+		return 1
+	case l.cur == nil:
+		return l.segments[n-1].number + 1
+	default:
+		return l.segments[n-1].number
+	}
+}
+
+func (l *Log) path(n uint64) string { return filepath.Join(l.dir, fmt.Sprintf("%010d.seg", n)) }
+
+func (l *Log) scan() error {
+	entries, err := os.ReadDir(l.dir)
+	if err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	for _, e := range entries {
+		name, ok := strings.CutSuffix(e.Name(), ".seg")
+		n, err := strconv.ParseUint(name, 10, 64)
+		if !ok || err != nil {
+			continue
+		}
+		info, err := e.Info()
+		if err != nil {
+			return fmt.Errorf("spool: %w", err)
+		}
+		l.segments = append(l.segments, segment{n, info.Size()})
+		l.store.bytes.Add(info.Size())
+	}
+	slices.SortFunc(l.segments, func(a, b segment) int { return int(int64(a.number) - int64(b.number)) })
+	return nil
+}
+
+// Append writes records and returns where they are once they are on disk. After
+// an error those without a position are not; they may be appended again.
+func (l *Log) Append(records []Record) (at []Position, err error) {
+	for len(at) < len(records) {
+		written, err := l.appendSome(records[len(at):])
+		at = append(at, written...)
+		if err != nil {
+			return at, err
+		}
+	}
+	return at, nil
+}
+
+// appendSome writes what goes into the current segment, with one fsync.
+func (l *Log) appendSome(records []Record) (at []Position, err error) {
+	if n := len(l.segments); l.cur != nil && l.segments[n-1].size >= l.store.segmentBytes {
+		if err := l.rest(); err != nil {
+			return nil, err
+		}
+	}
+	room := l.store.limit - l.store.bytes.Load()
+	if l.cur == nil {
+		room -= segmentHeader
+	}
+	if records[0].size() > room {
+		return nil, ErrFull
+	}
+	if l.cur == nil {
+		if err := l.begin(); err != nil {
+			return nil, err
+		}
+	}
+	seg := &l.segments[len(l.segments)-1]
+	buf := l.buf[:0]
+	for i := range records {
+		r := &records[i]
+		if at != nil && (int64(len(buf))+r.size() > room || seg.size+int64(len(buf)) >= l.store.segmentBytes) {
+			break
+		}
+		at = append(at, Position{seg.number, seg.size + int64(len(buf))})
+		buf = appendRecord(buf, r)
+	}
+	l.buf = buf[:0]
+	if cap(buf) > 4*maxRecord {
+		l.buf = nil
+	}
+	_, err = l.cur.Write(buf)
+	if err == nil {
+		err = l.cur.Sync()
+	}
+	if err != nil {
+		// After a failed fsync nobody knows what is on disk: this segment ends
+		// at what was known before, and the next records go to another. What
+		// can't be cut off is found twice by a reader, which is no harm.
+		err = errors.Join(err, l.cur.Truncate(seg.size), l.cur.Close())
+		l.cur = nil
+		return nil, fmt.Errorf("spool: %w", err)
+	}
+	seg.size += int64(len(buf))
+	l.store.bytes.Add(int64(len(buf)))
+	return at, nil
+}
+
+func appendRecord(buf []byte, r *Record) []byte {
+	start := len(buf)
+	buf = binary.LittleEndian.AppendUint32(buf, uint32(recordFixed+len(r.Data)))
+	buf = append(buf, 0, 0, 0, 0)
+	buf = binary.LittleEndian.AppendUint32(buf, r.Shard)
+	buf = binary.LittleEndian.AppendUint64(buf, r.Number)
+	buf = binary.LittleEndian.AppendUint32(buf, r.Calls)
+	buf = binary.LittleEndian.AppendUint64(buf, uint64(r.At))
+	buf = append(buf, r.Data...)
+	binary.LittleEndian.PutUint32(buf[start+4:], recordSum(buf[start:start+4], buf[start+recordHeader:]))
+	return buf
+}
+
+func recordSum(length, body []byte) uint32 {
+	return crc32.Update(crc32.Checksum(length, castagnoli), castagnoli, body)
+}
+
+func (l *Log) begin() error {
+	n := uint64(1)
+	if k := len(l.segments); k > 0 {
+		n = l.segments[k-1].number + 1
+	}
+	f, err := l.store.create(l.path(n))
+	if err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	head := append([]byte(magic), l.identity.Producer.Bytes()...)
+	head = binary.LittleEndian.AppendUint64(head, n)
+	head = binary.LittleEndian.AppendUint32(head, crc32.Checksum(head, castagnoli))
+	_, err = f.Write(head)
+	if err == nil {
+		// The records' fsync will cover the header, but not the name.
+		err = syncDir(l.dir)
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("spool: %w", err), f.Close(), os.Remove(l.path(n)))
+	}
+	l.cur = f
+	l.segments = append(l.segments, segment{n, segmentHeader})
+	l.store.bytes.Add(segmentHeader)
+	return nil
+}
+
+// rest ends the current segment.
+func (l *Log) rest() error {
+	if l.cur == nil {
+		return nil
+	}
+	err := l.cur.Close()
+	l.cur = nil
+	if err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	return nil
+}
+
+// Torn is what Read met that is not a record: the end of a segment that a crash
+// cut, or a damaged one. Reading goes on in the next segment.
+type Torn struct {
+	Position Position
+	Bytes    int64
+}
+
+// Read returns the record at pos or, where none begins, the next one, and the
+// position behind it. ok is false at the end of what is on disk. torn is not
+// nil when something unreadable was passed. The data is the caller's.
+func (l *Log) Read(pos Position) (r Record, at, next Position, torn *Torn, ok bool, err error) {
+	for _, seg := range l.segments {
+		switch {
+		case seg.number < pos.Segment:
+			continue
+		case seg.number > pos.Segment || pos.Offset < segmentHeader:
+			pos = Position{seg.number, segmentHeader}
+		}
+		if pos.Offset >= seg.size {
+			continue
+		}
+		r, n, err := l.readAt(pos, seg.size)
+		if errors.Is(err, errTorn) {
+			if torn == nil {
+				torn = &Torn{Position: pos}
+			}
+			torn.Bytes += seg.size - pos.Offset
+			pos = Position{seg.number, seg.size}
+			continue
+		}
+		if err != nil {
+			return r, at, next, torn, false, err
+		}
+		return r, pos, Position{pos.Segment, pos.Offset + n}, torn, true, nil
+	}
+	return r, at, pos, torn, false, nil
+}
+
+var errTorn = errors.New("not a record")
+
+func (l *Log) readAt(pos Position, end int64) (r Record, n int64, err error) {
+	if l.reading == nil || l.readSeg != pos.Segment {
+		if err := l.stopReading(); err != nil {
+			return r, 0, err
+		}
+		f, err := os.Open(l.path(pos.Segment))
+		if err != nil {
+			return r, 0, fmt.Errorf("spool: %w", err)
+		}
+		l.reading, l.readSeg = f, pos.Segment
+	}
+	if pos.Offset == segmentHeader {
+		var head [segmentHeader]byte
+		if _, err := l.reading.ReadAt(head[:], 0); err != nil {
+			return r, 0, fmt.Errorf("spool: %w", err)
+		}
+		sum := binary.LittleEndian.Uint32(head[segmentHeader-4:])
+		if string(head[:4]) != magic || crc32.Checksum(head[:segmentHeader-4], castagnoli) != sum || [20]byte(head[4:24]) != [20]byte(l.identity.Producer) {
+			return r, 0, errTorn
+		}
+	}
+	var head [recordHeader]byte
+	if end-pos.Offset < recordHeader+recordFixed {
+		return r, 0, errTorn
+	}
+	if _, err := l.reading.ReadAt(head[:], pos.Offset); err != nil {
+		return r, 0, fmt.Errorf("spool: %w", err)
+	}
+	length := int64(binary.LittleEndian.Uint32(head[:4]))
+	if length < recordFixed || length > maxRecord || pos.Offset+recordHeader+length > end {
+		return r, 0, errTorn
+	}
+	body := make([]byte, length)
+	if _, err := l.reading.ReadAt(body, pos.Offset+recordHeader); err != nil {
+		return r, 0, fmt.Errorf("spool: %w", err)
+	}
+	if recordSum(head[:4], body) != binary.LittleEndian.Uint32(head[4:]) {
+		return r, 0, errTorn
+	}
+	return Record{
+		Shard: binary.LittleEndian.Uint32(body), Number: binary.LittleEndian.Uint64(body[4:]), Calls: binary.LittleEndian.Uint32(body[12:]),
+		At: usage.Micros(binary.LittleEndian.Uint64(body[16:])), Data: body[recordFixed:],
+	}, recordHeader + length, nil
+}
+
+func (l *Log) stopReading() error {
+	if l.reading == nil {
+		return nil
+	}
+	err := l.reading.Close()
+	l.reading = nil
+	if err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	return nil
+}
+
+// Remove deletes the segments before one; what was durable in them must be
+// acknowledged.
+func (l *Log) Remove(before uint64) error {
+	if len(l.segments) == 0 || l.segments[0].number >= before {
+		return nil
+	}
+	for len(l.segments) > 0 && l.segments[0].number < before {
+		seg := l.segments[0]
+		if len(l.segments) == 1 {
+			if err := l.rest(); err != nil {
+				return err
+			}
+		}
+		if l.readSeg == seg.number {
+			if err := l.stopReading(); err != nil {
+				return err
+			}
+		}
+		if err := os.Remove(l.path(seg.number)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("spool: %w", err)
+		}
+		if len(l.segments) == 1 {
+			// Numbers go on: a position never means two records.
+			l.segments[0] = segment{seg.number, 0}
+			l.store.bytes.Add(-seg.size)
+			break
+		}
+		l.segments = l.segments[1:]
+		l.store.bytes.Add(-seg.size)
+	}
+	return syncDir(l.dir)
+}
+
+// Destroy deletes the producer's directory. The producer must be retired.
+func (l *Log) Destroy() error {
+	if n := len(l.segments); n > 0 {
+		if err := l.Remove(l.segments[n-1].number + 1); err != nil {
+			return err
+		}
+	}
+	if err := l.Close(); err != nil {
+		return err
+	}
+	if err := os.Remove(filepath.Join(l.dir, identityFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("spool: %w", err)
+	}
+	if err := os.Remove(l.dir); err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	return syncDir(l.store.dir)
+}
+
+// Close lets go of the files and leaves them.
+func (l *Log) Close() error { return errors.Join(l.rest(), l.stopReading()) }
