@@ -192,7 +192,7 @@ func (g *Gate) refresh() {
 	t.Tick(now)
 	f := t.Freshness(now)
 	g.write.Unlock()
-	g.ready.fresh(f)
+	g.ready.fresh(f, g.full.probe.Load() != 0)
 }
 
 // directoryFeed brings keys and accounts to the table.

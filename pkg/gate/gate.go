@@ -21,6 +21,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -82,8 +83,8 @@ const (
 type Outbox interface {
 	// Run publishes until ctx is done.
 	Run(ctx context.Context) error
-	// Add returns nil once the call is the outbox's to deliver. It does not keep
-	// the pointer.
+	// Add returns nil once the call is the outbox's to deliver, outbox.ErrFull
+	// when there is no room. It does not keep the pointer.
 	Add(ctx context.Context, shard uint32, c *usage.Call) error
 	// Close publishes or spools what is left and waits for it until ctx is done.
 	Close(ctx context.Context) error
@@ -137,6 +138,7 @@ type Gate struct {
 	outbox atomic.Pointer[Outbox]
 	ready  readiness
 	logs   limiter
+	full   full
 }
 
 // Errors of Settle.
@@ -277,11 +279,38 @@ func (g *Gate) SettleShard(ctx context.Context, shard uint32, c *usage.Call) err
 	if out == nil {
 		return ErrNotReady
 	}
-	if err := (*out).Add(ctx, shard, c); err != nil {
-		g.metrics.unsettled.Inc()
-		return fmt.Errorf("settle: %w", err)
+	err := (*out).Add(ctx, shard, c)
+	switch {
+	case err == nil:
+		g.full.clear()
+		return nil
+	case errors.Is(err, outbox.ErrFull):
+		g.full.set(g.now())
 	}
-	return nil
+	g.metrics.unsettled.Inc()
+	return fmt.Errorf("settle: %w", err)
+}
+
+// full remembers that the outbox refused a call for want of room. Until it takes
+// one again, calls are refused before they cost anything, except for one in a
+// while that finds out.
+type full struct{ probe atomic.Int64 } // when the next one may try, nanoseconds; 0: there is room
+
+// probeEvery is how often a full outbox is tried.
+const probeEvery = 100 * time.Millisecond
+
+func (f *full) set(now time.Time) { f.probe.Store(now.Add(probeEvery).UnixNano()) }
+
+func (f *full) clear() {
+	if f.probe.Load() != 0 {
+		f.probe.Store(0)
+	}
+}
+
+// refuses reports whether a call should not even begin.
+func (f *full) refuses(now time.Time) bool {
+	at := f.probe.Load()
+	return at != 0 && (now.UnixNano() < at || !f.probe.CompareAndSwap(at, now.Add(probeEvery).UnixNano()))
 }
 
 // Ready returns nil when the gate has current decisions and a directory and can

@@ -38,6 +38,7 @@ const (
 	refusedOutcome  outcome = "refused"
 	unauthenticated outcome = "unauthenticated"
 	unreadable      outcome = "unreadable"
+	unmetered       outcome = "outbox_full"
 )
 
 func newMetrics(r prometheus.Registerer, g *Gate) (*metrics, error) {
@@ -64,7 +65,7 @@ func newMetrics(r prometheus.Registerer, g *Gate) (*metrics, error) {
 	} {
 		m.byCode[c] = m.refusals.WithLabelValues(string(c))
 	}
-	for _, o := range []outcome{admitted, refusedOutcome, unauthenticated, unreadable} {
+	for _, o := range []outcome{admitted, refusedOutcome, unauthenticated, unreadable, unmetered} {
 		m.outcomes[o] = m.calls.WithLabelValues(string(o))
 	}
 	if r == nil {

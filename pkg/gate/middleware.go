@@ -170,6 +170,10 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handl
 		x.refuse(w, r, req, v)
 		return
 	}
+	if x.g.full.refuses(x.began) {
+		x.refuseUnmetered(w, r, unmetered, &refusal.Refusal{Code: refusal.MeteringUnavailable, RequestID: id})
+		return
+	}
 	if v.Unknown {
 		x.call.Flags |= usage.AdmittedUnknown
 	}

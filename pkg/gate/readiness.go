@@ -65,7 +65,7 @@ func (r *readiness) resync(bucket string) {
 	delete(r.reasons, bucket)
 }
 
-func (r *readiness) fresh(f table.Freshness) {
+func (r *readiness) fresh(f table.Freshness, outboxFull bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
@@ -86,7 +86,11 @@ func (r *readiness) fresh(f table.Freshness) {
 	default:
 		r.say(ledger.DecisionsBucket, "")
 	}
-	r.say(outboxPart, "")
+	if outboxFull {
+		r.say(outboxPart, "the outbox is full: calls are refused until the ledger takes what waits")
+	} else {
+		r.say(outboxPart, "")
+	}
 }
 
 func (r *readiness) because(what, bucket string) string {

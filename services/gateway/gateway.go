@@ -174,7 +174,7 @@ func newService(o Options) (*service, error) {
 		Connect:    func(ctx context.Context) (*nats.Conn, error) { return natsconn.Connect(ctx, s.o.NATS) },
 		Shards:     o.Shards,
 		OpenOutbox: s.openOutbox,
-		Unknown:    o.Unknown, StaleAfter: o.StaleAfter, CloseTimeout: o.StopTimeout / 2,
+		Unknown:    o.Unknown, StaleAfter: o.StaleAfter, CloseTimeout: o.StopTimeout * 2 / 5,
 		Logger: o.Logger, Registerer: o.Registerer,
 		DirectoryReadiness: part("directory"), DecisionsReadiness: part("decisions"), OutboxReadiness: part("outbox"),
 	})
@@ -239,7 +239,7 @@ func (s *service) run(ctx context.Context) error {
 func (s *service) serve(ctx context.Context, listener, adminListener net.Listener, ready func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	grace := s.o.StopTimeout / 6
+	grace := s.o.StopTimeout / 5
 	errs := make(chan error, 2)
 	n := 1
 	go func() {

@@ -3,6 +3,7 @@
 package refusal
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -48,6 +49,8 @@ const (
 	// BadGateway and GatewayTimeout: the upstream gave no answer.
 	BadGateway     usage.Code = "UPSTREAM_UNREACHABLE"
 	GatewayTimeout usage.Code = "UPSTREAM_TIMEOUT"
+	// MeteringUnavailable: the call could not be recorded, so it is not served.
+	MeteringUnavailable usage.Code = "METERING_UNAVAILABLE"
 )
 
 // MaxViolated bounds the policies that one answer lists.
@@ -137,6 +140,8 @@ func words(c usage.Code) wording {
 		return wording{"The request is too large", "Send a smaller request.", false}
 	case NoRoute:
 		return wording{"Nothing is served here", "Check method, host and path.", false}
+	case MeteringUnavailable:
+		return wording{"Calls can't be recorded right now", "Try again later.", false}
 	case BadGateway:
 		return wording{"The upstream can't be reached", "Try again later.", false}
 	case GatewayTimeout:
@@ -155,6 +160,8 @@ func ownStatus(c usage.Code) int {
 		return http.StatusRequestEntityTooLarge
 	case NoRoute:
 		return http.StatusNotFound
+	case MeteringUnavailable:
+		return http.StatusServiceUnavailable
 	case BadGateway:
 		return http.StatusBadGateway
 	case GatewayTimeout:
@@ -186,11 +193,20 @@ func retryable(status int) bool {
 }
 
 func (r *Refusal) violated() []*usage.Decision {
-	v := r.Violated
-	if len(v) == 0 && r.Decision != nil {
-		v = []*usage.Decision{r.Decision}
+	if len(r.Violated) == 0 && r.Decision != nil {
+		return []*usage.Decision{r.Decision}
 	}
-	return v[:min(len(v), MaxViolated)]
+	var out []*usage.Decision
+	names := make(map[string]bool, len(r.Violated))
+	for _, v := range r.Violated {
+		// The accounts of a path may have the same plan: a policy is named once,
+		// by the gravest.
+		if len(out) < MaxViolated && !names[v.LimitID] {
+			names[v.LimitID] = true
+			out = append(out, v)
+		}
+	}
+	return out
 }
 
 func (r *Refusal) document() document {
@@ -235,11 +251,13 @@ func (r *Refusal) Write(w http.ResponseWriter, p Profile) error {
 	d := r.document()
 	r.SetHeaders(w.Header())
 	contentType, body := render(&d, p)
-	data, err := json.Marshal(body)
-	if err != nil {
+	var buf bytes.Buffer
+	e := json.NewEncoder(&buf)
+	e.SetEscapeHTML(false) // an action_url stays readable
+	if err := e.Encode(body); err != nil {
 		return fmt.Errorf("write refusal: %w", err)
 	}
-	data = append(data, '\n')
+	data := buf.Bytes()
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("Content-Length", strconv.Itoa(len(data)))
 	w.WriteHeader(d.Status)
