@@ -560,3 +560,14 @@ func (a *Applier) at(step string) error {
 	}
 	return a.step(step)
 }
+
+// Revision returns the revision of what holds, without reading it; 0 when nothing
+// was ever applied.
+func (a *Applier) Revision(ctx context.Context) (uint64, error) {
+	s, err := openStore(ctx, a.JS)
+	if err != nil {
+		return 0, err
+	}
+	_, rev, _, err := s.manifest(ctx, appliedKey)
+	return rev, err
+}

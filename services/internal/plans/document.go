@@ -247,3 +247,29 @@ func (x index) root(id string) string {
 	}
 	return p[len(p)-1]
 }
+
+// Index finds what a checked document says. Safe for concurrent use as long as
+// the document is not changed.
+type Index struct{ x index }
+
+// NewIndex indexes a checked document.
+func NewIndex(d *Document) Index { return Index{indexOf(d)} }
+
+// Account returns the account of that id; false when there is none.
+func (i Index) Account(id string) (*Account, bool) {
+	a, ok := i.x.accounts[id]
+	return a, ok
+}
+
+// Plan returns the plan of that id; false when there is none.
+func (i Index) Plan(id string) (*Plan, bool) {
+	p, ok := i.x.plans[id]
+	return p, ok
+}
+
+// Path returns the account and those above it, from leaf to root; empty when
+// there is no such account.
+func (i Index) Path(id string) []string { return i.x.path(id) }
+
+// Root returns the root of an account; an unknown one is its own.
+func (i Index) Root(id string) string { return i.x.root(id) }

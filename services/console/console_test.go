@@ -1,0 +1,564 @@
+package console
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+	"testing/fstest"
+	"time"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/getkin/kin-openapi/openapi3filter"
+	"github.com/getkin/kin-openapi/routers/gorillamux"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas"
+	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans"
+	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
+)
+
+// contract checks real exchanges against schemas/openapi.yaml.
+type contract struct {
+	t    *testing.T
+	doc  *openapi3.T
+	base string
+	seen map[string]bool
+}
+
+func newContract(t *testing.T, base string) *contract {
+	t.Helper()
+	loader := openapi3.NewLoader()
+	doc, err := loader.LoadFromData(schemas.OpenAPI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := doc.Validate(loader.Context); err != nil {
+		t.Fatal(err)
+	}
+	doc.Servers = openapi3.Servers{{URL: base}}
+	return &contract{t: t, doc: doc, base: base, seen: map[string]bool{}}
+}
+
+type exchange struct {
+	method, path string
+	header       map[string]string
+	body         string
+	status       int
+}
+
+// do sends a request, checks status and body against the contract, and returns
+// the body.
+func (c *contract) do(e exchange) []byte {
+	c.t.Helper()
+	if e.method == "" {
+		e.method = http.MethodGet
+	}
+	if e.status == 0 {
+		e.status = http.StatusOK
+	}
+	build := func() *http.Request {
+		req, err := http.NewRequestWithContext(c.t.Context(), e.method, c.base+e.path, strings.NewReader(e.body))
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		for k, v := range e.header {
+			req.Header.Set(k, v)
+		}
+		return req
+	}
+	res, err := http.DefaultClient.Do(build())
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if res.StatusCode != e.status {
+		c.t.Fatalf("%s %s: %s, want %d: %s", e.method, e.path, res.Status, e.status, body)
+	}
+	router, err := gorillamux.NewRouter(c.doc)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	req := build()
+	route, params, err := router.FindRoute(req)
+	if err != nil {
+		c.t.Fatalf("%s %s is not in openapi.yaml: %v", e.method, e.path, err)
+	}
+	c.seen[route.Method+" "+route.Path] = true
+	in := &openapi3filter.RequestValidationInput{Request: req, PathParams: params, Route: route, Options: &openapi3filter.Options{AuthenticationFunc: openapi3filter.NoopAuthenticationFunc, IncludeResponseStatus: true}}
+	out := &openapi3filter.ResponseValidationInput{RequestValidationInput: in, Status: res.StatusCode, Header: res.Header, Options: in.Options}
+	out.SetBodyBytes(body)
+	if err := openapi3filter.ValidateResponse(c.t.Context(), out); err != nil {
+		c.t.Errorf("%s %s: %v\n%s", e.method, e.path, err, body)
+	}
+	return body
+}
+
+func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.apply(demoPlans())
+	ctx, cancel := context.WithCancel(t.Context())
+	owner := make(chan struct{})
+	go func() { defer close(owner); w.own(ctx) }()
+	defer func() { cancel(); <-owner }()
+	now := time.Now()
+	minute := usage.At(now.Truncate(time.Minute).Add(time.Minute))
+	deny := usage.Decision{ID: decisionID("acme/search"), Account: "acme/search", LimitID: "free/calls-per-minute", Meter: usage.Calls, Verdict: usage.Deny, Code: usage.QuotaExceeded,
+		Revision: 9, Used: 100, Amount: 100, Window: usage.Minute, PeriodStart: minute - 60_000_000, PeriodEnd: minute + 3600_000_000, PlanVersion: "v", DecidedAt: usage.At(now), Cause: usage.At(now), ActionURL: "https://example.com/upgrade"}
+	w.decide(deny)
+	w.alert(usage.Alert{EpisodeID: "e1", Transition: usage.AlertFiring, N: 1, Rule: "refused-accounts", Scope: "global", Severity: "page", At: usage.At(now), Value: .4, Threshold: .2, Summary: "40 % of accounts are refused"})
+	w.deadLetter(usage.ReasonMalformed, "it is not a CloudEvent in JSON", "gateway-1")
+	w.publish(okCall("acme/search", 10, 20), okCall("hooli", 5, 5), refusedCall("acme/search", usage.QuotaExceeded))
+
+	h := &fakeHistory{
+		calls:    []CallsPoint{{Step: 0, Admitted: 3, InputTokens: 7}, {Step: 1, Name: "QUOTA_EXCEEDED", Refused: 2}, {Step: 1, Other: true, Refused: 1}, {Step: 99999, Name: "outside"}},
+		position: 3,
+	}
+	for n := range uint64(3) {
+		h.decisions = append(h.decisions, PastDecision{Sequence: 30 - n, Decision: deny})
+	}
+	base := w.start(Options{History: h, Peers: []Peer{{Name: "alerter", URL: "http://127.0.0.1:1/readyz"}}})
+	c := newContract(t, base)
+
+	// Beacons, dead letters and alerts arrive by themselves.
+	w.until("everything was heard", func() bool {
+		hl := get[health](t, base+"/v1/health")
+		dead := get[struct{ Total uint64 }](t, base+"/v1/deadletters")
+		return len(hl.Shards) == testShards && aggregatorPart(hl.Shards).State == StateOK && hl.Historian.Known && dead.Total == 1
+	})
+
+	var accounts struct {
+		Accounts []accountLine `json:"accounts"`
+		Next     string        `json:"next_cursor"`
+	}
+	decode(t, c.do(exchange{path: "/v1/accounts?limit=2"}), &accounts)
+	if len(accounts.Accounts) != 2 || accounts.Next != "acme/search" || accounts.Accounts[1].Verdict != "deny" || accounts.Accounts[1].Root != "acme" {
+		t.Errorf("accounts: %+v", accounts)
+	}
+	decode(t, c.do(exchange{path: "/v1/accounts?limit=2&cursor=acme/search"}), &accounts)
+	if accounts.Accounts[0].ID != "acme/support-bot" {
+		t.Errorf("the next page begins with %s", accounts.Accounts[0].ID)
+	}
+	var account struct {
+		Path      []string
+		Usage     *accountAnswer
+		Decisions []decisionLine
+	}
+	decode(t, c.do(exchange{path: "/v1/accounts/acme%2Fsearch"}), &account)
+	if diff := cmp.Diff([]string{"acme/search", "acme"}, account.Path); diff != "" {
+		t.Error(diff)
+	}
+	if account.Usage == nil || account.Usage.Own.Admitted != 1 || account.Usage.Own.Refused != 1 || len(account.Decisions) != 1 {
+		t.Errorf("account: %+v", account)
+	}
+	c.do(exchange{path: "/v1/accounts/nobody", status: 404})
+	c.do(exchange{path: "/v1/accounts?limit=0", status: 400})
+
+	var u usageAnswer
+	decode(t, c.do(exchange{path: "/v1/usage"}), &u)
+	if !u.Complete || u.Total.Admitted != 2 || u.Total.Refused != 1 || u.Total.Meters[usage.OutputTokens] != 25 {
+		t.Errorf("usage: %+v", u)
+	}
+	u = usageAnswer{}
+	decode(t, c.do(exchange{path: "/v1/usage?account=hooli&account=acme/search"}), &u)
+	if len(u.Accounts) != 2 || u.Total.Admitted != 2 {
+		t.Errorf("usage of two: %+v", u)
+	}
+
+	c.do(exchange{path: "/v1/plans"})
+	asYAML := c.do(exchange{path: "/v1/plans", header: map[string]string{"Accept": "application/yaml"}})
+	if doc, err := plans.Parse("answer.yaml", asYAML); err != nil || plans.Version(doc) != plans.Version(demoPlans()) {
+		t.Errorf("what is given as YAML can't be applied again: %v\n%s", err, asYAML)
+	}
+
+	var ds struct{ Decisions []decisionLine }
+	decode(t, c.do(exchange{path: "/v1/decisions?verdict=deny&account=acme/search"}), &ds)
+	if len(ds.Decisions) != 1 || ds.Decisions[0].Effective != "deny" {
+		t.Errorf("decisions: %+v", ds)
+	}
+	c.do(exchange{path: "/v1/decisions?verdict=maybe", status: 400})
+	var past struct {
+		Decisions []decisionLine
+		Next      string `json:"next_cursor"`
+	}
+	decode(t, c.do(exchange{path: "/v1/decisions/history?limit=2"}), &past)
+	if len(past.Decisions) != 2 || past.Next != "29" {
+		t.Errorf("past decisions: %+v", past)
+	}
+	decode(t, c.do(exchange{path: "/v1/decisions/history?limit=2&cursor=29"}), &past)
+	if len(past.Decisions) != 1 || past.Next != "" {
+		t.Errorf("the last page: %+v", past)
+	}
+
+	var calls struct {
+		Steps  int
+		Series []callSeries
+	}
+	decode(t, c.do(exchange{path: "/v1/history/calls?from=2026-01-01T00:00:07Z&to=2026-01-01T00:02:00Z&step=60&group=model"}), &calls)
+	if want := []callSeries{
+		{Name: "", Admit: []int64{3, 0}, Refuse: []int64{0, 0}, Input: []int64{7, 0}, Output: []int64{0, 0}},
+		{Name: "QUOTA_EXCEEDED", Admit: []int64{0, 0}, Refuse: []int64{0, 2}, Input: []int64{0, 0}, Output: []int64{0, 0}},
+		{Name: "", Other: true, Admit: []int64{0, 0}, Refuse: []int64{0, 1}, Input: []int64{0, 0}, Output: []int64{0, 0}},
+	}; cmp.Diff(want, calls.Series) != "" || calls.Steps != 2 {
+		t.Errorf("history: %d steps, %s", calls.Steps, cmp.Diff(want, calls.Series))
+	}
+	if h.asked.From.Second() != 0 || h.asked.Group != ByModel || h.asked.Top != historyTop {
+		t.Errorf("asked %+v", h.asked)
+	}
+	for _, bad := range []string{"from=yesterday", "group=shoe", "step=0", "from=2020-01-01T00:00:00Z&step=1", "from=2026-01-02T00:00:00Z&to=2026-01-01T00:00:00Z"} {
+		c.do(exchange{path: "/v1/history/calls?" + bad, status: 400})
+	}
+
+	c.do(exchange{path: "/v1/alerts"})
+	var dead struct {
+		Newest []struct{ Reason, Detail, Origin string }
+	}
+	decode(t, c.do(exchange{path: "/v1/deadletters"}), &dead)
+	if len(dead.Newest) != 1 || dead.Newest[0].Reason != usage.ReasonMalformed || dead.Newest[0].Origin != "gateway-1" {
+		t.Errorf("dead letters: %+v", dead)
+	}
+	var hl health
+	decode(t, c.do(exchange{path: "/v1/health"}), &hl)
+	states := map[string]string{}
+	for _, p := range hl.Parts {
+		states[p.Name] = p.State
+	}
+	if diff := cmp.Diff(map[string]string{"gateway": "ok", "aggregator": "ok", "historian": "ok", "alerter": "down", "nats": "ok", "clickhouse": "ok"}, states); diff != "" {
+		t.Error(diff)
+	}
+	c.do(exchange{path: "/healthz"})
+	c.do(exchange{path: "/readyz"})
+
+	// Everything that openapi.yaml promises of the console was asked for here;
+	// the stream and the plans have tests of their own.
+	for path, item := range c.doc.Paths.Map() {
+		for method, op := range item.Operations() {
+			if op.Tags[0] == "gateway" || path == "/v1/live" || path == "/metrics" || method == http.MethodPut {
+				continue
+			}
+			if !c.seen[method+" "+path] {
+				t.Errorf("%s %s was not tried", method, path)
+			}
+		}
+	}
+}
+
+func decode(t *testing.T, data []byte, v any) {
+	t.Helper()
+	if err := json.Unmarshal(data, v); err != nil {
+		t.Fatalf("%v: %s", err, data)
+	}
+}
+
+func TestPlansAreAppliedOverHTTP(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := newContract(t, w.start(Options{}))
+	yamlHeader := map[string]string{"Content-Type": "application/yaml"}
+	const first = "version: 1\nplans: [{id: free, limits: [{id: a, meter: calls, window: day, amount: 5}]}]\naccounts: [{id: x, plan: free}]\n"
+
+	var d struct {
+		DryRun bool `json:"dry_run"`
+		Text   string
+		plans.Diff
+	}
+	decode(t, c.do(exchange{method: "PUT", path: "/v1/plans?dry_run=true", header: yamlHeader, body: first}), &d)
+	if !d.DryRun || len(d.Diff.Plans) != 1 || !strings.Contains(d.Text, "+ account x") {
+		t.Errorf("dry run: %+v", d)
+	}
+	version := func() string {
+		var p struct{ Version string }
+		decode(t, c.do(exchange{path: "/v1/plans"}), &p)
+		return p.Version
+	}
+	if v := version(); v != "" {
+		t.Fatalf("a dry run applied %s", v)
+	}
+	c.do(exchange{method: "PUT", path: "/v1/plans", header: yamlHeader, body: first})
+	applied := version()
+	if applied != d.To {
+		t.Errorf("applied %s, planned %s", applied, d.To)
+	}
+
+	var bad problem
+	decode(t, c.do(exchange{method: "PUT", path: "/v1/plans", header: yamlHeader, status: 422, body: strings.Replace(first, "amount: 5", "amount: -5", 1)}), &bad)
+	if want := []plans.Problem{{File: "plans.yaml", Line: 2, Column: 72, Pointer: "/plans/0/limits/0/amount", Reason: "amount is below 1", Do: "write a number from 1 on"}}; cmp.Diff(want, bad.Problems) != "" {
+		t.Error(cmp.Diff(want, bad.Problems))
+	}
+	decode(t, c.do(exchange{method: "PUT", path: "/v1/plans", header: map[string]string{"Content-Type": "application/json"}, status: 422, body: "{\n"}), &bad)
+	c.do(exchange{method: "PUT", path: "/v1/plans", header: map[string]string{"Content-Type": "text/plain"}, status: 415, body: first})
+	c.do(exchange{method: "PUT", path: "/v1/plans", status: 415, body: first})
+	c.do(exchange{method: "PUT", path: "/v1/plans?dry_run=perhaps", header: yamlHeader, status: 400, body: first})
+	c.do(exchange{method: "PUT", path: "/v1/plans", header: yamlHeader, status: 413, body: strings.Repeat("#", plansMaxBody+1)})
+	if v := version(); v != applied {
+		t.Errorf("refused plans changed what holds to %s", v)
+	}
+}
+
+func TestAnotherSiteCanChangeNothing(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	base := w.start(Options{})
+	own := strings.TrimPrefix(base, "http://")
+	for name, h := range map[string]struct {
+		header map[string]string
+		status int
+	}{
+		"a program":           {nil, 200},
+		"the page":            {map[string]string{"Sec-Fetch-Site": "same-origin", "Origin": base}, 200},
+		"another site":        {map[string]string{"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}, 403},
+		"another port":        {map[string]string{"Sec-Fetch-Site": "same-site", "Origin": "http://127.0.0.1:1"}, 403},
+		"an old browser":      {map[string]string{"Origin": "https://evil.example"}, 403},
+		"no origin":           {map[string]string{"Origin": "null"}, 403},
+		"a name pointed here": {map[string]string{"Host": "evil.example"}, 403},
+		"the name localhost":  {map[string]string{"Host": "localhost:" + own[strings.LastIndex(own, ":")+1:]}, 200},
+	} {
+		t.Run(name, func(t *testing.T) {
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, base+"/v1/plans?dry_run=true", strings.NewReader("version: 1\n"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header.Set("Content-Type", "application/yaml")
+			for k, v := range h.header {
+				req.Header.Set(k, v)
+				if k == "Host" {
+					req.Host = v
+				}
+			}
+			res, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer res.Body.Close()
+			if res.StatusCode != h.status {
+				t.Errorf("%s, want %d", res.Status, h.status)
+			}
+		})
+	}
+}
+
+func TestTheToken(t *testing.T) {
+	t.Parallel()
+	ask := func(g *guard, method, path, token string) int {
+		req, err := http.NewRequest(method, "http://console.example"+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if token != "" {
+			req.Header.Set("Authorization", "Bearer "+token)
+		}
+		if p, refused := g.refuse(req); refused {
+			return p.Status
+		}
+		return 200
+	}
+	open, local := &guard{token: "s3cret"}, &guard{token: "s3cret", loopback: true}
+	for _, c := range []struct {
+		g                   *guard
+		method, path, token string
+		want                int
+	}{
+		{open, "GET", "/v1/usage", "", 401},
+		{open, "GET", "/v1/usage", "wrong", 401},
+		{open, "GET", "/v1/usage", "s3cret", 200},
+		{open, "GET", "/metrics", "", 401},
+		{open, "GET", "/readyz", "", 401},
+		{open, "GET", "/healthz", "", 200},
+		{open, "GET", "/", "", 200},
+		{open, "PUT", "/v1/plans", "", 401},
+		{open, "PUT", "/v1/plans", "s3cret", 200},
+		{local, "GET", "/v1/usage", "", 200},
+		{local, "PUT", "/v1/plans", "", 401},
+		{local, "PUT", "/v1/plans", "s3cret", 200},
+	} {
+		if got := ask(c.g, c.method, c.path, c.token); got != c.want {
+			t.Errorf("%s %s with token %q (loopback %v): %d, want %d", c.method, c.path, c.token, c.g.loopback, got, c.want)
+		}
+	}
+}
+
+func TestOtherMachinesNeedAToken(t *testing.T) {
+	t.Parallel()
+	err := Run(t.Context(), Options{Listen: "0.0.0.0:0", Flag: "console-listen"})
+	var listen *telemetry.ListenError
+	if !errors.As(err, &listen) || !errors.Is(err, telemetry.ErrNotLoopback) || listen.Flag != "console-listen" {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestTheConsoleWaitsForNATS(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	addr := make(chan string, 1)
+	done := make(chan error, 1)
+	go func() {
+		done <- Run(ctx, Options{Listen: "127.0.0.1:0", NATS: natsconn.Options{URL: "nats://127.0.0.1:1"}, Ready: func(a net.Addr) { addr <- a.String() }})
+	}()
+	base := "http://" + <-addr
+	for path, want := range map[string]int{"/readyz": 503, "/healthz": 200, "/v1/usage": 503} {
+		res, err := http.Get(base + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if res.StatusCode != want {
+			t.Errorf("%s: %s, want %d", path, res.Status, want)
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAPageThatWasNotBuiltSaysHow(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	base := w.start(Options{Web: fstest.MapFS{}})
+	res, err := http.Get(base + "/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil || !bytes.Contains(body, []byte("go tool task setup")) {
+		t.Errorf("%v: %s", err, body)
+	}
+}
+
+// events reads messages of the live stream.
+func events(t *testing.T, ctx context.Context, base string) (next func() liveMessage, status int) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, base+"/v1/live", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { res.Body.Close() })
+	scan := bufio.NewScanner(res.Body)
+	scan.Buffer(nil, 1<<20)
+	return func() liveMessage {
+		t.Helper()
+		for scan.Scan() {
+			if data, ok := strings.CutPrefix(scan.Text(), "data: "); ok {
+				var m liveMessage
+				decode(t, []byte(data), &m)
+				return m
+			}
+		}
+		t.Fatalf("the stream ended: %v", scan.Err())
+		return liveMessage{}
+	}, res.StatusCode
+}
+
+func TestTheLiveStreamMoves(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.apply(demoPlans())
+	ctx, cancel := context.WithCancel(t.Context())
+	owner := make(chan struct{})
+	go func() { defer close(owner); w.own(ctx) }()
+	defer func() { cancel(); <-owner }()
+	base := w.start(Options{MaxStreams: 2})
+	c := newContract(t, base)
+
+	stream, stop := context.WithCancel(t.Context())
+	next, _ := events(t, stream, base)
+	first := next()
+	if !first.Reset || len(first.Seconds) < 200 {
+		t.Errorf("the first message: reset %v, %d seconds", first.Reset, len(first.Seconds))
+	}
+	for range 30 {
+		w.publish(okCall("acme/search", 10, 20), refusedCall("initech", usage.QuotaExceeded), okCall("hooli", 1, 1))
+	}
+	var m liveMessage
+	var admitted, refused int64
+	for try := 0; try < 10 && (admitted < 60 || len(m.Top) == 0); try++ {
+		m = next()
+		admitted, refused = 0, 0
+		for _, s := range m.Seconds {
+			admitted += s.Admitted
+			refused += s.RefusedTotal()
+		}
+	}
+	if m.Reset || len(m.Seconds) != liveRecent || admitted != 60 || refused != 30 {
+		t.Errorf("after 60 calls and 30 refusals: %d admitted, %d refused in %d seconds", admitted, refused, len(m.Seconds))
+	}
+	byID := map[string]topAccount{}
+	for _, a := range m.Top {
+		byID[a.ID] = a
+	}
+	if a := byID["acme/search"]; a.Admitted != 30 || len(a.Limits) != 1 || a.Limits[0].Used != 30 || a.Limits[0].Remaining != 70 {
+		t.Errorf("acme/search: %+v", a)
+	}
+	if a := byID["acme"]; a.Admitted != 30 || len(a.Limits) != 1 || a.Limits[0].Used != 600 {
+		t.Errorf("what is above an account is shown with it: %+v", a)
+	}
+	if len(m.Refusals) == 0 || m.Refusals[0].Account != "initech" || m.Refusals[0].DecisionID != decisionID("initech") {
+		t.Errorf("refusals: %+v", m.Refusals)
+	}
+	// A message is what the contract says.
+	body, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var value any
+	decode(t, body, &value)
+	if err := c.doc.Components.Schemas["LiveMessage"].Value.VisitJSON(value); err != nil {
+		t.Error(err)
+	}
+
+	// Clients are bounded, and one that goes makes room.
+	if _, status := events(t, t.Context(), base); status != 200 {
+		t.Errorf("the second client got %d", status)
+	}
+	if _, status := events(t, t.Context(), base); status != 503 {
+		t.Errorf("the third client got %d", status)
+	}
+	stop()
+	w.until("there is room again", func() bool {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		_, status := events(t, ctx, base)
+		return status == 200
+	})
+}
+
+func TestWithoutAnAggregatorTheAnswerSaysSo(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.apply(demoPlans())
+	base := w.start(Options{})
+	u := get[usageAnswer](t, base+"/v1/usage")
+	if u.Complete || !strings.Contains(u.Shards[0].Error, "is an aggregator running?") {
+		t.Errorf("got %+v", u)
+	}
+	h := get[health](t, base+"/v1/health")
+	if h.State != StateDown || h.Shards[0].BeaconAge != -1 {
+		t.Errorf("got %+v", h)
+	}
+	account := get[struct {
+		Usage *accountAnswer
+		Why   string `json:"usage_error"`
+	}](t, base+"/v1/accounts/"+url.PathEscape("acme/search"))
+	if account.Usage != nil || account.Why == "" {
+		t.Errorf("got %+v", account)
+	}
+}

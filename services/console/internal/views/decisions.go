@@ -1,0 +1,158 @@
+// Package views keeps small copies of what the services publish, ready to be
+// asked: decisions, beacons, alerts, dead letters. All types are safe for
+// concurrent use and do no I/O: the console feeds them.
+package views
+
+import (
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// Decisions is a copy of the decisions bucket. It implements
+// ledger.MirrorHandler.
+type Decisions struct {
+	mu      sync.RWMutex
+	byKey   map[string]usage.Decision
+	account map[string][]string // keys of an account's decisions
+	loaded  bool
+	stale   error
+	bad     int
+}
+
+// Reset implements ledger.MirrorHandler.
+func (d *Decisions) Reset(all []ledger.Change) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.byKey, d.account = make(map[string]usage.Decision, len(all)), make(map[string][]string, len(all))
+	d.loaded, d.stale, d.bad = true, nil, 0
+	for _, c := range all {
+		d.apply(c)
+	}
+}
+
+// Apply implements ledger.MirrorHandler.
+func (d *Decisions) Apply(c ledger.Change) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.apply(c)
+}
+
+func (d *Decisions) apply(c ledger.Change) {
+	if strings.HasPrefix(c.Key, "checkpoint.") {
+		return
+	}
+	old, had := d.byKey[c.Key]
+	if c.Value == nil {
+		if had {
+			delete(d.byKey, c.Key)
+			keys := slices.DeleteFunc(d.account[old.Account], func(k string) bool { return k == c.Key })
+			if d.account[old.Account] = keys; len(keys) == 0 {
+				delete(d.account, old.Account)
+			}
+		}
+		return
+	}
+	now, err := ledger.UnmarshalDecision(c.Value)
+	if err != nil {
+		d.bad++
+		return
+	}
+	if had && old.Revision > now.Revision {
+		return // law 6
+	}
+	d.byKey[c.Key] = now
+	if !had {
+		d.account[now.Account] = append(d.account[now.Account], c.Key)
+	}
+}
+
+// Stale implements ledger.MirrorHandler.
+func (d *Decisions) Stale(reason error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.stale = reason
+}
+
+// Status says whether the copy was ever complete, and why it may be behind now.
+func (d *Decisions) Status() (loaded bool, stale error) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return d.loaded, d.stale
+}
+
+// Counts returns how many decisions there are, and how many hold as deny and
+// warn at a time.
+func (d *Decisions) Counts(now usage.Micros) (all, deny, warn int) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	for k := range d.byKey {
+		v := d.byKey[k]
+		switch Effective(&v, now) {
+		case usage.Deny:
+			deny++
+		case usage.Warn:
+			warn++
+		}
+	}
+	return len(d.byKey), deny, warn
+}
+
+// Effective is the verdict at a time: what a period said ends with it.
+func Effective(d *usage.Decision, now usage.Micros) usage.Verdict {
+	if d.PeriodEnd != 0 && now >= d.PeriodEnd {
+		return usage.Allow
+	}
+	return d.Verdict
+}
+
+// Of returns the decisions of an account, by limit.
+func (d *Decisions) Of(account string) []usage.Decision {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	out := make([]usage.Decision, 0, len(d.account[account]))
+	for _, k := range d.account[account] {
+		out = append(out, d.byKey[k])
+	}
+	slices.SortFunc(out, func(a, b usage.Decision) int { return strings.Compare(a.LimitID, b.LimitID) })
+	return out
+}
+
+// Worst returns the severest verdict of an account's own limits at a time;
+// Allow when there is none.
+func (d *Decisions) Worst(account string, now usage.Micros) usage.Verdict {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	worst := usage.Allow
+	for _, k := range d.account[account] {
+		v := d.byKey[k]
+		worst = max(worst, Effective(&v, now))
+	}
+	return worst
+}
+
+// Page returns up to n decisions whose key comes after cursor and that match,
+// in order of keys, and the cursor of the next page, empty at the end.
+func (d *Decisions) Page(cursor string, n int, match func(*usage.Decision) bool) (page []usage.Decision, next string) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	var keys []string
+	for k := range d.byKey {
+		if v := d.byKey[k]; k > cursor && match(&v) {
+			keys = append(keys, k)
+		}
+	}
+	slices.Sort(keys)
+	if len(keys) > n {
+		keys = keys[:n]
+		next = keys[n-1]
+	}
+	page = make([]usage.Decision, 0, len(keys))
+	for _, k := range keys {
+		page = append(page, d.byKey[k])
+	}
+	return page, next
+}

@@ -1,0 +1,345 @@
+package console
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/live"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/views"
+)
+
+const livePattern = "GET /v1/live"
+
+const (
+	liveEvery    = time.Second
+	liveTop      = 10
+	liveRefusals = 20
+	liveAlerts   = 8
+	liveLetters  = 5
+	// liveRecent is how many seconds each message carries: calls arrive a little
+	// after their second, and a client may miss a message.
+	liveRecent = 10
+	// topEvery is how often the accounts with the most calls ever are asked for
+	// while too few are busy.
+	topEvery = 10 * time.Second
+	// writeTimeout of one message to a client.
+	writeTimeout = 10 * time.Second
+)
+
+// topAccount is a line of the list of accounts.
+type topAccount struct {
+	ID     string `json:"id"`
+	Parent string `json:"parent,omitempty"`
+	Plan   string `json:"plan,omitempty"`
+	// Recent calls: a minute halves their weight.
+	Admitted int64               `json:"recent_admitted"`
+	Refused  int64               `json:"recent_refused"`
+	Verdict  string              `json:"verdict"`
+	Limits   []ledger.LimitUsage `json:"limits"`
+}
+
+type liveLag struct {
+	// TailEntries that this view has not read yet, and SkippedEntries that it
+	// never will: they are counted, only not shown.
+	TailEntries    uint64  `json:"tail_entries"`
+	SkippedEntries uint64  `json:"skipped_entries"`
+	CountedSeconds float64 `json:"counted_seconds"`
+	HistoryEntries uint64  `json:"history_entries"`
+	HistoryKnown   bool    `json:"history_known"`
+}
+
+type liveDead struct {
+	Total   uint64             `json:"total"`
+	Reasons []reasonCount      `json:"by_reason"`
+	Newest  []views.DeadLetter `json:"newest"`
+}
+
+type reasonCount = views.ReasonCount
+
+type liveDecisions struct {
+	Deny int `json:"deny"`
+	Warn int `json:"warn"`
+	All  int `json:"all"`
+}
+
+// liveMessage is one message of /v1/live.
+type liveMessage struct {
+	At       usage.Micros `json:"at_unix_micros"`
+	Sequence uint64       `json:"ledger_sequence"`
+	// Reset says that Seconds are all that there are, not the newest only.
+	Reset     bool           `json:"reset"`
+	Seconds   []live.Second  `json:"seconds"`
+	Top       []topAccount   `json:"top"`
+	Refusals  []live.Refusal `json:"refusals"`
+	Alerts    []usage.Alert  `json:"alerts"`
+	Dead      liveDead       `json:"dead_letters"`
+	Decisions liveDecisions  `json:"decisions"`
+	Lag       liveLag        `json:"lag"`
+	Health    []part         `json:"health"`
+	State     string         `json:"state"`
+}
+
+// hub hands the newest message to all clients.
+type hub struct {
+	wake chan struct{} // a client came
+
+	mu      sync.Mutex
+	clients map[chan struct{}]struct{}
+	n       uint64 // number of the newest message
+	recent  []byte // the newest message
+	reset   []byte // the same with all seconds
+}
+
+func (h *hub) join(most int) (chan struct{}, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.clients) >= most {
+		return nil, false
+	}
+	if h.clients == nil {
+		h.clients = map[chan struct{}]struct{}{}
+	}
+	ch := make(chan struct{}, 1)
+	h.clients[ch] = struct{}{}
+	select {
+	case h.wake <- struct{}{}:
+	default:
+	}
+	return ch, true
+}
+
+func (h *hub) leave(ch chan struct{}) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.clients, ch)
+}
+
+func (h *hub) size() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.clients)
+}
+
+func (h *hub) publish(recent, reset []byte) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.n++
+	h.recent, h.reset = recent, reset
+	for ch := range h.clients {
+		select {
+		case ch <- struct{}{}:
+		default: // it has not taken the one before; it will see this one
+		}
+	}
+}
+
+// take returns what brings a client that had message n up to date.
+func (h *hub) take(n uint64) (data []byte, now uint64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	// Messages overlap, so that missing a few leaves no gap.
+	if n == 0 || h.n-n > liveRecent/2 {
+		return h.reset, h.n
+	}
+	return h.recent, h.n
+}
+
+// produce makes a message a second while somebody listens.
+func (c *console) produce(ctx context.Context) error {
+	tick := time.NewTicker(liveEvery)
+	defer tick.Stop()
+	var p producer
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		case <-c.state.hub.wake:
+		}
+		n := c.state.hub.size()
+		c.metrics.streams.Set(float64(n))
+		if n == 0 {
+			continue
+		}
+		recent, reset, err := p.message(ctx, c)
+		if err != nil {
+			c.log.Error().Err(err).Msg("the live view can't be made")
+			continue
+		}
+		c.state.hub.publish(recent, reset)
+	}
+}
+
+// producer remembers what is not asked for every second.
+type producer struct {
+	top   []string          // the accounts with the most calls ever
+	known map[string]uint32 // their shards
+	topAt time.Time
+}
+
+func (p *producer) message(ctx context.Context, c *console) (recent, reset []byte, err error) {
+	now := time.Now()
+	at := micros(now)
+	v := c.tail.view(at, live.Window, liveTop, liveRefusals)
+	h := c.health(now)
+	m := liveMessage{
+		At: at, Sequence: v.sequence, Reset: true, Seconds: v.seconds, Refusals: v.refusals,
+		Alerts: c.state.alerts.Newest(liveAlerts), Health: h.Parts, State: h.State,
+		Lag: liveLag{TailEntries: v.pending, SkippedEntries: v.skipped, HistoryEntries: h.Historian.Behind, HistoryKnown: h.Historian.Known},
+	}
+	for _, s := range h.Shards {
+		m.Lag.CountedSeconds = max(m.Lag.CountedSeconds, s.LagSeconds)
+	}
+	m.Decisions.All, m.Decisions.Deny, m.Decisions.Warn = c.state.decisions.Counts(at)
+	m.Dead.Newest, _, m.Dead.Reasons = c.state.dead.Newest(liveLetters)
+	c.state.mu.Lock()
+	m.Dead.Total = c.state.watch.deadTotal
+	c.state.mu.Unlock()
+	m.Top = p.accounts(ctx, c, v, at)
+	if reset, err = json.Marshal(m); err != nil {
+		return nil, nil, err
+	}
+	m.Reset, m.Seconds = false, m.Seconds[max(0, len(m.Seconds)-liveRecent):]
+	recent, err = json.Marshal(m)
+	return recent, reset, err
+}
+
+// accounts returns the busiest accounts with those above them, and how their
+// limits stand.
+func (p *producer) accounts(ctx context.Context, c *console, v view, at usage.Micros) []topAccount {
+	ctx, cancel := context.WithTimeout(ctx, 800*time.Millisecond)
+	defer cancel()
+	var order []string
+	shard, busy := map[string]uint32{}, map[string]live.Busy{}
+	add := func(id string, s uint32) {
+		if _, there := shard[id]; !there && len(order) < 2*liveTop {
+			shard[id] = s
+			order = append(order, id)
+		}
+	}
+	b, err := c.book(ctx)
+	for _, a := range v.busiest {
+		busy[a.Account] = a
+		add(a.Account, a.Shard)
+	}
+	if err == nil {
+		for _, a := range v.busiest {
+			for _, id := range b.index.Path(a.Account) {
+				add(id, a.Shard)
+				if id != a.Account { // what is above sums those below
+					sum := busy[id]
+					sum.Admitted += a.Admitted
+					sum.Refused += a.Refused
+					busy[id] = sum
+				}
+			}
+		}
+	}
+	if len(order) < liveTop {
+		if time.Since(p.topAt) > topEvery {
+			p.askTop(ctx, c)
+		}
+		for _, id := range p.top {
+			add(id, p.known[id])
+		}
+	}
+	byShard := map[uint32][]string{}
+	for _, id := range order {
+		byShard[shard[id]] = append(byShard[shard[id]], id)
+	}
+	var mu sync.Mutex
+	found := map[string]ledger.AccountUsage{}
+	group := errgroup.Group{}
+	group.SetLimit(askParallel)
+	for s, ids := range byShard {
+		group.Go(func() error {
+			// A shard that does not answer leaves its accounts without
+			// limits; the health says so.
+			reply, err := c.askShard(ctx, s, ledger.UsageRequest{Accounts: ids})
+			if err != nil {
+				return nil
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			for _, a := range reply.Accounts {
+				found[a.ID] = a
+			}
+			return nil
+		})
+	}
+	_ = group.Wait() // its functions return nil
+	out := make([]topAccount, 0, len(order))
+	for _, id := range order {
+		u := found[id]
+		t := topAccount{ID: id, Parent: u.Parent, Plan: u.Plan, Admitted: busy[id].Admitted, Refused: busy[id].Refused, Limits: u.Limits}
+		t.Verdict = c.state.decisions.Worst(id, at).String()
+		if t.Limits == nil {
+			t.Limits = []ledger.LimitUsage{}
+		}
+		out = append(out, t)
+	}
+	slices.SortStableFunc(out, func(x, y topAccount) int {
+		return cmp.Compare(y.Admitted+y.Refused, x.Admitted+x.Refused)
+	})
+	return out[:min(len(out), liveTop)]
+}
+
+// askTop asks all shards for the accounts with the most calls ever.
+func (p *producer) askTop(ctx context.Context, c *console) {
+	p.topAt = time.Now()
+	u := c.askAll(ctx, ledger.UsageRequest{Top: liveTop})
+	p.top, p.known = nil, map[string]uint32{}
+	for i, a := range u.Accounts {
+		if i == liveTop {
+			break
+		}
+		p.top = append(p.top, a.ID)
+		p.known[a.ID] = a.Shard
+	}
+}
+
+// handleLive streams messages (server-sent events) until the client goes.
+func (c *console) handleLive(w http.ResponseWriter, r *http.Request) {
+	ch, ok := c.state.hub.join(c.o.MaxStreams)
+	if !ok {
+		problem{Status: http.StatusServiceUnavailable, Code: codeTooMany, Detail: fmt.Sprintf("%d clients follow already: close one, or raise the bound", c.o.MaxStreams)}.write(w)
+		return
+	}
+	defer c.state.hub.leave(ch)
+	control := http.NewResponseController(w)
+	w.Header().Set("Content-Type", "text/event-stream")
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Accel-Buffering", "no")
+	w.WriteHeader(http.StatusOK)
+	var had uint64
+	for {
+		select {
+		case <-r.Context().Done():
+			return
+		case <-c.done.Done():
+			return
+		case <-ch:
+		}
+		data, n := c.state.hub.take(had)
+		had = n
+		// Not every writer can have a deadline; the connection's end ends
+		// it as well.
+		_ = control.SetWriteDeadline(time.Now().Add(writeTimeout))
+		if _, err := fmt.Fprintf(w, "id: %d\nevent: live\ndata: %s\n\n", n, data); err != nil {
+			return
+		}
+		if err := control.Flush(); err != nil {
+			return
+		}
+	}
+}

@@ -1,0 +1,153 @@
+package console
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/rs/zerolog"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/live"
+)
+
+const (
+	// tailBack is how many entries before the end are read at the start, so that
+	// a console that was restarted has something to show.
+	tailBack = 2000
+	// tailBehind is how many entries the tail may be behind before it skips to
+	// the end: it shows what is now, the counters are elsewhere.
+	tailBehind = 20_000
+)
+
+var errBehind = errors.New("too far behind")
+
+// tail follows the end of the ledger once for all clients.
+type tail struct {
+	state *state
+	log   zerolog.Logger
+
+	mu      sync.Mutex
+	fold    live.Fold
+	shards  map[uint32]shardEnd
+	pending uint64
+	skipped uint64
+	bad     uint64
+	err     error // of the last interruption; nil while reading
+}
+
+// shardEnd is the newest entry of a shard.
+type shardEnd struct {
+	sequence uint64
+	at       usage.Micros
+}
+
+func newTail(s *state, log zerolog.Logger) *tail {
+	return &tail{state: s, log: log, shards: map[uint32]shardEnd{}}
+}
+
+func (t *tail) run(ctx context.Context, js jetstream.JetStream) error {
+	back := uint64(tailBack)
+	for ctx.Err() == nil {
+		from, err := endOf(ctx, js, back)
+		if err == nil {
+			t.note(nil)
+			var f ledger.Frame
+			err = ledger.Read(ctx, js, ledger.ReadOptions{Stream: ledger.Stream, From: from, OnError: t.note}, func(m ledger.Message) error {
+				return t.handle(&f, m)
+			})
+		}
+		if errors.Is(err, errBehind) {
+			back = 1
+			t.log.Warn().Msg("the live view was too far behind the ledger and skipped to its end")
+			continue
+		}
+		if err != nil {
+			t.note(err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Second):
+		}
+	}
+	return nil
+}
+
+// endOf returns where to begin so that back entries are read before the end.
+func endOf(ctx context.Context, js jetstream.JetStream, back uint64) (uint64, error) {
+	ask, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	s, err := js.Stream(ask, ledger.Stream)
+	if err != nil {
+		return 0, err
+	}
+	at := s.CachedInfo().State
+	from := max(at.FirstSeq, 1)
+	if at.LastSeq >= back {
+		from = max(from, at.LastSeq-back+1)
+	}
+	return from, nil
+}
+
+func (t *tail) note(err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.err = err
+}
+
+func (t *tail) handle(f *ledger.Frame, m ledger.Message) error {
+	kind, shard, err := ledger.ParseSubject(m.Subject)
+	if err == nil && kind == ledger.KindCalls {
+		err = ledger.DecodeCalls(f, m.Subject, m.Header, m.Data)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.err, t.pending = nil, m.Pending
+	at := usage.At(m.Time)
+	t.shards[shard] = shardEnd{m.Sequence, at}
+	switch {
+	case err != nil:
+		t.bad++ // the aggregator makes a dead letter of it
+		t.fold.Passed(m.Sequence, at)
+	case kind == ledger.KindCalls:
+		t.fold.Apply(f, m.Sequence, at)
+	default:
+		t.fold.Passed(m.Sequence, at)
+	}
+	if m.Pending > tailBehind {
+		t.skipped += m.Pending
+		return errBehind
+	}
+	return nil
+}
+
+// view is a copy of what the tail knows at a time.
+type view struct {
+	seconds  []live.Second
+	busiest  []live.Busy
+	refusals []live.Refusal
+	gateways []live.Gateway
+	shards   map[uint32]shardEnd
+	sequence uint64
+	streamAt usage.Micros
+	pending  uint64
+	skipped  uint64
+	err      error
+}
+
+func (t *tail) view(now usage.Micros, seconds, busiest, refusals int) view {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	v := view{
+		seconds: t.fold.Seconds(now, seconds), busiest: t.fold.Busiest(now, busiest), refusals: t.fold.Refusals(refusals),
+		gateways: t.fold.Gateways(), shards: make(map[uint32]shardEnd, len(t.shards)), pending: t.pending, skipped: t.skipped, err: t.err,
+	}
+	v.sequence, v.streamAt = t.fold.Position()
+	for s, e := range t.shards {
+		v.shards[s] = e
+	}
+	return v
+}
