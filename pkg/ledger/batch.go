@@ -36,8 +36,12 @@ func (e *APIError) Error() string { return fmt.Sprintf("%s (%d)", e.Description,
 // owner any more.
 var ErrStale = errors.New("another owner has written since")
 
-// errCodeWrongLastSequence is JetStream's code for a failed expectation.
-const errCodeWrongLastSequence = 10071
+// JetStream's codes for a failed expectation: with the sequence it found, and,
+// while another write to the subject is under way, without.
+const (
+	errCodeWrongLastSequence        = 10071
+	errCodeWrongLastSequenceUnknown = 10164
+)
 
 // ExpectLast makes a message conditional: it is stored only when the newest
 // message of its subject has this sequence (0: there is none).
@@ -50,8 +54,10 @@ func ExpectLast(m *nats.Msg, sequence uint64) {
 
 // PublishBatch stores messages of one stream all or none and returns the
 // sequence of the last of them; the others stand directly before it. The
-// stream must allow atomic batches. It returns ErrStale when an expectation of
-// a message does not hold. When it returns any other error the batch may or
+// stream must allow atomic batches; a message of another stream fails the
+// whole. It sets headers of the messages, which must not be in use elsewhere.
+// It returns ErrStale when an expectation of a message does not hold. Without
+// a deadline of ctx it waits for 5 s. When it returns any other error the batch may or
 // may not be stored: look before trying again.
 func PublishBatch(ctx context.Context, nc *nats.Conn, msgs []*nats.Msg) (uint64, error) {
 	if len(msgs) == 0 || len(msgs) > MaxBatch {
@@ -85,15 +91,21 @@ func PublishBatch(ctx context.Context, nc *nats.Conn, msgs []*nats.Msg) (uint64,
 	var ack struct {
 		Error *APIError `json:"error"`
 		Seq   uint64    `json:"seq"`
+		Batch string    `json:"batch"`
+		Count int       `json:"count"`
 	}
 	if err := json.Unmarshal(reply.Data, &ack); err != nil {
 		return 0, fmt.Errorf("commit batch: the acknowledgement is not JSON: %w", err)
 	}
 	if ack.Error != nil {
-		if ack.Error.ErrCode == errCodeWrongLastSequence {
+		if c := ack.Error.ErrCode; c == errCodeWrongLastSequence || c == errCodeWrongLastSequenceUnknown {
 			return 0, fmt.Errorf("commit batch: %w: %w", ErrStale, ack.Error)
 		}
 		return 0, fmt.Errorf("commit batch: %w", ack.Error)
+	}
+	if ack.Batch != id || ack.Count != len(msgs) || ack.Seq == 0 {
+		// A server older than 2.12 stores each message by itself.
+		return 0, fmt.Errorf("commit batch: %d messages were sent as batch %s, acknowledged are %d as %q up to %d: the server knows no atomic batches", len(msgs), id, ack.Count, ack.Batch, ack.Seq)
 	}
 	return ack.Seq, nil
 }

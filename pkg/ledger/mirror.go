@@ -1,9 +1,12 @@
 package ledger
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -22,9 +25,11 @@ type Change struct {
 
 // MirrorHandler keeps the copy. Its methods are called from one goroutine.
 type MirrorHandler interface {
-	// Reset replaces the whole copy by the newest value of every key.
+	// Reset replaces the whole copy by the newest value of every key, in the
+	// order of their sequences; keys that were deleted are not among them.
 	Reset(all []Change)
-	// Apply brings one change, in stream order, after a Reset.
+	// Apply brings one change, in stream order, after a Reset; never one that
+	// is older than what the copy has of its key.
 	Apply(c Change)
 	// Stale says that the copy may be behind until the next Reset, and why.
 	Stale(reason error)
@@ -41,8 +46,8 @@ type MirrorOptions struct {
 
 // Mirror keeps a local copy of a bucket current: all keys first, then the
 // republished changes from a plain subscription, checked by their contiguous
-// stream sequence. On a gap, a reconnection or an announcement of something it
-// has not seen it reads everything anew. A plain KV watch is not enough: it
+// stream sequence. On a gap, a lost connection or an announcement of something
+// it has not seen it reads everything anew. A plain KV watch is not enough: it
 // was silent for up to 17 s after failovers.
 type Mirror struct {
 	nc *nats.Conn
@@ -87,7 +92,7 @@ func (m *Mirror) Announce(sequence uint64) {
 // Run mirrors until ctx is done, then returns nil. While NATS is away it says
 // Stale and tries again.
 func (m *Mirror) Run(ctx context.Context) error {
-	backoff := 50 * time.Millisecond
+	backoff := minBackoff
 	for ctx.Err() == nil {
 		started := time.Now()
 		err := m.session(ctx)
@@ -96,7 +101,7 @@ func (m *Mirror) Run(ctx context.Context) error {
 		}
 		m.h.Stale(err)
 		if time.Since(started) > 5*time.Second {
-			backoff = 50 * time.Millisecond
+			backoff = minBackoff
 		}
 		select {
 		case <-ctx.Done():
@@ -124,54 +129,135 @@ func (m *Mirror) session(ctx context.Context) error {
 	if err := m.nc.FlushWithContext(flush); err != nil {
 		return fmt.Errorf("subscribe %s: %w", prefix+">", err)
 	}
-	disconnects := m.nc.Stats().Reconnects
-	at, err := m.readAll(ctx)
-	if err != nil {
-		return err
+	// From here on a lost connection means lost changes.
+	ctx, stop := untilStatus(ctx, m.nc, nats.DISCONNECTED, nats.RECONNECTING, nats.CONNECTED, nats.CLOSED)
+	defer stop()
+	f := &mirrorFeed{m: m, changes: feed}
+	if err := f.readAll(ctx); err != nil {
+		return cause(ctx, err)
 	}
+	return cause(ctx, f.follow(ctx))
+}
+
+// cause returns why ctx ended, if it did, else err.
+func cause(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// mirrorFeed is one session's way from all keys on through the changes.
+type mirrorFeed struct {
+	m       *Mirror
+	changes chan *nats.Msg
+	// at is the stream's sequence up to which the copy is current.
+	at uint64
+	// target is a sequence that must be reached before grace ends; 0: none.
+	target uint64
+	grace  *time.Timer
+}
+
+func (f *mirrorFeed) follow(ctx context.Context) error {
+	m := f.m
 	check := time.NewTicker(m.o.Check)
 	defer check.Stop()
-	grace := time.NewTimer(time.Hour)
-	defer grace.Stop()
+	f.grace = time.NewTimer(time.Hour)
+	defer f.grace.Stop()
+	// Asked in a goroutine of its own: changes must not wait for the answer.
+	answer := make(chan lastAnswer, 1)
+	asking := false
+	ask, cancel := context.WithTimeout(ctx, time.Hour)
+	defer func() {
+		cancel()
+		if asking {
+			<-answer
+		}
+	}()
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case msg := <-feed:
-			seq, err := strconv.ParseUint(msg.Header.Get("Nats-Sequence"), 10, 64)
-			if err != nil {
-				return fmt.Errorf("a republished message without a sequence on %s", msg.Subject)
-			}
-			if seq <= at {
-				continue
-			}
-			if seq != at+1 {
-				return fmt.Errorf("bucket %s: changes %d to %d did not arrive", m.o.Bucket, at+1, seq-1)
-			}
-			at = seq
-			m.h.Apply(m.change(msg.Header.Get("Nats-Subject"), msg.Header, msg.Data, seq))
-		case <-m.kick:
-			grace.Reset(announceGrace)
-		case <-grace.C:
-			m.mu.Lock()
-			announced := m.announced
-			m.mu.Unlock()
-			if announced > at && len(feed) == 0 {
-				return fmt.Errorf("bucket %s: change %d was announced, only %d arrived", m.o.Bucket, announced, at)
-			}
-		case <-check.C:
-			if m.nc.Stats().Reconnects != disconnects {
-				return fmt.Errorf("bucket %s: the connection was lost meanwhile", m.o.Bucket)
-			}
-			last, err := m.lastSequence(ctx)
+		case msg := <-f.changes:
+			c, next, err := f.take(msg)
 			if err != nil {
 				return err
 			}
-			if last > at && len(feed) == 0 {
-				return fmt.Errorf("bucket %s: it is at %d, only %d arrived", m.o.Bucket, last, at)
+			if next {
+				m.h.Apply(c)
 			}
+		case <-m.kick:
+			m.mu.Lock()
+			announced := m.announced
+			m.mu.Unlock()
+			f.expect(announced)
+		case <-f.grace.C:
+			if err := f.judge(); err != nil {
+				return err
+			}
+		case <-check.C:
+			if !asking {
+				asking = true
+				go func() {
+					seq, err := m.lastSequence(ask)
+					answer <- lastAnswer{seq, err}
+				}()
+			}
+		case a := <-answer:
+			asking = false
+			if a.err != nil {
+				return a.err
+			}
+			f.expect(a.seq)
 		}
 	}
+}
+
+type lastAnswer struct {
+	seq uint64
+	err error
+}
+
+// expect notes that the stream has reached a sequence. What is expected
+// already is not put off: announcements can come more often than grace ends.
+func (f *mirrorFeed) expect(seq uint64) {
+	if seq > f.at && f.target == 0 {
+		f.target = seq
+		f.grace.Reset(announceGrace)
+	}
+}
+
+func (f *mirrorFeed) judge() error {
+	target := f.target
+	f.target = 0
+	f.m.mu.Lock()
+	announced := f.m.announced
+	f.m.mu.Unlock()
+	switch {
+	case f.at >= target:
+		f.expect(announced)
+	case len(f.changes) > 0:
+		f.expect(target) // on its way through this process
+	default:
+		return fmt.Errorf("bucket %s: change %d was announced, only %d arrived", f.m.o.Bucket, target, f.at)
+	}
+	return nil
+}
+
+// take takes note of a change and reports whether it is the next one; one that
+// the copy has already is not.
+func (f *mirrorFeed) take(msg *nats.Msg) (c Change, next bool, err error) {
+	seq, err := strconv.ParseUint(msg.Header.Get("Nats-Sequence"), 10, 64)
+	switch {
+	case err != nil:
+		return c, false, fmt.Errorf("bucket %s: a republished message without a sequence on %s", f.m.o.Bucket, msg.Subject)
+	case seq <= f.at:
+		return c, false, nil
+	case seq != f.at+1:
+		return c, false, fmt.Errorf("bucket %s: changes %d to %d did not arrive", f.m.o.Bucket, f.at+1, seq-1)
+	}
+	f.at = seq
+	return f.m.change(msg.Header.Get("Nats-Subject"), msg.Header, msg.Data, seq), true, nil
 }
 
 func (m *Mirror) lastSequence(ctx context.Context) (uint64, error) {
@@ -185,73 +271,87 @@ func (m *Mirror) lastSequence(ctx context.Context) (uint64, error) {
 }
 
 func (m *Mirror) change(subject string, h nats.Header, data []byte, seq uint64) Change {
-	key := subject
-	if p := "$KV." + m.o.Bucket + "."; len(subject) > len(p) && subject[:len(p)] == p {
-		key = subject[len(p):]
-	}
-	switch h.Get("KV-Operation") {
-	case "DEL", "PURGE":
+	key := strings.TrimPrefix(subject, "$KV."+m.o.Bucket+".")
+	switch op := h.Get("KV-Operation"); {
+	case op == "DEL", op == "PURGE", h.Get("Nats-Marker-Reason") != "":
 		data = nil
-	default:
-		if data == nil {
-			data = []byte{}
-		}
+	case data == nil:
+		data = []byte{}
 	}
 	return Change{Key: key, Value: data, Sequence: seq}
 }
 
-// readAll reads the newest value of every key, hands them over and returns the
-// stream sequence up to which they are current.
-func (m *Mirror) readAll(ctx context.Context) (uint64, error) {
-	setup, cancel := context.WithTimeout(ctx, 30*time.Second)
+// readAll hands over the newest value of every key as of some sequence of the
+// stream: what it reads, and what the feed brought while it was reading. The
+// reading alone is not enough: a key that is written meanwhile may be in it
+// with neither its old nor its new value.
+func (f *mirrorFeed) readAll(ctx context.Context) error {
+	m := f.m
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	s, err := m.js.Stream(setup, "KV_"+m.o.Bucket)
+	s, err := m.js.Stream(ctx, "KV_"+m.o.Bucket)
 	if err != nil {
-		return 0, fmt.Errorf("bucket %s: %w", m.o.Bucket, err)
+		return fmt.Errorf("bucket %s: %w", m.o.Bucket, err)
 	}
-	last := s.CachedInfo().State.LastSeq
-	all, err := m.readLatest(setup, s)
+	f.at = s.CachedInfo().State.LastSeq
+	all, err := f.readUpTo(ctx, s, f.at)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	// What was written while it was read may be there for one key and not for
-	// another: the feed brings it again, in order, from the first sequence on.
-	m.h.Reset(all)
-	return last, nil
-}
-
-func (m *Mirror) readLatest(ctx context.Context, s jetstream.Stream) ([]Change, error) {
-	cons, err := s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{
-		FilterSubjects: []string{"$KV." + m.o.Bucket + ".>"},
-		DeliverPolicy:  jetstream.DeliverLastPerSubjectPolicy,
-	})
+	end, err := m.lastSequence(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("bucket %s: %w", m.o.Bucket, err)
+		return err
 	}
-	pending := cons.CachedInfo().NumPending
-	all := make([]Change, 0, pending)
-	if pending == 0 {
-		return all, nil
-	}
-	it, err := cons.Messages(jetstream.PullMaxBytes(16<<20), jetstream.PullExpiry(4*time.Second), jetstream.PullHeartbeat(time.Second))
-	if err != nil {
-		return nil, fmt.Errorf("bucket %s: %w", m.o.Bucket, err)
-	}
-	defer it.Stop()
-	for {
-		msg, err := it.Next(jetstream.NextContext(ctx))
-		if err != nil {
-			return nil, fmt.Errorf("bucket %s: %w", m.o.Bucket, err)
+	later := map[string]Change{}
+	for f.at < end {
+		select {
+		case msg := <-f.changes:
+			c, next, err := f.take(msg)
+			if err != nil {
+				return err
+			}
+			if next {
+				later[c.Key] = c
+			}
+		case <-time.After(2 * time.Second):
+			return fmt.Errorf("bucket %s: it is at %d, only %d arrived", m.o.Bucket, end, f.at)
+		case <-ctx.Done():
+			return ctx.Err()
 		}
-		meta, err := msg.Metadata()
-		if err != nil {
-			return nil, fmt.Errorf("bucket %s: %w", m.o.Bucket, err)
-		}
-		if c := m.change(msg.Subject(), msg.Headers(), msg.Data(), meta.Sequence.Stream); c.Value != nil {
+	}
+	all = slices.DeleteFunc(all, func(c Change) bool { _, newer := later[c.Key]; return newer })
+	for _, c := range later {
+		if c.Value != nil {
 			all = append(all, c)
 		}
-		if meta.NumPending == 0 {
-			return all, nil
+	}
+	slices.SortFunc(all, func(a, b Change) int { return cmp.Compare(a.Sequence, b.Sequence) })
+	m.h.Reset(all)
+	return nil
+}
+
+// readUpTo reads the newest value of every key that was not written after a
+// sequence of the stream.
+func (f *mirrorFeed) readUpTo(ctx context.Context, s jetstream.Stream, end uint64) ([]Change, error) {
+	in, err := openIterator(ctx, f.m.js, s, jetstream.ConsumerConfig{
+		FilterSubject: "$KV." + f.m.o.Bucket + ".>", DeliverPolicy: jetstream.DeliverLastPerSubjectPolicy,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("bucket %s: %w", f.m.o.Bucket, err)
+	}
+	defer in.close()
+	all := make([]Change, 0, in.pending)
+	for in.pending > 0 {
+		msg, err := in.next(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("bucket %s: %w", f.m.o.Bucket, err)
+		}
+		if c := f.m.change(msg.Subject, msg.Header, msg.Data, msg.Sequence); c.Value != nil && c.Sequence <= end {
+			all = append(all, c)
+		}
+		if msg.Pending == 0 || msg.Sequence >= end {
+			break
 		}
 	}
+	return all, nil
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/segmentio/ksuid"
@@ -85,13 +86,19 @@ func pieces(js jetstream.JetStream, defs *definitions, replicas int) []piece {
 // on a disk smaller than that is no ledger.
 const maxDivisor = 256
 
-// errCodeNoRoom is JetStream's code for a stream whose max_bytes, which it
-// reserves, do not fit beside those of the others.
-const errCodeNoRoom = 10047
+// JetStream's codes for a stream whose max_bytes, which it reserves, do not fit
+// beside those of the others: on one server, and in a cluster, where there are
+// other reasons to find no peers.
+const (
+	errCodeNoRoom     = 10047
+	errCodeNoPeers    = 10005
+	noPeersForStorage = "insufficient storage"
+)
 
 func noRoom(err error) bool {
 	var api *jetstream.APIError
-	return errors.As(err, &api) && api.ErrorCode == errCodeNoRoom
+	return errors.As(err, &api) && (api.ErrorCode == errCodeNoRoom ||
+		api.ErrorCode == errCodeNoPeers && strings.Contains(api.Description, noPeersForStorage))
 }
 
 // Provision makes the streams and buckets of schemas/streams.json that do not
