@@ -140,3 +140,40 @@ func splitListen(flag, addr string) (host string, port int, err error) {
 	}
 	return host, port, nil
 }
+
+// RunNATS runs the embedded NATS alone until ctx is done.
+func RunNATS(ctx context.Context, o EngineOptions, out io.Writer) error {
+	s, err := StartNATS(ctx, o)
+	if err != nil {
+		return err
+	}
+	_, _ = fmt.Fprintf(out, "NATS %s, data %s\n", s.ClientURL(), filepath.Join(o.DataDir, "nats")) // for people; its loss harms nothing
+	select {
+	case <-ctx.Done():
+	case <-s.Done():
+		return errors.New("the NATS server ended by itself: see its log above")
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	return s.Stop(stop)
+}
+
+// RunClickHouse runs the embedded ClickHouse alone until ctx is done.
+func RunClickHouse(ctx context.Context, o EngineOptions, out io.Writer) error {
+	s, err := StartClickHouse(ctx, o, nil)
+	if err != nil {
+		return err
+	}
+	_, _ = fmt.Fprintf(out, "ClickHouse %s (native), http://%s, data and passwords %s\n", s.Addr(), s.HTTPAddr(), filepath.Join(o.DataDir, "clickhouse")) // as above
+	select {
+	case <-ctx.Done():
+	case <-s.Done():
+		return fmt.Errorf("the ClickHouse engine ended by itself: %w", s.Err())
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	return s.Stop(stop)
+}
+
+// stopTimeout of an engine.
+const stopTimeout = 5 * time.Second

@@ -32,6 +32,17 @@ func (t Totals) Equal(o Totals) bool {
 	return t.Admitted == o.Admitted && t.Refused == o.Refused && maps.Equal(nonZero(t.Meters), nonZero(o.Meters))
 }
 
+// within reports whether o agrees in all that t knows: clients don't know the
+// meters that the gateway measures.
+func (t Totals) within(o Totals) bool {
+	for m, v := range t.Meters {
+		if o.Meters[m] != v {
+			return false
+		}
+	}
+	return t.Admitted == o.Admitted && t.Refused == o.Refused
+}
+
 func nonZero(m map[usage.Meter]int64) map[usage.Meter]int64 {
 	out := map[usage.Meter]int64{}
 	for k, v := range m {

@@ -301,3 +301,8 @@ func Open(format, file string, m Mapping) (Reader, io.Closer, error) {
 	}
 	return r, f, nil
 }
+
+// Sort puts rows in order of time; rows of the same time stay as they are.
+func Sort(rows []Row) {
+	slices.SortStableFunc(rows, func(a, b Row) int { return a.Time.Compare(b.Time) })
+}

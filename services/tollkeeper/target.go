@@ -1,0 +1,147 @@
+package tollkeeper
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
+	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/replay"
+)
+
+// addressFile of the data directory says where a Tollkeeper that runs there can
+// be reached. It holds the password of ClickHouse's service user and is private.
+const addressFile = "running.json"
+
+// writeAddresses notes the addresses of a running Tollkeeper.
+func writeAddresses(dataDir string, a Addresses) error {
+	data, err := json.Marshal(a)
+	if err != nil {
+		return fmt.Errorf("write addresses: %w", err)
+	}
+	tmp := filepath.Join(dataDir, addressFile+".new")
+	if err := os.WriteFile(tmp, data, 0o600); err != nil {
+		return fmt.Errorf("write addresses: %w", err)
+	}
+	return os.Rename(tmp, filepath.Join(dataDir, addressFile))
+}
+
+func removeAddresses(dataDir string) error {
+	err := os.Remove(filepath.Join(dataDir, addressFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// Running returns the addresses of the Tollkeeper that runs in a data
+// directory, and false when none does.
+func Running(dataDir string) (Addresses, bool, error) {
+	data, err := os.ReadFile(filepath.Join(dataDir, addressFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return Addresses{}, false, nil
+	}
+	var a Addresses
+	if err == nil {
+		err = json.Unmarshal(data, &a)
+	}
+	if err != nil {
+		return a, false, fmt.Errorf("read %s: %w", filepath.Join(dataDir, addressFile), err)
+	}
+	// The file outlives a kill -9: what it names must answer.
+	for _, addr := range []string{a.ClickHouse, a.NATSAddr} {
+		c, err := net.DialTimeout("tcp", addr, time.Second)
+		if err != nil {
+			return a, false, nil
+		}
+		if err := c.Close(); err != nil {
+			return a, false, fmt.Errorf("probe %s: %w", addr, err)
+		}
+	}
+	return a, true, nil
+}
+
+// ReplayTarget says which Tollkeeper a replay goes into: the one that is
+// given, else the one that runs in DataDir, else one of its own in a scratch
+// directory.
+type ReplayTarget struct {
+	NATS       natsconn.Options
+	ClickHouse history.Options
+	DataDir    string
+	EngineDir  string
+	// Isolated takes one of its own in any case.
+	Isolated bool
+	Out      io.Writer
+	Logger   zerolog.Logger
+}
+
+// ReplayInto replays into a target.
+func ReplayInto(ctx context.Context, t ReplayTarget, o ReplayOptions) (*replay.Report, error) {
+	say := func(format string, args ...any) {
+		_, _ = fmt.Fprintf(t.Out, format+"\n", args...) // for people; its loss harms nothing
+	}
+	o.NATS, o.ClickHouse = t.NATS, t.ClickHouse
+	if o.NATS.URL != "" {
+		say("replaying into the Tollkeeper at %s", natsconn.Redact(o.NATS.URL))
+		return Replay(ctx, o)
+	}
+	if !t.Isolated {
+		a, ok, err := Running(t.DataDir)
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			say("replaying into the Tollkeeper that runs here (%s)", a.NATS)
+			o.NATS, o.ClickHouse = natsconn.Options{URL: a.NATS, Logger: t.Logger}, a.ClickHouseOptions
+			o.ClickHouse.Logger = t.Logger
+			return Replay(ctx, o)
+		}
+	}
+	say("replaying into a Tollkeeper of its own, in a scratch directory")
+	return replayAlone(ctx, t, o)
+}
+
+// replayAlone starts everything, replays, and stops everything.
+func replayAlone(ctx context.Context, t ReplayTarget, o ReplayOptions) (report *replay.Report, err error) {
+	dir, err := os.MkdirTemp("", "tollkeeper-replay-")
+	if err != nil {
+		return nil, fmt.Errorf("make a scratch directory: %w", err)
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	life, stop := context.WithCancel(ctx)
+	defer stop()
+	up := make(chan Addresses, 1)
+	done := make(chan error, 1)
+	go func() {
+		done <- Run(life, Options{
+			Engines: EngineOptions{
+				DataDir: dir, EngineDir: t.EngineDir, NATSListen: "127.0.0.1:0", ClickHouseListen: "127.0.0.1:0",
+				ClickHouseHTTPListen: "127.0.0.1:0", Progress: t.Out,
+			},
+			Logger: t.Logger, Ready: func(a Addresses) { up <- a },
+		})
+	}()
+	select {
+	case a := <-up:
+		o.NATS, o.ClickHouse = natsconn.Options{URL: a.NATS, Logger: t.Logger}, a.ClickHouseOptions
+		o.ClickHouse.Logger = t.Logger
+	case err := <-done:
+		if err == nil {
+			err = ctx.Err()
+		}
+		return nil, err
+	}
+	report, err = Replay(ctx, o)
+	stop()
+	return report, errors.Join(err, <-done)
+}

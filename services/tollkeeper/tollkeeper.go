@@ -1,0 +1,337 @@
+// Package tollkeeper is all of Tollkeeper in one process: the services, and
+// NATS and ClickHouse embedded unless they are given by address.
+package tollkeeper
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/services/aggregator"
+	"github.com/tollkeeper/tollkeeper/services/alerter"
+	"github.com/tollkeeper/tollkeeper/services/gateway"
+	"github.com/tollkeeper/tollkeeper/services/historian"
+	"github.com/tollkeeper/tollkeeper/services/internal/embedclickhouse"
+	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
+	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans"
+	"github.com/tollkeeper/tollkeeper/services/internal/run"
+	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/demo"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/modelserver"
+)
+
+// Options of a whole Tollkeeper.
+type Options struct {
+	// Engines that are embedded where NATS or ClickHouse has no address.
+	Engines EngineOptions
+	// NATS outside, when it has a URL.
+	NATS natsconn.Options
+	// ClickHouse outside, when it has addresses.
+	ClickHouse history.Options
+	// Shards of a ledger that does not exist yet; 0 is the ledger's default.
+	Shards uint32
+
+	// APIListen is the console and API.
+	APIListen string
+	// APIToken is needed beyond loopback.
+	APIToken string
+	// Gateway, when it is wanted. Its NATS, Logger, Registerer and Readiness are
+	// filled in.
+	Gateway *gateway.Options
+	// Alerter's rules and receivers; the rest is filled in.
+	Alerter alerter.Options
+
+	// Plans is a plans file to apply at the start; empty applies none, except
+	// that the demo applies its own to a ledger without any.
+	Plans string
+	// Demo sends seeded traffic through the gateway to a demo upstream.
+	Demo     bool
+	DemoSeed uint64
+
+	Logger zerolog.Logger
+	// Out hears, for people, where everything is once it runs.
+	Out io.Writer
+	// Ready is called once everything is up; may be nil.
+	Ready func(Addresses)
+}
+
+// Addresses of what runs.
+type Addresses struct {
+	// NATS is a URL, NATSAddr its host:port when it is embedded.
+	NATS, NATSAddr             string
+	ClickHouse, ClickHouseHTTP string
+	API, Gateway, GatewayAdmin string
+	// ClickHouseOptions connect as the services do.
+	ClickHouseOptions history.Options
+}
+
+// stack is what the components of a Run share.
+type stack struct {
+	o         Options
+	registry  *prometheus.Registry
+	readiness *telemetry.Readiness
+	addr      Addresses
+	natsURL   natsconn.Options
+	natsd     *embednats.Server
+	engine    *embedclickhouse.Server
+	upstream  string
+}
+
+// Run runs everything until ctx is done, then stops it in reverse order within
+// five seconds.
+func Run(ctx context.Context, o Options) error {
+	if o.Out == nil {
+		o.Out = io.Discard
+	}
+	s := &stack{o: o, registry: telemetry.NewRegistry(), readiness: telemetry.NewReadiness(), natsURL: o.NATS}
+	if err := s.registry.Register(s.readiness); err != nil {
+		return fmt.Errorf("register metrics: %w", err)
+	}
+	if err := os.MkdirAll(o.Engines.DataDir, 0o700); err != nil {
+		return fmt.Errorf("make the data directory: %w", err)
+	}
+	g := run.NewGroup(run.Options{Logger: o.Logger})
+	if o.NATS.URL == "" {
+		g.Add("nats", s.startNATS, func(ctx context.Context) error { return s.natsd.Stop(ctx) })
+	}
+	s.addr.NATS = natsconn.Redact(o.NATS.URL)
+	if len(o.ClickHouse.Addrs) == 0 {
+		g.Add("clickhouse", s.startClickHouse, func(ctx context.Context) error { return s.engine.Stop(ctx) })
+	} else {
+		s.addr.ClickHouse, s.addr.ClickHouseOptions = o.ClickHouse.Addrs[0], o.ClickHouse
+	}
+	g.Add("ledger", s.provision, nil)
+	g.AddRun("aggregator", s.aggregator)
+	g.AddRun("historian", s.historian)
+	g.AddRun("alerter", s.alerter)
+	g.Add("plans", s.applyPlans, nil)
+	if o.Gateway != nil {
+		if o.Demo {
+			g.AddRun("demo upstream", s.demoUpstream)
+		}
+		g.AddRun("gateway", s.gateway)
+	}
+	if o.Demo && o.Gateway != nil {
+		g.AddRun("demo traffic", func(ctx context.Context, ready func()) error {
+			ready()
+			return demo.Run(ctx, demo.Options{URL: "http://" + s.addr.Gateway, Seed: o.DemoSeed, Logger: s.logger("demo")})
+		})
+	}
+	g.Add("announce", s.announce, func(context.Context) error { return removeAddresses(o.Engines.DataDir) })
+	return g.Run(ctx)
+}
+
+func (s *stack) logger(component string) zerolog.Logger {
+	return s.o.Logger.With().Str("component", component).Logger()
+}
+
+// nats returns how a service connects.
+func (s *stack) nats(name string) natsconn.Options {
+	o := s.natsURL
+	o.Name = "tollkeeper " + name
+	o.Logger = s.logger(name)
+	o.Readiness = s.readiness.Component(name + "_nats")
+	return o
+}
+
+func (s *stack) startNATS(ctx context.Context) error {
+	var err error
+	s.o.Engines.Logger = s.o.Logger
+	if s.natsd, err = StartNATS(ctx, s.o.Engines); err != nil {
+		return err
+	}
+	s.natsURL.URL = s.natsd.ClientURL()
+	s.addr.NATS, s.addr.NATSAddr = s.natsURL.URL, s.natsd.Addr().String()
+	return nil
+}
+
+func (s *stack) startClickHouse(ctx context.Context) error {
+	ready := s.readiness.Component("clickhouse_engine")
+	var err error
+	s.engine, err = StartClickHouse(ctx, s.o.Engines, func(c embedclickhouse.StateChange) {
+		if c.State == embedclickhouse.StateReady {
+			ready.OK()
+			return
+		}
+		reason := "the engine is " + string(c.State)
+		if c.Err != nil {
+			reason += ": " + c.Err.Error()
+		}
+		ready.NotReady(reason)
+	})
+	if err != nil {
+		return err
+	}
+	ready.OK()
+	s.addr.ClickHouse, s.addr.ClickHouseHTTP = s.engine.Addr(), s.engine.HTTPAddr()
+	s.addr.ClickHouseOptions = EngineHistory(s.engine)
+	return nil
+}
+
+// EngineHistory returns how services connect to an embedded ClickHouse.
+func EngineHistory(s *embedclickhouse.Server) history.Options {
+	return history.Options{Addrs: []string{s.Addr()}, Database: embedclickhouse.Database, User: embedclickhouse.ServiceUser, Password: s.Credentials().ServicePassword}
+}
+
+func (s *stack) aggregator(ctx context.Context, ready func()) error {
+	ready()
+	return aggregator.Run(ctx, aggregator.Options{
+		NATS: s.nats("aggregator"), Logger: s.logger("aggregator"), Registerer: s.registry, Readiness: s.readiness, Shards: s.o.Shards,
+	})
+}
+
+func (s *stack) historian(ctx context.Context, ready func()) error {
+	ready()
+	return historian.Run(ctx, historian.Options{
+		NATS: s.nats("historian"), ClickHouse: s.addr.ClickHouseOptions, Provision: ledger.ProvisionOptions{Shards: s.o.Shards},
+		Logger: s.logger("historian"), Registerer: s.registry, Readiness: s.readiness,
+	})
+}
+
+func (s *stack) alerter(ctx context.Context, ready func()) error {
+	ready()
+	o := s.o.Alerter
+	o.NATS, o.Logger, o.Registerer, o.Readiness, o.AdminListen = s.nats("alerter"), s.logger("alerter"), s.registry, s.readiness, ""
+	return alerter.Run(ctx, o)
+}
+
+// provision makes the streams before the services look for them.
+func (s *stack) provision(ctx context.Context) error {
+	nc, err := natsconn.Connect(ctx, s.nats("provision"))
+	if err != nil {
+		return err
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return fmt.Errorf("jetstream: %w", err)
+	}
+	_, err = ledger.Provision(ctx, js, ledger.ProvisionOptions{Shards: s.o.Shards, Notice: func(text string) { s.o.Logger.Warn().Msg(text) }})
+	return err
+}
+
+// applyPlans applies the plans file, or the demo's to a ledger without plans.
+func (s *stack) applyPlans(ctx context.Context) (err error) {
+	name, data := s.o.Plans, demo.Plans
+	switch {
+	case name != "":
+		if data, err = os.ReadFile(name); err != nil {
+			return fmt.Errorf("read the plans file: %w", err)
+		}
+	case !s.o.Demo:
+		return nil
+	}
+	doc, err := plans.Parse(name, data)
+	if err != nil {
+		return err
+	}
+	nc, err := natsconn.Connect(ctx, s.nats("plans"))
+	if err != nil {
+		return err
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return fmt.Errorf("jetstream: %w", err)
+	}
+	applier := &plans.Applier{JS: js, NC: nc}
+	if name == "" {
+		now, err := applier.Current(ctx)
+		if err != nil || now.Revision != 0 {
+			return err
+		}
+	}
+	diff, err := applier.Apply(ctx, doc, "up")
+	if err != nil {
+		return err
+	}
+	if !diff.Empty() {
+		s.o.Logger.Info().Str("plans", name).Int("plans_changed", len(diff.Plans)).Int("accounts_changed", len(diff.Accounts)).Msg("plans applied")
+	}
+	return nil
+}
+
+func (s *stack) demoUpstream(ctx context.Context, ready func()) error {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return fmt.Errorf("listen for the demo upstream: %w", err)
+	}
+	s.upstream = "http://" + l.Addr().String()
+	ready()
+	return telemetry.Serve(ctx, telemetry.ServeOptions{Listener: l, Handler: modelserver.Handler(modelserver.Options{Delay: 5 * time.Millisecond})})
+}
+
+// DemoRoutes is a gateway configuration with one upstream.
+func DemoRoutes(upstream string) gateway.Config {
+	return gateway.Config{Routes: []gateway.RouteConfig{
+		{Name: "chat", Prefix: "/v1/chat", Upstream: upstream, Profile: "problem", Model: gateway.ModelConfig{JSON: "model"}, Usage: gateway.UsageJSON},
+		{Name: "api", Prefix: "/", Upstream: upstream, Profile: "problem", Model: gateway.ModelConfig{JSON: "model"}, Usage: gateway.UsageJSON},
+	}}
+}
+
+func (s *stack) gateway(ctx context.Context, ready func()) error {
+	o := *s.o.Gateway
+	o.NATS, o.Logger, o.Registerer, o.Readiness, o.ReadinessPrefix = s.nats("gateway"), s.logger("gateway"), s.registry, s.readiness, "gateway_"
+	o.Shards = 0
+	if len(o.Config.Routes) == 0 && s.upstream != "" {
+		o.Config = DemoRoutes(s.upstream)
+	}
+	if o.SpoolDir == "" {
+		o.SpoolDir = filepath.Join(s.o.Engines.DataDir, "spool")
+	}
+	if o.Name == "" {
+		o.Name = "gateway"
+	}
+	o.Ready = func(proxy, admin net.Addr) {
+		s.addr.Gateway = proxy.String()
+		if admin != nil {
+			s.addr.GatewayAdmin = admin.String()
+		}
+		ready()
+	}
+	return gateway.Run(ctx, o)
+}
+
+// announce says where everything is.
+func (s *stack) announce(context.Context) error {
+	if s.natsd != nil && s.engine != nil {
+		if err := writeAddresses(s.o.Engines.DataDir, s.addr); err != nil {
+			return err
+		}
+	}
+	if s.o.Ready != nil {
+		s.o.Ready(s.addr)
+	}
+	line := func(what, where string) {
+		if where != "" {
+			_, _ = fmt.Fprintf(s.o.Out, "  %-16s %s\n", what, where) // for people; its loss harms nothing
+		}
+	}
+	_, _ = fmt.Fprintln(s.o.Out, "Tollkeeper is up.") // as above
+	web := func(addr string) string {
+		if addr == "" {
+			return ""
+		}
+		return "http://" + addr
+	}
+	line("console and API", web(s.addr.API))
+	line("gateway", web(s.addr.Gateway))
+	line("gateway's API", web(s.addr.GatewayAdmin))
+	line("NATS", s.addr.NATS)
+	line("ClickHouse", s.addr.ClickHouse+" (native)")
+	line("", web(s.addr.ClickHouseHTTP))
+	line("data", s.o.Engines.DataDir)
+	_, _ = fmt.Fprintln(s.o.Out, "Ctrl-C stops everything in order.") // as above
+	return nil
+}
