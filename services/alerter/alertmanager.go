@@ -1,0 +1,175 @@
+package alerter
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// alertName is the alertname label of every alert of ours.
+const alertName = "TollkeeperRefusedAccounts"
+
+// resolvedFor is how long a resolve is repeated: an Alertmanager keeps alerts
+// in memory, and one that was killed after it took the resolve has forgotten it.
+const resolvedFor = 15 * time.Minute
+
+// postableAlert is what Alertmanager's v2 API takes.
+type postableAlert struct {
+	Labels       map[string]string `json:"labels"`
+	Annotations  map[string]string `json:"annotations"`
+	StartsAt     time.Time         `json:"startsAt"`
+	EndsAt       time.Time         `json:"endsAt"`
+	GeneratorURL string            `json:"generatorURL,omitempty"`
+}
+
+// alertmanager is one Alertmanager. The members of its cluster are receivers of
+// their own, so that one that is away holds up no other.
+type alertmanager struct {
+	id        string
+	to        *url.URL
+	generator string
+	client    *http.Client
+	every     time.Duration
+	endsAfter time.Duration
+	now       func() time.Time
+	// states reads the newest state of every rule and scope.
+	states func(context.Context) ([]episodeState, error)
+
+	mu   sync.Mutex
+	last []episodeState // what states said last
+}
+
+func newAlertmanager(base string, client *http.Client, now func() time.Time) (*alertmanager, error) {
+	u, err := parseURL(base)
+	if err != nil {
+		return nil, fmt.Errorf("alertmanager: %w", err)
+	}
+	// The user and password may change without its being another receiver.
+	plain := *u
+	plain.User = nil
+	sum := sha256.Sum256([]byte(plain.String()))
+	u.Path = strings.TrimSuffix(u.Path, "/") + "/api/v2/alerts"
+	return &alertmanager{id: "alertmanager_" + hex.EncodeToString(sum[:4]), to: u, client: client, now: now}, nil
+}
+
+func (m *alertmanager) name() string                { return m.id }
+func (m *alertmanager) refreshEvery() time.Duration { return m.every }
+
+func (m *alertmanager) deliver(ctx context.Context, _ string, a *usage.Alert) error {
+	if a.Transition == usage.AlertFiring {
+		// Delivered late, it may be over by now; the resolve then comes next.
+		return m.send(ctx, []postableAlert{m.postable(a)})
+	}
+	if err := m.send(ctx, []postableAlert{m.postable(a)}); err != nil {
+		return err
+	}
+	// What refresh would send when KV can't be read must not bring it back.
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := range m.last {
+		if m.last[i].Alert.EpisodeID == a.EpisodeID {
+			m.last[i].Alert = *a
+		}
+	}
+	return nil
+}
+
+// refresh repeats active alerts with a later end, as Alertmanager wants it, and
+// for a while the resolved ones. It runs between deliveries, never beside one:
+// a repetition that overtook the resolve would fire again.
+func (m *alertmanager) refresh(ctx context.Context) error {
+	states, err := m.states(ctx)
+	m.mu.Lock()
+	if err == nil {
+		m.last = states
+	}
+	// With KV away the last known ones are repeated: an alert must not end
+	// because NATS is away.
+	states = m.last
+	m.mu.Unlock()
+	var alerts []postableAlert
+	for i := range states {
+		a := &states[i].Alert
+		if a.Transition == usage.AlertFiring || m.now().Sub(a.At.Time()) < resolvedFor {
+			alerts = append(alerts, m.postable(a))
+		}
+	}
+	if len(alerts) > 0 {
+		if serr := m.send(ctx, alerts); serr != nil {
+			return serr
+		}
+	}
+	return err
+}
+
+func (m *alertmanager) postable(a *usage.Alert) postableAlert {
+	p := postableAlert{
+		Labels: map[string]string{
+			"alertname": alertName, "rule": a.Rule, "scope": a.Scope, "severity": a.Severity, "episode": a.EpisodeID,
+		},
+		Annotations: map[string]string{
+			"summary":     a.Summary,
+			"description": describe(a),
+		},
+		StartsAt: a.StartedAt.Time(), GeneratorURL: m.generator,
+	}
+	for key, value := range map[string]string{"runbook_url": a.RunbookURL, "dashboard_url": a.DashboardURL, "top_accounts": accounts(a), "codes": codes(a)} {
+		if value != "" {
+			p.Annotations[key] = value
+		}
+	}
+	if a.Transition == usage.AlertFiring {
+		p.EndsAt = m.now().Add(m.endsAfter).UTC()
+	} else {
+		p.EndsAt = a.At.Time()
+	}
+	return p
+}
+
+func describe(a *usage.Alert) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s: %s (scope %s, since %s).", a.Rule, a.Summary, a.Scope, a.StartedAt.Time().Format(time.RFC3339))
+	if s := accounts(a); s != "" {
+		fmt.Fprintf(&b, " Top accounts: %s.", s)
+	}
+	fmt.Fprintf(&b, " Data up to %s, %.1f s behind.", a.At.Time().Format(time.RFC3339), a.LagSeconds)
+	return b.String()
+}
+
+func accounts(a *usage.Alert) string {
+	var parts []string
+	for _, t := range a.Accounts {
+		parts = append(parts, t.Account+" ("+string(t.Code)+", "+strconv.FormatInt(t.Refusals, 10)+" refusals)")
+	}
+	return strings.Join(parts, ", ")
+}
+
+func codes(a *usage.Alert) string {
+	var parts []string
+	for _, c := range a.Codes {
+		parts = append(parts, string(c.Code)+" "+strconv.Itoa(c.Accounts))
+	}
+	return strings.Join(parts, ", ")
+}
+
+func (m *alertmanager) send(ctx context.Context, alerts []postableAlert) error {
+	body, err := json.Marshal(alerts)
+	if err != nil {
+		return fmt.Errorf("write alerts as JSON: %w", err)
+	}
+	err = post(ctx, m.client, m.to, http.Header{}, body, m.now)
+	if r, ok := err.(*refusal); ok {
+		r.gone = false // an Alertmanager has no such answer: a proxy's mistake
+	}
+	return err
+}
