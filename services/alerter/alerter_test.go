@@ -2,7 +2,9 @@ package alerter
 
 import (
 	"context"
+	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"slices"
@@ -99,12 +101,24 @@ func TestMain(m *testing.M) {
 		if err != nil {
 			panic(err)
 		}
+		go func() {
+			// Whatever ends the parent ends the child.
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			os.Exit(1)
+		}()
 		o := quickOptions(url, Webhook{Name: "test", URL: os.Getenv("ALERTER_TEST_CHILD_HOOK"), Secret: secret})
 		o.Logger = zerolog.New(os.Stderr)
 		if err := Run(context.Background(), o); err != nil {
 			panic(err)
 		}
 		return
+	}
+	// The tests wait for windows to pass for most of their time.
+	flag.Parse()
+	if f := flag.Lookup("test.parallel"); f.Value.String() == f.DefValue {
+		if err := f.Value.Set("6"); err != nil {
+			panic(err)
+		}
 	}
 	os.Exit(m.Run())
 }
@@ -136,6 +150,11 @@ func TestKilledBetweenFiringAndDeliveryItIsDeliveredOnceAfterTheRestart(t *testi
 		defer mu.Unlock()
 		c := exec.Command(os.Args[0])
 		c.Env = append(os.Environ(), "ALERTER_TEST_CHILD_NATS="+b.url, "ALERTER_TEST_CHILD_HOOK="+h.srv.URL)
+		alive, err := c.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = alive.Close() })
 		if err := c.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -172,6 +191,38 @@ func saved(b *bed) bool {
 	}
 	_, err = kv.Get(b.t.Context(), positionKey)
 	return err == nil
+}
+
+func TestWhileNATSIsAwayNothingResolvesAndNothingIsLost(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	var open atomic.Bool
+	h := newHook(t, func(int, *hookCall) int {
+		if open.Load() {
+			return 200
+		}
+		return 502
+	})
+	o := quickOptions(b.url, h.webhook(t))
+	o.Readiness = newReadiness()
+	start(t, o)
+	tr := b.traffic()
+	tr.spike(10)
+	h.next()
+	tr.pause()
+	b.restart(func() {
+		eventually(t, "it says that NATS is away", func() bool { return !o.Readiness.Status().Ready })
+		open.Store(true)
+	})
+	tr.resume()
+	firing := h.accepted()
+	resolved := h.accepted()
+	if firing.body.Transition != usage.AlertFiring || resolved.body.Transition != usage.AlertResolved || firing.body.EpisodeID != resolved.body.EpisodeID {
+		t.Errorf("%+v then %+v", firing.body, resolved.body)
+	}
+	eventually(t, "ready again", func() bool { return o.Readiness.Status().Ready })
+	b.storedOnce()
+	h.none()
 }
 
 func TestTwoAlertersMakeOneEpisodeAndOneDelivery(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -168,7 +169,8 @@ func (m *alertmanager) send(ctx context.Context, alerts []postableAlert) error {
 		return fmt.Errorf("write alerts as JSON: %w", err)
 	}
 	err = post(ctx, m.client, m.to, http.Header{}, body, m.now)
-	if r, ok := err.(*refusal); ok {
+	var r *refusal
+	if errors.As(err, &r) {
 		r.gone = false // an Alertmanager has no such answer: a proxy's mistake
 	}
 	return err

@@ -282,7 +282,7 @@ func (e *evaluator) advance(ctx context.Context, stream usage.Micros) error {
 	for i, d := range e.detectors {
 		for _, a := range d.Advance(e.stream, now) {
 			if err := e.commit(ctx, i, a); err != nil {
-				e.aborted = true
+				e.aborted = true // ctx is done
 				return err
 			}
 		}
@@ -334,22 +334,11 @@ func (e *evaluator) commit(ctx context.Context, i int, a usage.Alert) error {
 // tick lets time pass without traffic, takes note of what other alerters did,
 // and saves the position. Its errors have been told and are tried again.
 func (e *evaluator) tick(ctx context.Context) {
-	e.mu.Lock()
-	idle := e.now().Sub(e.lastEntry) >= e.step
-	e.mu.Unlock()
-	if idle {
-		// Only the stream itself can say that there is no more: silence may
-		// as well be a broken connection. Whatever it stores from now on has a
-		// later time than this answer.
-		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
-		stream, err := e.js.Stream(ask, ledger.Stream)
-		cancel()
-		if err == nil {
-			err = e.idle(ctx, stream.CachedInfo())
+	if err := e.pass(ctx); err != nil {
+		if ctx.Err() == nil {
+			e.ready.NotReady(err.Error())
 		}
-		if err != nil && ctx.Err() == nil {
-			e.ready.NotReady("the ledger can't be asked for its end: " + err.Error())
-		}
+		return
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -358,18 +347,15 @@ func (e *evaluator) tick(ctx context.Context) {
 	if now.Sub(e.lastSync) >= syncEvery {
 		if err := e.sync(ctx); err != nil {
 			if ctx.Err() == nil {
-				e.ready.NotReady("the state of episodes can't be read: " + err.Error())
+				e.ready.NotReady(err.Error())
 			}
 			return
 		}
 		e.lastSync = now
 	}
 	if now.Sub(e.lastSave) >= e.every {
-		if err := e.save(ctx); err != nil {
-			if ctx.Err() == nil {
-				e.log.Warn().Err(err).Msg("the position can't be saved: trying again")
-			}
-			return
+		if err := e.save(ctx); err != nil && ctx.Err() == nil {
+			e.log.Warn().Err(err).Msg("trying again")
 		}
 	}
 	for _, d := range e.detectors {
@@ -390,9 +376,26 @@ func (e *evaluator) tick(ctx context.Context) {
 // case another alerter has changed them.
 const syncEvery = 2 * time.Second
 
-// idle lets stream time pass up to the moment at which the stream said that it
-// has nothing more.
-func (e *evaluator) idle(ctx context.Context, info *jetstream.StreamInfo) error {
+// pass lets stream time pass without entries. Only the stream itself can say
+// that there are none: silence may as well be a broken connection. What it
+// stores after its answer has a later time than the answer.
+func (e *evaluator) pass(ctx context.Context) error {
+	e.mu.Lock()
+	busy := e.now().Sub(e.lastEntry) < e.step
+	e.mu.Unlock()
+	if busy {
+		return nil
+	}
+	ask, cancel := context.WithTimeout(ctx, 2*time.Second)
+	stream, err := e.js.Stream(ask, ledger.Stream)
+	cancel()
+	if err != nil {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.lag(usage.At(e.now()))
+		return fmt.Errorf("the ledger can't be asked for its end: %w", err)
+	}
+	info := stream.CachedInfo()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if info.State.LastSeq >= e.next || info.TimeStamp.IsZero() {
@@ -488,7 +491,12 @@ func (e *evaluator) run(ctx context.Context, from uint64) error {
 		case errors.Is(err, ledger.ErrPurged):
 			stream, serr := e.js.Stream(ctx, ledger.Stream)
 			if serr != nil {
-				return fmt.Errorf("stream %s: %w", ledger.Stream, serr)
+				// Away just now: asked again.
+				e.ready.NotReady("the ledger can't be read: " + serr.Error())
+				if sleep(ctx, time.Second) != nil {
+					return nil
+				}
+				continue
 			}
 			from = stream.CachedInfo().State.FirstSeq
 			e.log.Error().Err(err).Uint64("from", from).Msg("the ledger was purged beyond what the windows need: they are incomplete for as long as they reach back")

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -36,6 +37,8 @@ const deadline = 30 * time.Second
 type bed struct {
 	t      *testing.T
 	url    string
+	server *embednats.Server
+	o      embednats.Options
 	nc     *nats.Conn
 	js     jetstream.JetStream
 	mu     sync.Mutex
@@ -45,16 +48,19 @@ type bed struct {
 
 func newBed(t *testing.T) *bed {
 	t.Helper()
-	s, err := embednats.Start(t.Context(), embednats.Options{StoreDir: t.TempDir(), Sync: time.Minute})
+	o := embednats.Options{StoreDir: t.TempDir(), Sync: time.Minute}
+	s, err := embednats.Start(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
+	o.Port = s.Addr().(*net.TCPAddr).Port
+	b := &bed{t: t, url: s.ClientURL(), server: s, o: o, number: map[uint32]uint64{}, id: ksuid.New()}
 	t.Cleanup(func() {
-		if err := s.Stop(context.Background()); err != nil {
+		if err := b.server.Stop(context.Background()); err != nil {
 			t.Error(err)
 		}
 	})
-	nc, err := nats.Connect(s.ClientURL())
+	nc, err := nats.Connect(s.ClientURL(), nats.MaxReconnects(-1), nats.ReconnectWait(20*time.Millisecond))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,7 +72,23 @@ func newBed(t *testing.T) *bed {
 	if _, err := ledger.Provision(t.Context(), js, ledger.ProvisionOptions{Shards: 2}); err != nil {
 		t.Fatal(err)
 	}
-	return &bed{t: t, url: s.ClientURL(), nc: nc, js: js, number: map[uint32]uint64{}, id: ksuid.New()}
+	b.nc, b.js = nc, js
+	return b
+}
+
+// restart stops NATS, calls meanwhile, and starts it again at the same address.
+func (b *bed) restart(meanwhile func()) {
+	b.t.Helper()
+	if err := b.server.Stop(context.Background()); err != nil {
+		b.t.Fatal(err)
+	}
+	meanwhile()
+	s, err := embednats.Start(b.t.Context(), b.o)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.server = s
+	eventually(b.t, "connected again", b.nc.IsConnected)
 }
 
 // publish appends one frame with a call of each account and returns its message.
@@ -101,10 +123,15 @@ func names(from, to int) []string {
 // traffic calls with 20 accounts every 50 ms until the test ends; those that
 // spike was called for are refused.
 type traffic struct {
+	// Held while a round is published, and by pause.
+	round sync.Mutex
 	mu    sync.Mutex
 	bad   int
 	began time.Time
 }
+
+func (tr *traffic) pause()  { tr.round.Lock() }
+func (tr *traffic) resume() { tr.round.Unlock() }
 
 func (b *bed) traffic() *traffic {
 	tr := &traffic{}
@@ -115,6 +142,7 @@ func (b *bed) traffic() *traffic {
 		tick := time.NewTicker(50 * time.Millisecond)
 		defer tick.Stop()
 		for {
+			tr.round.Lock()
 			tr.mu.Lock()
 			bad := tr.bad
 			if bad > 0 && tr.began.IsZero() {
@@ -127,6 +155,7 @@ func (b *bed) traffic() *traffic {
 			if bad < 20 {
 				b.publish(names(bad, 20), "")
 			}
+			tr.round.Unlock()
 			select {
 			case <-tick.C:
 			case <-ctx.Done():
