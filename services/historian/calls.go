@@ -99,7 +99,7 @@ func (c *calls) undecodable(m ledger.Message, err error, keep bool) {
 		return
 	}
 	c.metrics.undecodable.WithLabelValues("calls", reason(err)).Inc()
-	c.log.Warn().Err(err).Uint64("sequence", m.Sequence).Msg("an entry can't be decoded and is left out")
+	c.log.Debug().Err(err).Uint64("sequence", m.Sequence).Msg("an entry can't be decoded and is left out")
 }
 
 // reason is the machine code of why an entry can't be decoded.

@@ -371,6 +371,9 @@ func (l *lane) commitAll(ctx context.Context, in <-chan sealed) error {
 		if b.snapshot != nil {
 			// Without it a restart only has more to read again.
 			if err := l.snapshots.save(ctx, b.snapshot); err != nil {
+				if ctx.Err() != nil {
+					return ctx.Err()
+				}
 				l.log.Warn().Err(err).Msg("the snapshot of what has been seen was not stored")
 				continue
 			}
@@ -423,6 +426,8 @@ func (l *lane) insert(ctx, hard context.Context, p part, token string, doubt boo
 			again++
 			use = fmt.Sprintf("%s/%d", token, again)
 			l.log.Warn().Str("table", p.Table()).Str("token", token).Msg("ClickHouse knows the block's token and has none of its rows: sending it under another")
+		case ctx.Err() != nil:
+			return ctx.Err() // told to stop; the next run finds out
 		default:
 			l.metrics.retries.WithLabelValues(p.Table()).Inc()
 			l.ready.NotReady("ClickHouse has not confirmed a block of " + p.Table() + ": trying again")

@@ -45,6 +45,7 @@ type world struct {
 	ch   *embedclickhouse.Server
 	h    *history.History
 	log  zerolog.Logger
+	dir  string // of the NATS server
 }
 
 const testShards = 4
@@ -57,16 +58,19 @@ func newWorld(t testing.TB) *world {
 		t.Fatalf("these tests need a ClickHouse: %v", err)
 	}
 	dir := t.TempDir()
-	w.ch, err = embedclickhouse.Start(t.Context(), embedclickhouse.Options{DataDir: filepath.Join(dir, "clickhouse"), EnginePath: path, Logger: zerolog.Nop()})
+	ch, err := embedclickhouse.Start(t.Context(), embedclickhouse.Options{DataDir: filepath.Join(dir, "clickhouse"), EnginePath: path, Logger: zerolog.Nop()})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { w.stopping("ClickHouse", w.ch.Stop) })
-	w.nats, err = embednats.Start(t.Context(), embednats.Options{StoreDir: filepath.Join(dir, "nats"), Logger: zerolog.Nop()})
+	w.ch = ch
+	t.Cleanup(func() { w.stopping("ClickHouse", ch.Stop) })
+	w.dir = filepath.Join(dir, "nats")
+	server, err := embednats.Start(t.Context(), embednats.Options{StoreDir: w.dir, Logger: zerolog.New(zerolog.NewTestWriter(t)).Level(zerolog.WarnLevel)})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { w.stopping("NATS", w.nats.Stop) })
+	w.nats = server
+	t.Cleanup(func() { w.stopping("NATS", server.Stop) })
 	if w.nc, err = nats.Connect(w.nats.ClientURL()); err != nil {
 		t.Fatal(err)
 	}
@@ -77,11 +81,13 @@ func newWorld(t testing.TB) *world {
 	if _, err := ledger.Provision(t.Context(), w.js, ledger.ProvisionOptions{Shards: testShards}); err != nil {
 		t.Fatal(err)
 	}
-	if w.h, err = history.Open(t.Context(), w.clickhouse()); err != nil {
+	h, err := history.Open(t.Context(), w.clickhouse())
+	if err != nil {
 		t.Fatal(err)
 	}
+	w.h = h
 	t.Cleanup(func() {
-		if err := w.h.Close(); err != nil {
+		if err := h.Close(); err != nil {
 			t.Error(err)
 		}
 	})

@@ -43,7 +43,7 @@ func (p *pump[T]) take(m ledger.Message, keep bool) {
 	}
 	if p.err != nil {
 		p.metrics.undecodable.WithLabelValues(p.lane, reason(p.err)).Inc()
-		p.log.Warn().Err(p.err).Str("lane", p.lane).Uint64("sequence", m.Sequence).Msg("an entry can't be decoded and is left out")
+		p.log.Debug().Err(p.err).Str("lane", p.lane).Uint64("sequence", m.Sequence).Msg("an entry can't be decoded and is left out")
 		return
 	}
 	if p.ok {

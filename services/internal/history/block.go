@@ -18,9 +18,6 @@ const LateGrace = usage.Micros(time.Minute / time.Microsecond)
 
 const minuteMicros = usage.Micros(time.Minute / time.Microsecond)
 
-// latestTime is the last microsecond that DateTime64(6) holds, 2299-12-31.
-const latestTime = int64(10413791999_999999)
-
 // Entry says where in the ledger a frame stands.
 type Entry struct {
 	Sequence uint64
@@ -204,9 +201,6 @@ func (b *Block) appendTimes(f *ledger.Frame, e Entry, keep []uint32, at int) {
 			b.late[at+i] = 1
 		case t > int64(e.Time):
 			b.flags[at+i] |= uint32(usage.FutureTime)
-			if t > latestTime {
-				b.time.ColInt64[at+i] = latestTime
-			}
 		}
 	}
 }

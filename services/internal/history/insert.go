@@ -223,3 +223,17 @@ func loopback(addr string) bool {
 	ip := net.ParseIP(host)
 	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
+
+// Fingerprint returns what the block would send to all its tables, as bytes: two
+// blocks with the same fingerprint are the same. The block can't be added to
+// afterwards.
+func (b *Block) Fingerprint() []byte {
+	var out proto.Buffer
+	for _, in := range []proto.Input{b.input(), b.hourly.input(b), b.minutely.input(b)} {
+		for _, c := range in {
+			out.PutString(c.Name)
+			c.Data.EncodeColumn(&out)
+		}
+	}
+	return out.Buf
+}

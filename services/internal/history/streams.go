@@ -10,6 +10,9 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
+// latestTime is the last microsecond that DateTime64(6) holds, 2299-12-31.
+const latestTime = int64(10413791999_999999)
+
 // Position is where a row stands in its stream.
 type Position struct {
 	Sequence uint64

@@ -106,22 +106,31 @@ func (t *traffic) call() usage.Call {
 	return c
 }
 
-// frames makes frames until they hold at least n calls.
+// frames makes frames of n calls together.
 func (t *traffic) frames(tb testing.TB, n int) []trafficFrame {
 	tb.Helper()
 	var all []trafficFrame
-	for n > 0 {
+	seal := func(g *trafficGateway, shard uint32) {
+		t.sequence++
+		g.numbers[shard]++
+		sealed := t.now + 100
+		all = append(all, trafficFrame{Entry{t.sequence, sealed + 300}, g.builders[shard].Seal(ledger.Header{Producer: g.producer, Shard: shard, Number: g.numbers[shard], Gateway: g.name, SealedAt: sealed})})
+	}
+	for range n {
 		c := t.call()
 		g := t.gateways[t.r.IntN(len(t.gateways))]
 		shard := ledger.ShardOf(c.Account, t.shards)
 		b := &g.builders[shard]
 		b.Add(&c)
-		n--
-		if b.Full() || b.Len() >= 500 || n == 0 {
-			t.sequence++
-			g.numbers[shard]++
-			sealed := t.now + 100
-			all = append(all, trafficFrame{Entry{t.sequence, sealed + 300}, b.Seal(ledger.Header{Producer: g.producer, Shard: shard, Number: g.numbers[shard], Gateway: g.name, SealedAt: sealed})})
+		if b.Full() || b.Len() >= 500 {
+			seal(g, shard)
+		}
+	}
+	for _, g := range t.gateways {
+		for shard := range t.shards {
+			if g.builders[shard].Len() > 0 {
+				seal(g, shard)
+			}
 		}
 	}
 	return all

@@ -1,0 +1,142 @@
+package historian
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/rs/zerolog"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
+)
+
+func (w *world) publish(subject string, header nats.Header, data []byte) uint64 {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	ack, err := w.js.PublishMsg(ctx, &nats.Msg{Subject: subject, Header: header, Data: data})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return ack.Sequence
+}
+
+func TestDecisionsAlertsAndActsAreInTheHistory(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	decision := usage.Decision{ID: "d1", Account: "a", LimitID: "free/tokens", Meter: usage.InputTokens, Verdict: usage.Deny, Code: usage.QuotaExceeded, Revision: 41, Shard: 2, Used: 120, Amount: 100,
+		Window: usage.Minute, PeriodStart: 1_763_370_000_000_000, PeriodEnd: 1_763_370_060_000_000, PlanVersion: "v1", DecidedAt: 1_763_370_001_000_000, Cause: 1_763_370_000_900_000, Epoch: 3}
+	send := func(d usage.Decision) {
+		data, err := ledger.MarshalDecision(&d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.publish("$KV.decisions."+ledger.DecisionKey(d.Shard, d.Account, d.LimitID), nil, data)
+	}
+	send(decision)
+	w.publish("$KV.decisions."+ledger.CheckpointKey(2), nil, []byte("a checkpoint"))
+	w.publish("$KV.decisions.2.a.b", nil, []byte("no protobuf\xff"))
+
+	alert := usage.Alert{EpisodeID: "e1", Transition: usage.AlertFiring, N: 1, Rule: "refusals", Scope: "global", Severity: "page", StartedAt: 1_763_370_000_000_000, At: 1_763_370_002_000_000, Value: 0.5, Threshold: 0.2, Refused: 3, Active: 6, Summary: "half of them"}
+	body, err := json.Marshal(alert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.publish("alerts.e1", nil, body)
+
+	act, err := ledger.ControlMessage(1, &tollkeeperv1.ControlEntry{Id: "act-1", Author: "somebody", CreatedAtUnixMicros: 1_763_370_000_000_000, Body: &tollkeeperv1.ControlEntry_AccountSet{AccountSet: &tollkeeperv1.AccountSet{Accounts: []*tollkeeperv1.Account{{Id: "a", Plan: "free"}}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tick, err := ledger.ControlMessage(1, &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_Tick{Tick: &tollkeeperv1.Tick{Epoch: 1}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.publish(tick.Subject, tick.Header, tick.Data)
+	w.publish(act.Subject, act.Header, act.Data)
+
+	stop := w.start(w.options(), seams{})
+	decision.Verdict, decision.Code, decision.Revision, decision.ID = usage.Allow, "", 42, "d2"
+	send(decision)
+	rows := func(table string) (n uint64) {
+		s, err := w.h.Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, tab := range s.Tables {
+			if tab.Table == table {
+				n = tab.Rows
+			}
+		}
+		return n
+	}
+	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 1} {
+		eventually(t, table+" has "+strconv.FormatUint(want, 10)+" rows", 15*time.Second, func() bool { return rows(table) >= want })
+	}
+	// A restart brings none of them again.
+	if err := stop(); err != nil {
+		t.Fatal(err)
+	}
+	w.start(w.options(), seams{})
+	c := newClients(w, 9)
+	c.agree()
+	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 1} {
+		if n := rows(table); n != want {
+			t.Errorf("%s has %d rows, wanted %d", table, n, want)
+		}
+	}
+	got, err := w.h.Decisions(t.Context(), history.DecisionsQuery{Account: "a", Limit: 10})
+	if err != nil || len(got) != 2 {
+		t.Fatalf("decisions: %v, %v", got, err)
+	}
+	if got[0].ID != "d2" || got[0].Verdict != usage.Allow || got[1].ID != "d1" || got[1].Verdict != usage.Deny || got[1].Used != 120 || got[1].Cause != 1_763_370_000_900_000 || got[1].PeriodEnd != decision.PeriodEnd {
+		t.Errorf("decisions came back as %+v", got)
+	}
+	alerts, err := w.h.Alerts(t.Context(), 0, 10)
+	if err != nil || len(alerts) != 1 || string(alerts[0].Body) != string(body) {
+		t.Errorf("alerts came back as %+v, %v", alerts, err)
+	}
+}
+
+func TestNATSMayGoAndComeBack(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := newClients(w, 10)
+	o := w.options()
+	w.start(o, seams{})
+	for range 2 {
+		c.some(15)
+		addr, ok := w.nats.Addr().(*net.TCPAddr)
+		if !ok {
+			t.Fatal(errors.New("no TCP address"))
+		}
+		w.stopping("NATS", w.nats.Stop)
+		eventually(t, "the historian says that NATS is away", 15*time.Second, func() bool { return !o.Readiness.Status().Ready })
+		var err error
+		if w.nats, err = embednats.Start(t.Context(), embednats.Options{StoreDir: w.dir, Port: addr.Port, Logger: zerolog.Nop()}); err != nil {
+			t.Fatal(err)
+		}
+		again := w.nats
+		t.Cleanup(func() { w.stopping("NATS", again.Stop) })
+		if w.nc, err = nats.Connect(w.nats.ClientURL()); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(w.nc.Close)
+		if w.js, err = jetstream.New(w.nc); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.some(15)
+	c.agree()
+	eventually(t, "the historian is ready again", 10*time.Second, func() bool { return o.Readiness.Status().Ready })
+}
