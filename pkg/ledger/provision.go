@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/segmentio/ksuid"
@@ -116,72 +117,129 @@ func Provision(ctx context.Context, js jetstream.JetStream, o ProvisionOptions) 
 	if o.Shards > MaxShards {
 		return Geometry{}, fmt.Errorf("%d shards: at most %d", o.Shards, MaxShards)
 	}
-	var missing []piece
-	var total int64
-	for _, p := range pieces(js, &defs, replicas) {
-		_, err := js.Stream(ctx, p.stream)
-		switch {
-		case err == nil:
-			continue
-		case !errors.Is(err, jetstream.ErrStreamNotFound):
-			return Geometry{}, fmt.Errorf("stream %s: %w", p.stream, err)
-		}
-		missing = append(missing, p)
-		total += p.maxBytes
+	all := pieces(js, &defs, replicas)
+	missing, err := missingOf(ctx, js, all)
+	if err != nil {
+		return Geometry{}, err
 	}
 	if len(missing) > 0 {
-		divisor, err := findRoom(ctx, js, total, replicas)
-		if err != nil {
+		if err := makeMissing(ctx, js, all, replicas, o.Notice); err != nil {
 			return Geometry{}, err
-		}
-		if divisor > 1 && o.Notice != nil {
-			o.Notice(fmt.Sprintf("NATS has no room for streams of %d GiB altogether: they are made with 1/%d of their sizes; give its file store more room to avoid a full ledger", total>>30, divisor))
-		}
-		for _, p := range missing {
-			if err := p.make(ctx, divisor); err != nil {
-				return Geometry{}, err
-			}
 		}
 	}
 	return setGeometry(ctx, js, o.Shards)
 }
 
-// make creates the piece unless somebody else just did.
-func (p *piece) make(ctx context.Context, divisor int64) error {
-	for ; ; divisor *= 2 {
-		err := p.create(ctx, p.maxBytes/divisor)
-		switch {
-		case err == nil, errors.Is(err, jetstream.ErrStreamNameAlreadyInUse), errors.Is(err, jetstream.ErrBucketExists):
-			return nil
-		case noRoom(err) && divisor < maxDivisor:
-			// Another caller's probe holds the room, or has taken it.
-			continue
+func missingOf(ctx context.Context, js jetstream.JetStream, all []piece) ([]piece, error) {
+	var missing []piece
+	for _, p := range all {
+		switch _, err := js.Stream(ctx, p.stream); {
+		case errors.Is(err, jetstream.ErrStreamNotFound):
+			missing = append(missing, p)
+		case err != nil:
+			return nil, fmt.Errorf("stream %s: %w", p.stream, err)
 		}
-		return fmt.Errorf("create stream %s: %w", p.stream, err)
 	}
+	return missing, nil
+}
+
+// turnStream is there while somebody makes streams: two who look for room at
+// the same time would each find too little.
+const turnStream = "TOLLKEEPER_PROVISIONING"
+
+// turnLasts is when a turn is over, whether it was given up or its holder died.
+const turnLasts = 15 * time.Second
+
+// takeTurn waits until nobody else makes streams.
+func takeTurn(ctx context.Context, js jetstream.JetStream) (give func() error, err error) {
+	id := ksuid.New().String()
+	cfg := jetstream.StreamConfig{
+		Name: turnStream, Description: "Tollkeeper: there while streams are made; safe to delete.",
+		Subjects: []string{"tollkeeper.provisioning." + id}, MaxBytes: 1 << 16,
+	}
+	for {
+		_, err := js.CreateStream(ctx, cfg)
+		if err == nil {
+			return func() error {
+				if err := js.DeleteStream(ctx, turnStream); err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
+					return fmt.Errorf("delete stream %s: %w", turnStream, err)
+				}
+				return nil
+			}, nil
+		}
+		if !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
+			return nil, fmt.Errorf("create stream %s: %w", turnStream, err)
+		}
+		if s, err := js.Stream(ctx, turnStream); err == nil {
+			if i := s.CachedInfo(); i.TimeStamp.Sub(i.Created) > turnLasts {
+				// Somebody else may do the same: not found is fine.
+				if err := js.DeleteStream(ctx, turnStream); err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
+					return nil, fmt.Errorf("delete stream %s: %w", turnStream, err)
+				}
+				continue
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for another process that makes streams: %w", ctx.Err())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func makeMissing(ctx context.Context, js jetstream.JetStream, all []piece, replicas int, notice func(string)) (err error) {
+	give, err := takeTurn(ctx, js)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, give()) }()
+	missing, err := missingOf(ctx, js, all)
+	if err != nil || len(missing) == 0 {
+		return err
+	}
+	var total int64
+	for _, p := range missing {
+		total += p.maxBytes
+	}
+	divisor, err := findRoom(ctx, js, total, replicas)
+	if err != nil {
+		return err
+	}
+	if divisor > 1 && notice != nil {
+		notice(fmt.Sprintf("NATS has no room for streams of %d GiB altogether: they are made with 1/%d of their sizes; give its file store more room to avoid a full ledger", total>>30, divisor))
+	}
+	for _, p := range missing {
+		err := p.create(ctx, p.maxBytes/divisor)
+		if err != nil && !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) && !errors.Is(err, jetstream.ErrBucketExists) {
+			return fmt.Errorf("create stream %s: %w", p.stream, err)
+		}
+	}
+	return nil
 }
 
 // findRoom returns the power of two by which the sizes must be divided to fit
 // together. A server does not tell how much room it has, only whether a
-// stream fits: so one of the whole size is made and removed at once. Made one
-// by one instead, the first would take what the last needs.
+// stream fits: so one of the whole size is made and removed at once. Were the
+// streams made one by one instead, the first would take what the last needs.
+//
+// Another stream must be there (the turn's is): a server that removes its only
+// stream removes the directory of streams too, and does so after it has
+// answered, under the hands of whoever makes the next.
 func findRoom(ctx context.Context, js jetstream.JetStream, total int64, replicas int) (int64, error) {
-	name := "TOLLKEEPER_ROOM_" + ksuid.New().String()
+	cfg := jetstream.StreamConfig{Name: "TOLLKEEPER_ROOM_" + ksuid.New().String(), Description: "Tollkeeper: looks how much room there is; safe to delete.", Replicas: replicas}
+	cfg.Subjects = []string{"tollkeeper.room." + cfg.Name}
 	for divisor := int64(1); ; divisor *= 2 {
-		_, err := js.CreateStream(ctx, jetstream.StreamConfig{
-			Name: name, Description: "Tollkeeper: looks how much room there is; safe to delete.", Subjects: []string{"tollkeeper.room." + name},
-			MaxBytes: total / divisor, Replicas: replicas,
-		})
-		if err == nil {
-			if err := js.DeleteStream(ctx, name); err != nil {
-				return 0, fmt.Errorf("delete stream %s: %w", name, err)
+		cfg.MaxBytes = total / divisor
+		_, err := js.CreateStream(ctx, cfg)
+		switch {
+		case err == nil:
+			if err := js.DeleteStream(ctx, cfg.Name); err != nil {
+				return 0, fmt.Errorf("delete stream %s: %w", cfg.Name, err)
 			}
 			return divisor, nil
-		}
-		if !noRoom(err) {
-			return 0, fmt.Errorf("create stream %s: %w", name, err)
-		}
-		if divisor == maxDivisor {
+		case !noRoom(err):
+			return 0, fmt.Errorf("create stream %s: %w", cfg.Name, err)
+		case divisor == maxDivisor:
 			return 0, fmt.Errorf("the file store of NATS has less than %d MiB to reserve, which is too little for a ledger: free disk space or raise its limit: %w", total/divisor>>20, err)
 		}
 	}

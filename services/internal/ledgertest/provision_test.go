@@ -61,9 +61,14 @@ func TestServicesThatProvisionAtOnceAgreeOnOneGeometry(t *testing.T) {
 		t.Errorf("a later call for 64 shards gave %+v, %v; want the ledger's own %+v", again, err, want)
 	}
 	for name := range js.StreamNames(t.Context()).Name() {
-		if strings.HasPrefix(name, "TOLLKEEPER_ROOM_") {
+		if strings.HasPrefix(name, "TOLLKEEPER_") {
 			t.Errorf("the stream %s was left behind", name)
 		}
+	}
+	// There is room for all, but not for two callers that look for it at once.
+	s, err := js.Stream(t.Context(), ledger.Stream)
+	if err != nil || s.CachedInfo().Config.MaxBytes != 64<<30 {
+		t.Errorf("the ledger is %+v, %v; want its whole size", s.CachedInfo().Config, err)
 	}
 }
 

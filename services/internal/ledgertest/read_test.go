@@ -335,14 +335,15 @@ func TestAPurgeWhileReadingIsNoticed(t *testing.T) {
 					t.Fatal(i, err)
 				}
 			}
-			purged := make(chan struct{})
+			reached, purged := make(chan struct{}), make(chan struct{})
 			r := read(t, js, ledger.ReadOptions{Subjects: subjects, Watchdog: 100 * time.Millisecond}, func(m ledger.Message) error {
 				if m.Sequence == 1 {
+					close(reached)
 					<-purged
 				}
 				return nil
 			})
-			eventually(t, "the reader has a consumer", func() bool { return consumers(t, js, ledger.Stream) == 1 })
+			<-reached
 			purge(t, js, 30)
 			close(purged)
 			if err := r.ends(); !errors.Is(err, ledger.ErrPurged) {
