@@ -58,10 +58,15 @@ const (
 // safe for concurrent use.
 type Set struct {
 	horizon   usage.Micros
-	producers map[Producer]uint64
+	producers map[Producer]state
 	closed    []closing         // oldest first: retired, remembered for the horizon
 	foreign   map[EventID]int64 // bucket of stream time in which it was seen
 	buckets   []bucket          // oldest first, at most horizonBuckets+1
+}
+
+type state struct {
+	number uint64
+	closed bool // it is in the set's list
 }
 
 type closing struct {
@@ -80,7 +85,7 @@ func New(horizon usage.Micros) *Set {
 	if horizon <= 0 {
 		horizon = DefaultHorizon
 	}
-	return &Set{horizon: horizon, producers: map[Producer]uint64{}, foreign: map[EventID]int64{}}
+	return &Set{horizon: horizon, producers: map[Producer]state{}, foreign: map[EventID]int64{}}
 }
 
 // Horizon returns the horizon of foreign events in microseconds.
@@ -95,11 +100,16 @@ func (s *Set) ForeignEvents() int { return len(s.foreign) }
 // Frame takes note of a producer's frame. skipped is how many numbers before
 // it are missing (Gap).
 func (s *Set) Frame(p Producer, number uint64) (v Verdict, skipped uint64) {
-	last := s.producers[p]
+	known := s.producers[p]
+	last := known.number
 	if number <= last {
 		return Duplicate, 0
 	}
-	s.producers[p] = number
+	if known.closed {
+		// It was not its end: forgotten, it would be counted twice.
+		s.closed = slices.DeleteFunc(s.closed, func(c closing) bool { return c.producer == p })
+	}
+	s.producers[p] = state{number: number}
 	if number > last+1 {
 		return Gap, number - last - 1
 	}
@@ -108,25 +118,36 @@ func (s *Set) Frame(p Producer, number uint64) (v Verdict, skipped uint64) {
 
 // Close retires a producer at stream time now: it has said that it will send
 // nothing more on this shard. Its number is still remembered for the horizon,
-// because a copy of its last frame may yet arrive, and then forgotten.
+// because a copy of its last frame may yet arrive, and then forgotten at the
+// next Close or Foreign. One that sends all the same is not retired.
 func (s *Set) Close(p Producer, now usage.Micros) {
+	s.retire(now)
+	known, found := s.producers[p]
+	if !found || known.closed {
+		return
+	}
+	known.closed = true
+	s.producers[p] = known
+	s.closed = append(s.closed, closing{p, now})
+}
+
+func (s *Set) retire(now usage.Micros) {
 	k := 0
-	for k < len(s.closed) && s.closed[k].at+s.horizon < now {
+	for k < len(s.closed) && now-s.closed[k].at > s.horizon {
 		delete(s.producers, s.closed[k].producer)
 		k++
 	}
 	s.closed = slices.Delete(s.closed, 0, k)
-	if _, known := s.producers[p]; !known || slices.ContainsFunc(s.closed, func(c closing) bool { return c.producer == p }) {
-		return
-	}
-	s.closed = append(s.closed, closing{p, now})
 }
+
+// width of a bucket: horizonBuckets of them are never less than the horizon.
+func (s *Set) width() int64 { return (int64(s.horizon)-1)/horizonBuckets + 1 }
 
 // Foreign takes note of a foreign event at stream time now (which never goes
 // back) and reports whether it is new within the horizon.
 func (s *Set) Foreign(id EventID, now usage.Micros) bool {
-	width := max(int64(s.horizon)/horizonBuckets, 1)
-	current := int64(now) / width
+	s.retire(now)
+	current := int64(now) / s.width()
 	s.forget(current - horizonBuckets)
 	if _, seen := s.foreign[id]; seen {
 		return false
@@ -165,7 +186,7 @@ func (s *Set) AppendBinary(out []byte) []byte {
 	out = binary.AppendUvarint(out, uint64(len(producers)))
 	for _, p := range producers {
 		out = append(out, p[:]...)
-		out = binary.AppendUvarint(out, s.producers[p])
+		out = binary.AppendUvarint(out, s.producers[p].number)
 	}
 	out = binary.AppendUvarint(out, uint64(len(s.closed)))
 	for _, c := range s.closed {
@@ -183,68 +204,110 @@ func (s *Set) AppendBinary(out []byte) []byte {
 	return out
 }
 
-var errCut = errors.New("the snapshot of a de-duplication set is cut off")
+var (
+	errCut    = errors.New("the snapshot of a de-duplication set is cut off")
+	errBroken = errors.New("the snapshot of a de-duplication set is not one that a set writes")
+)
 
 // Read reads a set off the front of data and returns the rest.
 func Read(data []byte) (*Set, []byte, error) {
-	if len(data) == 0 {
-		return nil, nil, errCut
+	r := reader{b: data}
+	if v := r.bytes(1); r.err == nil && v[0] != version {
+		return nil, nil, fmt.Errorf("the snapshot of a de-duplication set has version %d, known is %d", v[0], version)
 	}
-	if data[0] != version {
-		return nil, nil, fmt.Errorf("the snapshot of a de-duplication set has version %d, known is %d", data[0], version)
-	}
-	data = data[1:]
-	bad := false
-	uvarint := func() uint64 {
-		v, n := binary.Uvarint(data)
-		if n <= 0 {
-			bad = true
-			return 0
+	horizon := usage.Micros(r.varint())
+	r.check(horizon > 0)
+	s := New(horizon)
+	var before []byte
+	for n := r.uvarint(); n > 0 && r.err == nil; n-- {
+		p := r.bytes(len(Producer{}))
+		number := r.uvarint()
+		if r.check(bytes.Compare(before, p) < 0); r.err == nil {
+			s.producers[Producer(p)] = state{number: number}
 		}
-		data = data[n:]
-		return v
+		before = p
 	}
-	varint := func() int64 {
-		v, n := binary.Varint(data)
-		if n <= 0 {
-			bad = true
-			return 0
+	for n := r.uvarint(); n > 0 && r.err == nil; n-- {
+		p := r.bytes(len(Producer{}))
+		at := usage.Micros(r.varint())
+		if r.err != nil {
+			break
 		}
-		data = data[n:]
-		return v
+		known, found := s.producers[Producer(p)]
+		r.check(found && !known.closed)
+		known.closed = true
+		s.producers[Producer(p)] = known
+		s.closed = append(s.closed, closing{Producer(p), at})
 	}
-	s := New(usage.Micros(varint()))
-	for n := uvarint(); n > 0 && !bad; n-- {
-		if len(data) < 20 {
-			return nil, nil, errCut
-		}
-		p := Producer(data[:20])
-		data = data[20:]
-		s.producers[p] = uvarint()
-	}
-	for n := uvarint(); n > 0 && !bad; n-- {
-		if len(data) < 20 {
-			return nil, nil, errCut
-		}
-		p := Producer(data[:20])
-		data = data[20:]
-		s.closed = append(s.closed, closing{p, usage.Micros(varint())})
-	}
-	for n := uvarint(); n > 0 && !bad; n-- {
-		b := bucket{number: varint()}
-		for k := uvarint(); k > 0 && !bad; k-- {
-			if len(data) < 16 {
-				return nil, nil, errCut
+	for n := r.uvarint(); n > 0 && r.err == nil; n-- {
+		b := bucket{number: r.varint()}
+		k := len(s.buckets)
+		r.check(k <= horizonBuckets && (k == 0 || s.buckets[k-1].number < b.number))
+		for m := r.uvarint(); m > 0 && r.err == nil; m-- {
+			p := r.bytes(len(EventID{}))
+			if r.err != nil {
+				break
 			}
-			id := EventID(data[:16])
-			data = data[16:]
+			id := EventID(p)
+			_, twice := s.foreign[id]
+			r.check(!twice)
 			b.ids = append(b.ids, id)
 			s.foreign[id] = b.number
 		}
+		r.check(len(b.ids) > 0)
 		s.buckets = append(s.buckets, b)
 	}
-	if bad {
-		return nil, nil, errCut
+	if r.err != nil {
+		return nil, nil, r.err
 	}
-	return s, data, nil
+	return s, r.b, nil
+}
+
+// reader takes values off a byte slice; after the first failure err is set and
+// everything it returns is zero.
+type reader struct {
+	b   []byte
+	err error
+}
+
+func (r *reader) check(ok bool) {
+	if !ok && r.err == nil {
+		r.err = errBroken
+	}
+}
+
+func (r *reader) bytes(n int) []byte {
+	if r.err != nil || n > len(r.b) {
+		r.cut()
+		return nil
+	}
+	v := r.b[:n]
+	r.b = r.b[n:]
+	return v
+}
+
+func (r *reader) uvarint() uint64 {
+	v, n := binary.Uvarint(r.b)
+	if r.err != nil || n <= 0 {
+		r.cut()
+		return 0
+	}
+	r.b = r.b[n:]
+	return v
+}
+
+func (r *reader) varint() int64 {
+	v, n := binary.Varint(r.b)
+	if r.err != nil || n <= 0 {
+		r.cut()
+		return 0
+	}
+	r.b = r.b[n:]
+	return v
+}
+
+func (r *reader) cut() {
+	if r.err == nil {
+		r.err = errCut
+	}
 }
