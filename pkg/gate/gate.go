@@ -113,6 +113,11 @@ type Options struct {
 	// StaleAfter is how long beacons or changes may be missing before what they
 	// tell counts as unknown; DefaultStaleAfter when 0.
 	StaleAfter time.Duration
+	// AbortUnsettled breaks the answer off when its call could not be recorded:
+	// what a client has whole has been metered, at the price of answers that were
+	// served for nothing. It goes with an outbox that returns from Add only when
+	// the call is on disk or in the ledger.
+	AbortUnsettled bool
 	// CloseTimeout bounds what Run takes after its context is done;
 	// DefaultCloseTimeout when 0.
 	CloseTimeout time.Duration

@@ -153,7 +153,21 @@ func TestAnAdmittedCallIsRecordedAsItWas(t *testing.T) {
 			if id, keyID := ReportFrom(r.Context()).Account(); id != "acme" || keyID != "k1" {
 				t.Errorf("the handler sees %q, %q", id, keyID)
 			}
-			ReportFrom(r.Context()).Set(usage.InputTokens, 12)
+			report := ReportFrom(r.Context())
+			if err := report.Set(usage.InputTokens, 12); err != nil {
+				t.Error(err)
+			}
+			// What can't be counted does not spoil the rest.
+			for m, v := range map[usage.Meter]int64{usage.OutputTokens: -1, "a b": 1, usage.Cost: usage.MaxQuantity + 1} {
+				if err := report.Set(m, v); err == nil {
+					t.Errorf("%s %d is taken", m, v)
+				}
+			}
+			for i := range usage.MaxCustomMeters + 1 {
+				if err := report.Set(usage.Meter(fmt.Sprint("own-", i)), 1); (err != nil) != (i == usage.MaxCustomMeters) {
+					t.Errorf("meter %d: %v", i, err)
+				}
+			}
 			time.Sleep(20 * time.Millisecond) // of the bubble's clock
 			w.WriteHeader(http.StatusTeapot)
 			_, _ = io.WriteString(w, "short")
@@ -162,7 +176,7 @@ func TestAnAdmittedCallIsRecordedAsItWas(t *testing.T) {
 		tokens, _ := c.Quantities.Get(usage.InputTokens)
 		size, _ := c.Quantities.Get(usage.Bytes)
 		if w.Code != http.StatusTeapot || w.Body.String() != "short" || c.Status != http.StatusTeapot || c.Account != "acme" || c.KeyID != "k1" || c.Route != "chat" ||
-			c.Region != "eu" || c.Method != "POST" || c.Duration != 20_000 || c.Time != usage.At(began) || tokens != 12 || size != 5 || c.RequestID != w.Header().Get(RequestIDHeader) || c.RequestID == "" {
+			c.Region != "eu" || c.Method != "POST" || c.Duration != 20_000 || c.Time != usage.At(began) || tokens != 12 || size != 5 || c.RequestID != w.Header().Get(RequestIDHeader) || c.RequestID == "" || c.Quantities.Len() != 2+usage.MaxCustomMeters {
 			t.Errorf("%+v\n%+v", c, w)
 		}
 		if b.shard[0] != ledger.ShardOf("acme", 4) {
@@ -418,6 +432,40 @@ func TestAFullOutboxRefusesCallsBeforeTheyCostAnything(t *testing.T) {
 			t.Errorf("%d served, %v unsettled", served, testutil.ToFloat64(g.metrics.unsettled))
 		}
 	})
+}
+
+func TestAnAnswerThatCannotBeRecordedIsBrokenOffWhereThatIsWanted(t *testing.T) {
+	t.Parallel()
+	for _, strict := range []bool{false, true} {
+		g, b := offline(t, func(o *Options) { o.AbortUnsettled = strict })
+		b.err = outbox.ErrNotSafe
+		var w *httptest.ResponseRecorder
+		aborted := func() (aborted bool) {
+			defer func() {
+				if v := recover(); v != nil {
+					aborted = v == http.ErrAbortHandler
+				}
+			}()
+			w = serve(g, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "answer") }, nil)
+			return false
+		}()
+		if aborted != strict || !strict && w.Body.String() != "answer" {
+			t.Errorf("strict %v: aborted %v", strict, aborted)
+		}
+	}
+}
+
+func TestAnAbsurdEventTimeIsNotTaken(t *testing.T) {
+	t.Parallel()
+	for _, at := range []time.Time{{}, time.Now().Add(48 * time.Hour)} {
+		g, b := offline(t)
+		r := httptest.NewRequest(http.MethodGet, "/", nil)
+		r.Header.Set("X-Api-Key", "sk-acme")
+		g.Middleware(MiddlewareOptions{Time: func(*http.Request, time.Time) time.Time { return at }}, http.NotFoundHandler()).ServeHTTP(httptest.NewRecorder(), r)
+		if c := b.one(t); time.Since(c.Time.Time()).Abs() > time.Minute {
+			t.Errorf("%s became %s", at, c.Time.Time())
+		}
+	}
 }
 
 func TestBeforeAnythingIsKnown(t *testing.T) {

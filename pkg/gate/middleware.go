@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"strconv"
@@ -101,11 +102,28 @@ type Report struct {
 	keyID      string
 }
 
-// Set stores the reading of a meter. What is not set is unknown.
-func (r *Report) Set(m usage.Meter, v int64) {
-	if r != nil {
-		r.quantities.Set(m, v)
+// Set stores the reading of a meter. What is not set is unknown, and so is what
+// can't be counted: then the error is an *usage.InvalidError, and the rest of the
+// call is metered nevertheless.
+func (r *Report) Set(m usage.Meter, v int64) error {
+	if r == nil {
+		return nil
 	}
+	own := r.quantities.Custom()
+	_, builtIn := m.Index()
+	_, known := r.quantities.Get(m)
+	switch {
+	case !m.Valid():
+		return &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("%q cannot name a meter", m)}
+	case v < 0:
+		return &usage.InvalidError{Reason: usage.ReasonNegativeCount, Message: fmt.Sprintf("%s is %d: counts are not negative", m, v)}
+	case v > usage.MaxQuantity:
+		return &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("%s is %d, at most %d is allowed in one call", m, v, usage.MaxQuantity)}
+	case !builtIn && !known && len(own) >= usage.MaxCustomMeters:
+		return &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("a call has at most %d meters of its own", usage.MaxCustomMeters)}
+	}
+	r.quantities.Set(m, v)
+	return nil
 }
 
 // Account that pays and the public id of its key, empty on nil.
@@ -163,8 +181,9 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handl
 			return
 		}
 	}
+	model = usage.CleanText(model) // what is admitted is what is counted
 	x.begin(r, id, model)
-	req := Request{Model: model, Route: x.o.Route, Method: r.Method}
+	req := Request{Model: model, Route: x.o.Route, Method: x.call.Method}
 	v := x.g.Admit(caller.Account, req)
 	if !v.Allowed {
 		x.refuse(w, r, req, v)
@@ -184,12 +203,15 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handl
 func (x *exchange) begin(r *http.Request, id, model string) {
 	at := x.began
 	if x.o.Time != nil {
-		at = x.o.Time(r, at)
+		// A time that no event may have would cost the whole event.
+		if t := x.o.Time(r, at); usage.At(t) >= usage.OldestTimeMicros && t.Sub(at) <= usage.MaxFuture {
+			at = t
+		}
 	}
 	_, x.shard, _ = x.caller.Account.Root()
 	x.call = usage.Call{
 		Time: usage.At(at), Account: x.caller.Account.ID(), RequestID: id,
-		Method: clip(r.Method), Route: x.o.Route, Model: clip(model), Region: x.o.Region,
+		Method: usage.CleanText(r.Method), Route: x.o.Route, Model: model, Region: x.o.Region,
 	}
 	if x.caller.KeyID != nil {
 		x.call.KeyID = *x.caller.KeyID
@@ -211,8 +233,12 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 		x.call.Status = uint16(out.finalStatus(returned))
 		x.call.Quantities = report.quantities
 		x.call.Quantities.SetBuiltIn(usage.BytesIndex, out.bytes)
-		x.settle(r.Context())
-		if returned {
+		err := x.settle(r.Context())
+		switch {
+		case !returned: // the panic goes on
+		case err != nil && x.g.o.AbortUnsettled:
+			panic(http.ErrAbortHandler)
+		default:
 			out.release()
 		}
 	}()
@@ -230,7 +256,7 @@ func (x *exchange) refuse(w http.ResponseWriter, r *http.Request, req Request, v
 		x.call.DecisionID = v.Decision.ID
 	}
 	if _, _, ok := x.caller.Account.Root(); ok {
-		x.settle(r.Context())
+		_ = x.settle(r.Context()) // told already; there is no answer to hold back
 	}
 	x.write(w, r, f)
 }
@@ -261,15 +287,18 @@ func (x *exchange) write(w http.ResponseWriter, r *http.Request, f *refusal.Refu
 	}
 }
 
-func (x *exchange) settle(ctx context.Context) {
+// settle records the call, and counts and tells when it can't be.
+func (x *exchange) settle(ctx context.Context) error {
 	x.call.Duration = max(x.g.now().Sub(x.began).Microseconds(), 0)
 	// A client that hangs up does not get its call for free.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
 	defer cancel()
-	if err := x.g.SettleShard(ctx, x.shard, &x.call); err != nil && x.g.logs.allow(x.g.now()) {
+	err := x.g.SettleShard(ctx, x.shard, &x.call)
+	if err != nil && x.g.logs.allow(x.g.now()) {
 		x.g.o.Logger.Error().Err(err).Str("account", x.call.Account).Str("request_id", x.call.RequestID).
 			Msg("a call could not be metered (tollkeeper_gate_unsettled_total counts all of them)")
 	}
+	return err
 }
 
 func asRefusal(err error, requestID string) *refusal.Refusal {
@@ -280,14 +309,6 @@ func asRefusal(err error, requestID string) *refusal.Refusal {
 		return &c
 	}
 	return &refusal.Refusal{Code: refusal.BadRequest, Detail: "The model that the request asks for can't be told.", RequestID: requestID}
-}
-
-// clip keeps what a client chose within the bounds of an event.
-func clip(s string) string {
-	if len(s) > usage.MaxNameBytes {
-		s = s[:usage.MaxNameBytes]
-	}
-	return strings.ToValidUTF8(strings.ReplaceAll(s, "\x00", ""), "")
 }
 
 // RequestID returns a client's own id of its request when it is fit for logs and

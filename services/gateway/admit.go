@@ -4,7 +4,6 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
-	"strings"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
@@ -127,9 +126,9 @@ func (a *admit) asked(r *http.Request) (gate.Request, refusal.Profile) {
 		return ""
 	}
 	req := gate.Request{
-		Method: bounded(first("method", "X-Forwarded-Method", "X-Original-Method")),
-		Model:  bounded(first("model", ModelHeader)),
-		Route:  bounded(q.Get("route")),
+		Method: usage.CleanText(first("method", "X-Forwarded-Method", "X-Original-Method")),
+		Model:  usage.CleanText(first("model", ModelHeader)),
+		Route:  usage.CleanText(q.Get("route")),
 	}
 	profile := refusal.Profile(q.Get("profile"))
 	if !profile.Valid() {
@@ -151,7 +150,7 @@ func (a *admit) asked(r *http.Request) (gate.Request, refusal.Profile) {
 		}
 		if req.Model == "" && found.o.Model.JSON == "" && found.model != nil {
 			if m, err := found.model(r); err == nil {
-				req.Model = bounded(m)
+				req.Model = usage.CleanText(m)
 			}
 		}
 	}
@@ -165,12 +164,4 @@ func (a *admit) named(name string) *route {
 		}
 	}
 	return nil
-}
-
-// bounded keeps what a caller chose within the bounds of an event.
-func bounded(s string) string {
-	if len(s) > usage.MaxNameBytes {
-		s = s[:usage.MaxNameBytes]
-	}
-	return strings.ToValidUTF8(strings.ReplaceAll(s, "\x00", ""), "")
 }

@@ -75,8 +75,8 @@ type Options struct {
 	SpoolDir string
 	// SpoolBytes and MemoryBytes bound them; 0 means the outbox's defaults.
 	SpoolBytes, MemoryBytes int64
-	// SpoolBeforeAnswer answers a call only when its event is on disk or in the
-	// ledger.
+	// SpoolBeforeAnswer ends an answer only when the call's event is on disk or
+	// in the ledger, and breaks it off when that fails.
 	SpoolBeforeAnswer bool
 	// OnFull is what happens to calls when memory and spool are full.
 	OnFull outbox.FullPolicy
@@ -146,6 +146,9 @@ func newService(o Options) (*service, error) {
 		}
 		o.Name = name
 	}
+	if len(o.Region) > usage.MaxNameBytes {
+		return nil, fmt.Errorf("the region's name is %d bytes long, at most %d are allowed", len(o.Region), usage.MaxNameBytes)
+	}
 	if o.StopTimeout <= 0 {
 		o.StopTimeout = run.DefaultStopTimeout
 	}
@@ -174,7 +177,7 @@ func newService(o Options) (*service, error) {
 		Connect:    func(ctx context.Context) (*nats.Conn, error) { return natsconn.Connect(ctx, s.o.NATS) },
 		Shards:     o.Shards,
 		OpenOutbox: s.openOutbox,
-		Unknown:    o.Unknown, StaleAfter: o.StaleAfter, CloseTimeout: o.StopTimeout * 2 / 5,
+		Unknown:    o.Unknown, StaleAfter: o.StaleAfter, AbortUnsettled: o.SpoolBeforeAnswer, CloseTimeout: o.StopTimeout * 2 / 5,
 		Logger: o.Logger, Registerer: o.Registerer,
 		DirectoryReadiness: part("directory"), DecisionsReadiness: part("decisions"), OutboxReadiness: part("outbox"),
 	})

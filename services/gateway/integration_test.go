@@ -41,7 +41,7 @@ const shards = 4
 // world is a ledger with somebody who does the aggregator's and the plans' work
 // by hand.
 type world struct {
-	t         *testing.T
+	t         testing.TB
 	srv       *embednats.Server
 	nc        *nats.Conn
 	js        jetstream.JetStream
@@ -54,7 +54,7 @@ type world struct {
 	silent   bool
 }
 
-func startNATS(t *testing.T, dir string, port int) *embednats.Server {
+func startNATS(t testing.TB, dir string, port int) *embednats.Server {
 	t.Helper()
 	srv, err := embednats.Start(t.Context(), embednats.Options{StoreDir: dir, Port: port, Sync: time.Minute, Logger: zerolog.Nop()})
 	if err != nil {
@@ -64,7 +64,7 @@ func startNATS(t *testing.T, dir string, port int) *embednats.Server {
 	return srv
 }
 
-func stopNATS(t *testing.T, srv *embednats.Server) {
+func stopNATS(t testing.TB, srv *embednats.Server) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -73,12 +73,12 @@ func stopNATS(t *testing.T, srv *embednats.Server) {
 	}
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	t.Helper()
 	return worldOn(t, startNATS(t, t.TempDir(), 0))
 }
 
-func worldOn(t *testing.T, srv *embednats.Server) *world {
+func worldOn(t testing.TB, srv *embednats.Server) *world {
 	t.Helper()
 	w := &world{t: t, srv: srv}
 	var err error
@@ -233,7 +233,7 @@ var errEnough = errors.New("enough")
 
 // running is a gateway under test.
 type running struct {
-	t            *testing.T
+	t            testing.TB
 	proxy, admin string
 	readiness    *telemetry.Readiness
 	stop         func() error
@@ -242,7 +242,7 @@ type running struct {
 const modelAnswer = `{"id":"x","choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18,"prompt_tokens_details":{"cached_tokens":4}}}`
 
 // upstream is a model provider that answers every question the same way.
-func upstream(t *testing.T) *httptest.Server {
+func upstream(t testing.TB) *httptest.Server {
 	t.Helper()
 	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
@@ -259,7 +259,7 @@ func upstream(t *testing.T) *httptest.Server {
 	return up
 }
 
-func startGateway(t *testing.T, natsURL string, edit ...func(*Options)) *running {
+func startGateway(t testing.TB, natsURL string, edit ...func(*Options)) *running {
 	t.Helper()
 	r := &running{t: t, readiness: telemetry.NewReadiness()}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -303,7 +303,7 @@ func startGateway(t *testing.T, natsURL string, edit ...func(*Options)) *running
 }
 
 // within polls what another process has to bring about.
-func within(t *testing.T, d time.Duration, what string, f func() bool) {
+func within(t testing.TB, d time.Duration, what string, f func() bool) {
 	t.Helper()
 	deadline := time.After(d)
 	tick := time.NewTicker(2 * time.Millisecond)
@@ -328,7 +328,7 @@ type reply struct {
 	body   string
 }
 
-func do(t *testing.T, method, url, key, body string, header ...string) reply {
+func do(t testing.TB, method, url, key, body string, header ...string) reply {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
 	if err != nil {

@@ -244,7 +244,7 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 				resp.Body = tokens.NewTap(resp.Body, resp.Header.Get("Content-Encoding"), func(readings []tokens.Reading, o tokens.Outcome) {
 					p.usage.WithLabelValues(string(o)).Inc()
 					for _, r := range readings {
-						report.Set(r.Meter, r.Value)
+						_ = report.Set(r.Meter, r.Value) // Read has checked them
 					}
 				})
 			}
