@@ -62,8 +62,9 @@ type Options struct {
 	// there is only memory.
 	SpoolDir string
 	// MemoryBytes bounds calls and frames in memory, over all shards; a quarter
-	// of it is kept for what is read back from the spool. At least
-	// MinMemoryBytes; DefaultMemoryBytes when 0.
+	// of it is kept for what is read back from the spool. Empty buffers, at
+	// most some 100 KiB a shard, come on top. At least MinMemoryBytes;
+	// DefaultMemoryBytes when 0.
 	MemoryBytes int64
 	// SpoolBytes bounds the files on disk, those of earlier producers included;
 	// DefaultSpoolBytes when 0.
@@ -112,6 +113,7 @@ type Outbox struct {
 	producer ksuid.KSUID
 	budget   budget
 	gathers  []gather
+	chunks   sync.Pool    // of *chunk, empty
 	coarse   atomic.Int64 // microseconds, a recent reading of the clock
 	ready    chan uint32  // shards whose gathered calls the sender should take; each at most once
 	s        *sender
@@ -131,7 +133,8 @@ type Outbox struct {
 // gather is where Add puts calls and the sender takes them from.
 type gather struct {
 	mu       sync.Mutex
-	calls    []usage.Call
+	chunks   []*chunk
+	waiting  int    // calls in chunks
 	added    uint64 // calls ever
 	charged  int64  // of calls
 	reserved int64  // of the budget, at least charged
@@ -142,6 +145,34 @@ type gather struct {
 	marks    watermarks
 
 	_ [64]byte // keep neighbours' locks apart
+}
+
+// chunk is a piece of a gather: pieces need no copying when many calls wait.
+type chunk struct {
+	n     int
+	calls [chunkCalls]usage.Call
+}
+
+const chunkCalls = 128
+
+// put takes a copy of a call; g is locked.
+func (o *Outbox) put(g *gather, c *usage.Call) {
+	k := len(g.chunks)
+	if k == 0 || g.chunks[k-1].n == chunkCalls {
+		fresh, ok := o.chunks.Get().(*chunk)
+		if !ok {
+			fresh = new(chunk)
+		}
+		g.chunks = append(g.chunks, fresh)
+		k++
+	}
+	last := g.chunks[k-1]
+	last.calls[last.n] = *c
+	if len(c.Quantities.Custom()) > 0 {
+		last.calls[last.n].Quantities = copyOf(&c.Quantities)
+	}
+	last.n++
+	g.waiting++
 }
 
 // reserveChunk is how much of the budget a shard takes at once.
@@ -252,17 +283,14 @@ func (o *Outbox) Add(ctx context.Context, shard uint32, c *usage.Call) error {
 			return err
 		}
 	}
-	if len(g.calls) == 0 {
+	if g.waiting == 0 {
 		g.first = o.now()
 	}
-	g.calls = append(g.calls, *c)
-	if len(c.Quantities.Custom()) > 0 {
-		g.calls[len(g.calls)-1].Quantities = copyOf(&c.Quantities)
-	}
+	o.put(g, c)
 	g.charged += need
 	g.added++
 	mine := g.added
-	wake := !g.queued && (!g.busy || len(g.calls) >= ledger.MaxFrameCalls || o.o.SpoolBeforeAnswer)
+	wake := !g.queued && (!g.busy || g.waiting >= ledger.MaxFrameCalls || o.o.SpoolBeforeAnswer)
 	g.queued = g.queued || wake
 	g.mu.Unlock()
 	if wake {
@@ -310,7 +338,7 @@ func (o *Outbox) reserve(g *gather, need int64) bool {
 func (o *Outbox) noRoom(ctx context.Context, g *gather, need int64) (err error, taken bool) {
 	for {
 		// What waits for more company gives its room back when it is sealed.
-		wake := !g.queued && len(g.calls) > 0
+		wake := !g.queued && g.waiting > 0
 		g.queued = g.queued || wake
 		g.mu.Unlock()
 		if wake {

@@ -53,16 +53,13 @@ type slot struct {
 	lane   *lane.Lane
 	g      *gather // nil for an earlier producer
 	src    *source // nil: there is no spool
-	spare  []usage.Call
+	spare  []*chunk
 	budget *budget
 }
 
 // ackBuffer is far more than the frames in flight, which are one a lane; what
 // does not fit is sent again.
 const ackBuffer = 8192
-
-// maxSpare bounds the memory that a shard's two call buffers keep.
-const maxSpare = 4 * ledger.MaxFrameCalls
 
 func newSender(b *Outbox) (*sender, error) {
 	s := &sender{b: b, nc: b.o.NATS, acks: make(chan *nats.Msg, ackBuffer), pressed: make(chan struct{}, 1)}
@@ -189,22 +186,24 @@ func (s *sender) take(sl *slot) {
 		return
 	}
 	g.mu.Lock()
-	calls, first, reserved, charged := g.calls, g.first, g.reserved, g.charged
-	g.calls = sl.spare[:0]
+	chunks, first, reserved, charged := g.chunks, g.first, g.reserved, g.charged
+	g.chunks, g.waiting = sl.spare[:0], 0
 	g.charged, g.reserved = 0, 0
 	g.queued = false
 	// Calls that come now gather: settle says when there is nothing before them.
 	g.busy = true
 	g.mu.Unlock()
 	freed := reserved - charged
-	for i := range calls {
-		freed += sl.lane.Add(&calls[i], lane.Charge(&calls[i]), first)
+	for _, ch := range chunks {
+		for i := range ch.calls[:ch.n] {
+			freed += sl.lane.Add(&ch.calls[i], lane.Charge(&ch.calls[i]), first)
+		}
+		clear(ch.calls[:ch.n]) // lets go of their texts
+		ch.n = 0
+		s.b.chunks.Put(ch)
 	}
-	clear(calls) // lets go of their texts
-	if cap(calls) > maxSpare {
-		calls = nil
-	}
-	sl.spare = calls
+	clear(chunks)
+	sl.spare = chunks
 	sl.budget.give(freed)
 }
 
@@ -227,7 +226,7 @@ func (s *sender) settle(sl *slot) {
 	}
 	sl.g.mu.Lock()
 	sl.g.busy = false
-	again := len(sl.g.calls) > 0 && !sl.g.queued
+	again := sl.g.waiting > 0 && !sl.g.queued
 	sl.g.mu.Unlock()
 	if again {
 		s.take(sl)
@@ -538,7 +537,7 @@ func (s *sender) drained() bool {
 func gathered(g *gather) int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return len(g.calls)
+	return g.waiting
 }
 
 // producer returns whose frames the lane sends.

@@ -1,0 +1,344 @@
+package spool
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+
+	"github.com/segmentio/ksuid"
+)
+
+func store(t *testing.T, dir string, limit int64) *Store {
+	t.Helper()
+	s, err := Open(dir, limit)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func begin(t *testing.T, s *Store) *Log {
+	t.Helper()
+	l, err := s.Create(Identity{Producer: ksuid.New(), Gateway: "g", Shards: 8, OpenedAt: 5})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func rec(n uint64, size int) Record {
+	return Record{Shard: uint32(n % 3), Number: n, Calls: 2, At: 7, Data: bytes.Repeat([]byte{byte(n)}, size)}
+}
+
+func recs(from, to uint64, size int) (out []Record) {
+	for n := from; n <= to; n++ {
+		out = append(out, rec(n, size))
+	}
+	return out
+}
+
+// all reads everything, and how many bytes were torn.
+func all(t *testing.T, l *Log) (out []Record, torn int64) {
+	t.Helper()
+	var pos Position
+	for {
+		r, _, next, tr, ok, err := l.Read(pos)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if tr != nil {
+			torn += tr.Bytes
+		}
+		if !ok {
+			return out, torn
+		}
+		out, pos = append(out, r), next
+	}
+}
+
+func same(t *testing.T, got, want []Record) {
+	t.Helper()
+	if len(got) != len(want) {
+		t.Fatalf("%d records, wanted are %d", len(got), len(want))
+	}
+	for i := range got {
+		if fmt.Sprint(got[i]) != fmt.Sprint(want[i]) {
+			t.Fatalf("record %d is %d of shard %d", i, got[i].Number, got[i].Shard)
+		}
+	}
+}
+
+// reopen is the next process after a kill.
+func reopen(t *testing.T, s *Store, dir string) (*Store, []*Log) {
+	t.Helper()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = store(t, dir, 1<<30)
+	logs, err := s.Earlier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, logs
+}
+
+func TestWhatWasAppendedIsThereAfterAKill(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := store(t, dir, 1<<30)
+	s.segmentBytes = 1000
+	l := begin(t, s)
+	want := recs(1, 50, 100)
+	for _, part := range [][]Record{want[:1], want[1:30], want[30:]} {
+		at, err := l.Append(part)
+		if err != nil || len(at) != len(part) {
+			t.Fatal(len(at), err)
+		}
+	}
+	if len(l.segments) < 5 {
+		t.Errorf("%d segments", len(l.segments))
+	}
+	got, torn := all(t, l)
+	same(t, got, want)
+	if torn != 0 {
+		t.Errorf("%d bytes torn", torn)
+	}
+	size := s.Bytes()
+	s, logs := reopen(t, s, dir)
+	if len(logs) != 1 || logs[0].Identity() != l.Identity() || s.Bytes() != size {
+		t.Fatalf("found %d logs, %d bytes of %d", len(logs), s.Bytes(), size)
+	}
+	got, _ = all(t, logs[0])
+	same(t, got, want)
+	if err := logs[0].Destroy(); err != nil {
+		t.Fatal(err)
+	}
+	if s.Bytes() != 0 {
+		t.Errorf("%d bytes are left", s.Bytes())
+	}
+	if _, logs = reopen(t, s, dir); len(logs) != 0 {
+		t.Errorf("%d logs are left", len(logs))
+	}
+}
+
+func TestATornEndIsCutWhereverItIs(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := store(t, dir, 1<<30)
+	l := begin(t, s)
+	want := recs(1, 5, 40)
+	at, err := l.Append(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := l.path(1)
+	whole, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	from := int(at[4].Offset)
+	for cut := from; cut < len(whole); cut++ {
+		for _, damage := range []func([]byte) []byte{
+			func(b []byte) []byte { return b[:cut] },                                             // not all was written
+			func(b []byte) []byte { b[cut] ^= 0x40; return b },                                   // not what was written
+			func(b []byte) []byte { return append(b[:cut], make([]byte, len(whole)-cut+99)...) }, // zeroes, as some file systems leave
+		} {
+			if err := os.WriteFile(path, damage(bytes.Clone(whole)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			again := &Log{store: s, dir: l.dir, identity: l.identity}
+			if err := again.scan(); err != nil {
+				t.Fatal(err)
+			}
+			got, torn := all(t, again)
+			same(t, got, want[:4])
+			if (torn == 0) != (again.segments[0].size == int64(from)) {
+				t.Fatalf("cut at %d: %d bytes torn", cut, torn)
+			}
+			if err := again.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+func TestADamagedSegmentDoesNotHideTheNext(t *testing.T) {
+	t.Parallel()
+	s := store(t, t.TempDir(), 1<<30)
+	s.segmentBytes = 300
+	l := begin(t, s)
+	if _, err := l.Append(recs(1, 9, 100)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(l.path(2), []byte("nonsense, and more than a header of it, so that it is read"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got, torn := all(t, l)
+	if torn == 0 || len(got) == 0 || got[0].Number != 1 || got[len(got)-1].Number != 9 {
+		t.Errorf("%d records, %d bytes torn", len(got), torn)
+	}
+}
+
+func TestSegmentsAreRemovedOneByOne(t *testing.T) {
+	t.Parallel()
+	s := store(t, t.TempDir(), 1<<30)
+	s.segmentBytes = 500
+	l := begin(t, s)
+	at, err := l.Append(recs(1, 20, 100))
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := s.Bytes()
+	if err := l.Remove(at[10].Segment); err != nil {
+		t.Fatal(err)
+	}
+	got, _ := all(t, l)
+	if len(got) == 0 || got[len(got)-1].Number != 20 || s.Bytes() >= before {
+		t.Fatalf("%d records, %d bytes", len(got), s.Bytes())
+	}
+	for i, p := range at {
+		if p.Segment >= at[10].Segment {
+			same(t, got, recs(uint64(i)+1, 20, 100))
+			break
+		}
+	}
+	// Everything, the segment that is written included: numbers go on.
+	if err := l.Remove(l.Active() + 1); err != nil || s.Bytes() != 0 {
+		t.Fatal(err, s.Bytes())
+	}
+	next, err := l.Append(recs(21, 21, 100))
+	if err != nil || next[0].Segment <= at[19].Segment {
+		t.Fatal(next, err)
+	}
+	got, _ = all(t, l)
+	same(t, got, recs(21, 21, 100))
+}
+
+func TestAFullSpoolTakesWhatFits(t *testing.T) {
+	t.Parallel()
+	s := store(t, t.TempDir(), 1000)
+	s.segmentBytes = 500
+	l := begin(t, s)
+	at, err := l.Append(recs(1, 20, 100))
+	if !errors.Is(err, ErrFull) || len(at) == 0 || s.Bytes() > 1000 {
+		t.Fatal(len(at), err, s.Bytes())
+	}
+	got, _ := all(t, l)
+	same(t, got, recs(1, uint64(len(at)), 100))
+	if err := l.Remove(at[len(at)-1].Segment); err != nil {
+		t.Fatal(err)
+	}
+	if at, _ = l.Append(recs(20, 20, 100)); len(at) != 1 {
+		t.Error("no room after a removal")
+	}
+}
+
+// faulty fails where it is told to, after having written half.
+type faulty struct {
+	*os.File
+	write, sync *error
+}
+
+func (f faulty) Write(p []byte) (int, error) {
+	if *f.write != nil {
+		n, _ := f.File.Write(p[:len(p)/2])
+		return n, *f.write
+	}
+	return f.File.Write(p)
+}
+
+func (f faulty) Sync() error {
+	if *f.sync != nil {
+		return *f.sync
+	}
+	return f.File.Sync()
+}
+
+func TestAFailingDiskLosesNothingThatItAcknowledged(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := store(t, dir, 1<<30)
+	var write, sync error
+	s.create = func(path string) (file, error) {
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+		return faulty{f, &write, &sync}, err
+	}
+	l := begin(t, s)
+	next := uint64(1)
+	for i := range 30 {
+		write, sync = nil, nil
+		switch i % 3 {
+		case 1:
+			write = syscall.ENOSPC
+		case 2:
+			sync = syscall.EIO
+		}
+		at, err := l.Append(recs(next, next+2, 100))
+		switch {
+		case i%3 == 0 && (err != nil || len(at) != 3):
+			t.Fatal(len(at), err)
+		case i%3 == 1 && (!errors.Is(err, syscall.ENOSPC) || len(at) != 0), i%3 == 2 && (!errors.Is(err, syscall.EIO) || len(at) != 0):
+			t.Fatal(len(at), err)
+		}
+		next += uint64(len(at))
+	}
+	got, torn := all(t, l)
+	same(t, got, recs(1, next-1, 100))
+	if torn != 0 {
+		t.Errorf("%d bytes torn", torn)
+	}
+	_, logs := reopen(t, s, dir)
+	got, _ = all(t, logs[0])
+	same(t, got, recs(1, next-1, 100))
+}
+
+func TestOneProcessAtATime(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := store(t, dir, 1<<20)
+	if _, err := Open(dir, 1<<20); !errors.Is(err, ErrInUse) {
+		t.Errorf("got %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	store(t, dir, 1<<20)
+}
+
+func TestOthersFilesAreLeftAlone(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, name := range []string{"notes", ksuid.New().String() + ".bak"} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A directory that was only just made when its process was killed.
+	if err := os.Mkdir(filepath.Join(dir, ksuid.New().String()), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	logs, err := store(t, dir, 1<<20).Earlier()
+	if err != nil || len(logs) != 0 {
+		t.Fatal(len(logs), err)
+	}
+	if entries, _ := os.ReadDir(dir); len(entries) != 3 { // and the lock
+		t.Errorf("%d entries", len(entries))
+	}
+}
+
+func TestRejectedFramesAreKept(t *testing.T) {
+	t.Parallel()
+	s := store(t, t.TempDir(), 1<<20)
+	r := rec(4, 10)
+	path, err := s.Keep(ksuid.Max, &r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, r.Data) {
+		t.Error(err)
+	}
+}
