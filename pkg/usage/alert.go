@@ -66,6 +66,10 @@ type Alert struct {
 	DashboardURL string `json:"dashboard_url,omitempty"`
 }
 
+// TransitionID identifies the transition for JetStream and for receivers, who
+// get it again with every retry: "<episode>:<transition>".
+func (a *Alert) TransitionID() string { return a.EpisodeID + ":" + string(a.Transition) }
+
 // AlertAccount is an account that an alert is about.
 type AlertAccount struct {
 	Account string `json:"account"`

@@ -6,11 +6,8 @@ package alerter
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"strings"
 	"sync"
 	"time"
 
@@ -21,6 +18,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/alert"
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/services/alerter/internal/deliver"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
@@ -31,6 +29,16 @@ type Links struct {
 	// Generator is Alertmanager's generatorURL: the page that shows the source.
 	Generator string
 }
+
+// Webhook is a receiver by the Standard Webhooks convention.
+type Webhook = deliver.Webhook
+
+// Secret signs what a webhook gets; it never prints.
+type Secret = deliver.Secret
+
+// ParseSecret reads "whsec_" and base64 of 24 to 64 bytes; several, separated
+// by white space, sign side by side. Its errors do not repeat it.
+func ParseSecret(text string) (Secret, error) { return deliver.ParseSecret(text) }
 
 // Options configures the alerter. Several alerters with the same options may
 // run beside each other: transitions stay single, deliveries are shared.
@@ -117,9 +125,6 @@ func (o *Options) validate() error {
 	return errors.Join(errs...)
 }
 
-// maxReceivers bounds connections, consumers and metrics' labels.
-const maxReceivers = 32
-
 // Run alerts until ctx is done and then returns nil. It waits for NATS, its
 // streams and its bucket at the start, and goes on through their absence; it
 // returns an error when options are wrong or can't be served.
@@ -132,7 +137,14 @@ func Run(ctx context.Context, o Options) error {
 	if err != nil {
 		return fmt.Errorf("alerter: %w", err)
 	}
-	deliveries, err := newDeliveries(&o, m)
+	dm, err := deliver.NewMetrics(o.Registerer)
+	if err != nil {
+		return fmt.Errorf("alerter: %w", err)
+	}
+	deliveries, err := deliver.New(o.Alertmanagers, o.Webhooks, deliver.Options{
+		Timeout: o.Timeout, RetryMin: o.RetryMin, RetryMax: o.RetryMax, RepeatEvery: o.RepeatEvery, EndsAfter: o.EndsAfter,
+		Generator: o.Links.Generator, Logger: o.Logger, Metrics: dm,
+	})
 	if err != nil {
 		return fmt.Errorf("alerter: %w", err)
 	}
@@ -160,7 +172,7 @@ func Run(ctx context.Context, o Options) error {
 	return err
 }
 
-func serve(ctx context.Context, o *Options, m *metrics, deliveries []*delivery) error {
+func serve(ctx context.Context, o *Options, m *metrics, deliveries []*deliver.Delivery) error {
 	ready := o.Readiness.Component("alerter")
 	if o.NATS.Readiness == nil {
 		o.NATS.Readiness = o.Readiness.Component("alerter-nats")
@@ -194,25 +206,20 @@ func serve(ctx context.Context, o *Options, m *metrics, deliveries []*delivery) 
 			return fmt.Errorf("bucket %s: %w", ledger.AlerterBucket, err)
 		}
 		e.kv, e.journal = kv, &journal{kv: kv, log: alertsLog{js}}
-		for _, d := range deliveries {
-			d.js, d.kv = js, kv
-			if am, ok := d.to.(*alertmanager); ok {
-				am.states = e.journal.statesOf(o.Rules)
-			}
-		}
 		// Receivers before transitions: a consumer begins with what is appended
 		// after it was made.
 		for _, d := range deliveries {
-			if _, err := d.consumer(ctx); err != nil {
+			if err := d.Prepare(ctx, js, kv, e.newest); err != nil {
 				return err
 			}
 		}
-		if err := dropConsumers(ctx, js, deliveries, o.Logger); err != nil {
+		if err := deliver.DropOthers(ctx, js, deliveries, o.Logger); err != nil {
 			return err
 		}
 		from, err = e.prepare(ctx)
 		return err
 	}
+	pauses := newPauses()
 	for try := 0; ; try++ {
 		attempt, cancel := context.WithTimeout(ctx, 10*time.Second)
 		err := begin(attempt)
@@ -228,7 +235,7 @@ func serve(ctx context.Context, o *Options, m *metrics, deliveries []*delivery) 
 		if try == 0 {
 			o.Logger.Warn().Msg(reason + ": waiting for it")
 		}
-		if sleep(ctx, backoff(try, 50*time.Millisecond, 2*time.Second)) != nil {
+		if sleep(ctx, pauses.NextBackOff()) != nil {
 			return nil
 		}
 	}
@@ -243,7 +250,7 @@ func serve(ctx context.Context, o *Options, m *metrics, deliveries []*delivery) 
 	defer cancel()
 	var wg sync.WaitGroup
 	for _, d := range deliveries {
-		wg.Go(func() { d.run(ctx) })
+		wg.Go(func() { d.Run(ctx) })
 	}
 	err = e.run(ctx, from)
 	cancel()
@@ -273,93 +280,4 @@ func newEvaluator(o *Options, js jetstream.JetStream, m *metrics, ready readines
 		e.step, e.maxLag, e.lookback = min(e.step, r.Step), min(e.maxLag, r.MaxLag), max(e.lookback, r.Lookback())
 	}
 	return e
-}
-
-// statesOf returns a function that reads the newest state of every rule.
-func (j *journal) statesOf(rules []alert.Rule) func(context.Context) ([]episodeState, error) {
-	return func(ctx context.Context) ([]episodeState, error) {
-		var all []episodeState
-		for _, r := range rules {
-			s, err := j.load(ctx, r.Name, alert.ScopeGlobal)
-			if err != nil {
-				return nil, err
-			}
-			if s.revision != 0 {
-				all = append(all, s)
-			}
-		}
-		return all, nil
-	}
-}
-
-func newDeliveries(o *Options, m *metrics) ([]*delivery, error) {
-	if n := len(o.Alertmanagers) + len(o.Webhooks); n > maxReceivers {
-		return nil, fmt.Errorf("%d receivers: at most %d are possible", n, maxReceivers)
-	}
-	var all []*delivery
-	seen := map[string]bool{}
-	add := func(to receiver, host, fingerprint string) error {
-		if seen[to.name()] {
-			return fmt.Errorf("receiver %s is configured twice", to.name())
-		}
-		seen[to.name()] = true
-		sum := sha256.Sum256([]byte(fingerprint))
-		all = append(all, &delivery{
-			to: to, log: o.Logger.With().Str("receiver", to.name()).Str("host", host).Logger(), metrics: m,
-			timeout: o.Timeout, retryMin: o.RetryMin, retryMax: o.RetryMax, grace: 2 * time.Second, now: time.Now,
-			fingerprint: hex.EncodeToString(sum[:8]),
-		})
-		for _, g := range []*prometheus.GaugeVec{m.undelivered, m.disabled} {
-			g.WithLabelValues(to.name()).Set(0)
-		}
-		return nil
-	}
-	for _, base := range o.Alertmanagers {
-		am, err := newAlertmanager(base, newClient(o.Timeout), time.Now)
-		if err != nil {
-			return nil, err
-		}
-		am.every, am.endsAfter, am.generator = o.RepeatEvery, o.EndsAfter, o.Links.Generator
-		if err := add(am, am.to.Host, base); err != nil {
-			return nil, err
-		}
-	}
-	for _, w := range o.Webhooks {
-		wh, err := newWebhook(w, newClient(o.Timeout), time.Now)
-		if err != nil {
-			return nil, err
-		}
-		if err := add(wh, wh.to.Host, w.URL); err != nil {
-			return nil, err
-		}
-	}
-	return all, nil
-}
-
-// dropConsumers deletes the consumers of receivers that are not configured any
-// more: one that comes back after months must not be told of all of them.
-func dropConsumers(ctx context.Context, js jetstream.JetStream, deliveries []*delivery, log zerolog.Logger) error {
-	stream, err := js.Stream(ctx, ledger.AlertsStream)
-	if err != nil {
-		return fmt.Errorf("stream %s: %w", ledger.AlertsStream, err)
-	}
-	configured := map[string]bool{}
-	for _, d := range deliveries {
-		configured[consumerPrefix+d.to.name()] = true
-	}
-	list := stream.ListConsumers(ctx)
-	for info := range list.Info() {
-		if !strings.HasPrefix(info.Name, consumerPrefix) || configured[info.Name] {
-			continue
-		}
-		log.Warn().Str("receiver", strings.TrimPrefix(info.Name, consumerPrefix)).Uint64("undelivered", info.NumPending+uint64(info.NumAckPending)).
-			Msg("the receiver is not configured any more: what was not delivered to it never will be")
-		if err := stream.DeleteConsumer(ctx, info.Name); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
-			return fmt.Errorf("delete the consumer of a receiver that is not configured any more: %w", err)
-		}
-	}
-	if err := list.Err(); err != nil {
-		return fmt.Errorf("list the consumers of %s: %w", ledger.AlertsStream, err)
-	}
-	return nil
 }

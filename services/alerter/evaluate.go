@@ -5,10 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"sync"
 	"time"
 
+	"github.com/cenkalti/backoff/v5"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/rs/zerolog"
 	"github.com/segmentio/ksuid"
@@ -300,7 +300,7 @@ func (e *evaluator) lag(now usage.Micros) time.Duration {
 // comes later in the ledger may be evaluated before.
 func (e *evaluator) commit(ctx context.Context, i int, a usage.Alert) error {
 	a.RunbookURL, a.DashboardURL = e.links.Runbook, e.links.Dashboard
-	made := false
+	made, pauses := false, newPauses()
 	for try := 0; ; try++ {
 		attempt, cancel := context.WithTimeout(ctx, 5*time.Second)
 		s, mine, err := e.journal.commit(attempt, a)
@@ -325,7 +325,7 @@ func (e *evaluator) commit(ctx context.Context, i int, a usage.Alert) error {
 			e.ready.NotReady("a transition of an episode can't be stored: " + err.Error())
 			e.log.Error().Err(err).Int("try", try+1).Msg("a transition of an episode can't be stored: trying again")
 		}
-		if err := sleep(ctx, backoff(try, 50*time.Millisecond, 2*time.Second)); err != nil {
+		if err := sleep(ctx, pauses.NextBackOff()); err != nil {
 			return err
 		}
 	}
@@ -506,6 +506,21 @@ func (e *evaluator) run(ctx context.Context, from uint64) error {
 	}
 }
 
+// newest returns the newest transition of every detector that had one.
+func (e *evaluator) newest(ctx context.Context) ([]usage.Alert, error) {
+	var all []usage.Alert
+	for _, d := range e.detectors {
+		s, err := e.journal.load(ctx, d.Rule(), d.Scope())
+		if err != nil {
+			return nil, err
+		}
+		if s.revision != 0 {
+			all = append(all, s.Alert)
+		}
+	}
+	return all, nil
+}
+
 // shutdown saves the position a last time.
 func (e *evaluator) shutdown(ctx context.Context) error {
 	e.mu.Lock()
@@ -513,14 +528,11 @@ func (e *evaluator) shutdown(ctx context.Context) error {
 	return e.save(ctx)
 }
 
-// backoff is the pause after a number of failed tries: it doubles from first to
-// last, and is shortened by up to half, so that alerters don't come in step.
-func backoff(try int, first, last time.Duration) time.Duration {
-	d := last
-	if try < 30 && first<<try > 0 {
-		d = min(first<<try, last)
-	}
-	return d - time.Duration(rand.Int64N(int64(d)/2+1))
+// newPauses returns the growing, jittered pauses between tries that never end.
+func newPauses() *backoff.ExponentialBackOff {
+	p := backoff.NewExponentialBackOff()
+	p.InitialInterval, p.MaxInterval = 50*time.Millisecond, 2*time.Second
+	return p
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

@@ -16,6 +16,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
 	"github.com/rs/zerolog"
 	"github.com/segmentio/ksuid"
 	standardwebhooks "github.com/standard-webhooks/standard-webhooks/libraries/go"
@@ -25,6 +27,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 
 // testSecret signs in tests: "whsec_" and base64 of 24 bytes.
@@ -233,12 +236,18 @@ func start(t *testing.T, o Options) *started {
 	return s
 }
 
+// hookBody is what a webhook's body says.
+type hookBody struct {
+	Type string `json:"type"`
+	usage.Alert
+}
+
 // hookCall is what a webhook got.
 type hookCall struct {
 	at     time.Time
 	id     string
 	status int // what it answered
-	body   webhookBody
+	body   hookBody
 }
 
 // hook is a webhook receiver that verifies with the official library.
@@ -344,7 +353,7 @@ func (b *bed) stored() []usage.Alert {
 		if err := json.Unmarshal(m.Data, &a); err != nil {
 			b.t.Fatal(err)
 		}
-		if m.Subject != "alerts."+a.EpisodeID || m.Header.Get("Nats-Msg-Id") != transitionID(&a) {
+		if m.Subject != "alerts."+a.EpisodeID || m.Header.Get("Nats-Msg-Id") != a.TransitionID() {
 			b.t.Errorf("%s with id %s holds %+v", m.Subject, m.Header.Get("Nats-Msg-Id"), a)
 		}
 		all = append(all, a)
@@ -378,4 +387,39 @@ func eventually(t *testing.T, what string, ok func() bool) {
 			t.Fatalf("after %s still not: %s", deadline, what)
 		}
 	}
+}
+
+func newRegistry() *prometheus.Registry  { return prometheus.NewRegistry() }
+func newReadiness() *telemetry.Readiness { return telemetry.NewReadiness() }
+
+type nopReadiness struct{}
+
+func (nopReadiness) OK()             {}
+func (nopReadiness) NotReady(string) {}
+
+func counter(t *testing.T, c prometheus.Metric) float64 {
+	t.Helper()
+	var m dto.Metric
+	if err := c.Write(&m); err != nil {
+		t.Fatal(err)
+	}
+	return m.GetCounter().GetValue()
+}
+
+// gauge returns the sum of a gauge's series.
+func gauge(t *testing.T, r *prometheus.Registry, name string) float64 {
+	t.Helper()
+	families, err := r.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := 0.0
+	for _, f := range families {
+		if f.GetName() == name {
+			for _, m := range f.GetMetric() {
+				sum += m.GetGauge().GetValue()
+			}
+		}
+	}
+	return sum
 }

@@ -84,9 +84,6 @@ func stateKey(rule, scope string) string {
 
 func alertSubject(episode string) string { return "alerts." + episode }
 
-// transitionID identifies a transition for JetStream and for receivers.
-func transitionID(a *usage.Alert) string { return a.EpisodeID + ":" + string(a.Transition) }
-
 // episodeID is the same whoever computes it.
 func episodeID(rule, scope string, started usage.Micros) string {
 	h := sha256.New()
@@ -186,7 +183,7 @@ func (j *journal) settle(ctx context.Context, s episodeState) (episodeState, err
 		if err != nil {
 			return s, fmt.Errorf("append to %s: %w", ledger.AlertsStream, err)
 		}
-		m := &nats.Msg{Subject: alertSubject(s.Alert.EpisodeID), Header: nats.Header{jetstream.MsgIDHeader: {transitionID(&s.Alert)}}, Data: data}
+		m := &nats.Msg{Subject: alertSubject(s.Alert.EpisodeID), Header: nats.Header{jetstream.MsgIDHeader: {s.Alert.TransitionID()}}, Data: data}
 		if seq, err = j.log.Append(ctx, m, seq); err != nil {
 			if wrongSequence(err) {
 				err = errConflict

@@ -9,18 +9,15 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
-// metrics of the alerter. Rules and receivers are labels: both are configured.
+// metrics of the alerter. Rules are labels: they are configured.
 type metrics struct {
-	episodes              *prometheus.GaugeVec
-	transitions           *prometheus.CounterVec
-	deliveries, refreshes *prometheus.CounterVec
-	took, latency         *prometheus.HistogramVec
-	undelivered, disabled *prometheus.GaugeVec
-	lag, heartbeat        prometheus.Gauge
-	accounts              *prometheus.GaugeVec
-	sampling, held        *prometheus.GaugeVec
-	frames                *prometheus.CounterVec
-	late                  prometheus.Counter
+	episodes       *prometheus.GaugeVec
+	transitions    *prometheus.CounterVec
+	lag, heartbeat prometheus.Gauge
+	accounts       *prometheus.GaugeVec
+	sampling, held *prometheus.GaugeVec
+	frames         *prometheus.CounterVec
+	late           prometheus.Counter
 }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
@@ -30,21 +27,9 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
 		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "tollkeeper_alerter_" + name, Help: help}, labels)
 	}
-	histograms := func(name, help string) *prometheus.HistogramVec {
-		return prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "tollkeeper_alerter_" + name, Help: help,
-			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800},
-		}, []string{"receiver"})
-	}
 	m := &metrics{
 		episodes:    gauges("open_episodes", "Episodes that are firing.", "rule"),
 		transitions: counters("transitions_total", "Transitions that this alerter made durable.", "rule", "transition"),
-		deliveries:  counters("deliveries_total", "Attempts to deliver a transition, by outcome; \"delivered\" is a 2xx.", "receiver", "outcome"),
-		refreshes:   counters("refreshes_total", "Repetitions of the active alerts to an Alertmanager.", "receiver", "outcome"),
-		took:        histograms("delivery_seconds", "How long a receiver took to answer."),
-		latency:     histograms("transition_delivered_seconds", "From a transition, by the ledger's time, to the receiver's 2xx."),
-		undelivered: gauges("undelivered_transitions", "Transitions that wait for a receiver, as of its last delivery.", "receiver"),
-		disabled:    gauges("receiver_disabled", "1 if the receiver answered 410 and is told of nothing any more.", "receiver"),
 		lag:         prometheus.NewGauge(prometheus.GaugeOpts{Name: "tollkeeper_alerter_lag_seconds", Help: "How far the evaluation is behind the clock."}),
 		heartbeat: prometheus.NewGauge(prometheus.GaugeOpts{Name: "tollkeeper_alerter_heartbeat_timestamp_seconds",
 			Help: "When the rules were last evaluated up to the end of the ledger: alarm when it stands still (dead-man's switch)."}),
@@ -55,7 +40,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		late:     prometheus.NewCounter(prometheus.CounterOpts{Name: "tollkeeper_alerter_late_calls_total", Help: "Calls that came too late for every rule's window."}),
 	}
 	for _, c := range []prometheus.Collector{
-		m.episodes, m.transitions, m.deliveries, m.refreshes, m.took, m.latency, m.undelivered, m.disabled,
+		m.episodes, m.transitions,
 		m.lag, m.heartbeat, m.accounts, m.sampling, m.held, m.frames, m.late,
 	} {
 		if err := r.Register(c); err != nil {

@@ -1,6 +1,7 @@
-package alerter
+package deliver
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,48 +12,14 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	dto "github.com/prometheus/client_model/go"
 	"github.com/rs/zerolog"
 	standardwebhooks "github.com/standard-webhooks/standard-webhooks/libraries/go"
 
-	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
-func newRegistry() *prometheus.Registry  { return prometheus.NewRegistry() }
-func newReadiness() *telemetry.Readiness { return telemetry.NewReadiness() }
-
-type nopReadiness struct{}
-
-func (nopReadiness) OK()             {}
-func (nopReadiness) NotReady(string) {}
-
-func counter(t *testing.T, c prometheus.Metric) float64 {
-	t.Helper()
-	var m dto.Metric
-	if err := c.Write(&m); err != nil {
-		t.Fatal(err)
-	}
-	return m.GetCounter().GetValue()
-}
-
-// gauge returns the sum of a gauge's series.
-func gauge(t *testing.T, r *prometheus.Registry, name string) float64 {
-	t.Helper()
-	families, err := r.Gather()
-	if err != nil {
-		t.Fatal(err)
-	}
-	sum := 0.0
-	for _, f := range families {
-		if f.GetName() == name {
-			for _, m := range f.GetMetric() {
-				sum += m.GetGauge().GetValue()
-			}
-		}
-	}
-	return sum
-}
+// testSecret is "whsec_" and base64 of 24 bytes.
+const testSecret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 func TestSignaturesAreThoseOfTheOfficialLibrary(t *testing.T) {
 	t.Parallel()
@@ -92,16 +59,16 @@ func TestSecretsAreReadStrictlyAndNeverPrinted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o := Options{Webhooks: []Webhook{{Name: "a", Secret: s}}}
+	hooks := []Webhook{{Name: "a", Secret: s}}
 	var log strings.Builder
 	l := zerolog.New(&log)
-	l.Info().Interface("webhooks", o.Webhooks).Msg("")
-	asJSON, err := json.Marshal(o.Webhooks)
+	l.Info().Interface("webhooks", hooks).Msg("")
+	asJSON, err := json.Marshal(hooks)
 	if err != nil {
 		t.Fatal(err)
 	}
-	raw := fmt.Sprint(s.keys[0])
-	for _, out := range []string{fmt.Sprintf("%v %+v %s", o, o, s), fmt.Sprintf("%#v", s), log.String(), string(asJSON)} {
+	raw := fmt.Sprintf("%d", s.keys[0])
+	for _, out := range []string{fmt.Sprintf("%v %+v %s", hooks, hooks, s), fmt.Sprintf("%#v", s), log.String(), string(asJSON)} {
 		if strings.Contains(out, "MfKQ9") || strings.Contains(out, raw) {
 			t.Errorf("printed: %s", out)
 		}
@@ -195,5 +162,53 @@ func TestPausesGrowToACapWithJitter(t *testing.T) {
 				t.Fatalf("try %d: %s", try, d)
 			}
 		}
+	}
+}
+
+func TestAnEpisodeDoesNotEndAtAlertmanagerBecauseItsStateCannotBeRead(t *testing.T) {
+	t.Parallel()
+	var got []postableAlert
+	srv := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		got = nil
+		if err := json.NewDecoder(r.Body).Decode(&got); err != nil {
+			t.Error(err)
+		}
+	}))
+	defer srv.Close()
+	now := time.UnixMicro(1_700_000_000_000_000)
+	am, err := newAlertmanager(srv.URL, newClient(time.Second), func() time.Time { return now })
+	if err != nil {
+		t.Fatal(err)
+	}
+	am.endsAfter = 5 * time.Minute
+	a := usage.Alert{EpisodeID: "e", Transition: usage.AlertFiring, Rule: "r", Scope: "global", StartedAt: usage.At(now), At: usage.At(now)}
+	away := error(nil)
+	am.newest = func(context.Context) ([]usage.Alert, error) {
+		if away != nil {
+			return nil, away
+		}
+		return []usage.Alert{a}, nil
+	}
+	if err := am.refresh(t.Context()); err != nil || len(got) != 1 {
+		t.Fatal(err, got)
+	}
+	away = context.DeadlineExceeded
+	now = now.Add(time.Hour)
+	if err := am.refresh(t.Context()); err == nil || len(got) != 1 || !got[0].EndsAt.Equal(now.Add(5*time.Minute)) {
+		t.Fatalf("%v %+v", err, got)
+	}
+	// Unless the resolve was delivered in between.
+	a.Transition, a.At = usage.AlertResolved, usage.At(now)
+	if err := am.deliver(t.Context(), &a); err != nil {
+		t.Fatal(err)
+	}
+	now = now.Add(time.Minute)
+	if err := am.refresh(t.Context()); err == nil || len(got) != 1 || got[0].EndsAt.After(now) {
+		t.Fatalf("%v %+v", err, got)
+	}
+	// A resolve is repeated for a while, then forgotten.
+	got, now = nil, now.Add(15*time.Minute)
+	if err := am.refresh(t.Context()); err == nil || got != nil {
+		t.Fatalf("%v %+v", err, got)
 	}
 }

@@ -1,4 +1,4 @@
-package alerter
+package deliver
 
 import (
 	"context"
@@ -129,12 +129,12 @@ func (w *webhook) name() string                  { return w.id }
 func (w *webhook) refreshEvery() time.Duration   { return 0 }
 func (w *webhook) refresh(context.Context) error { return nil }
 
-func (w *webhook) deliver(ctx context.Context, id string, a *usage.Alert) error {
+func (w *webhook) deliver(ctx context.Context, a *usage.Alert) error {
 	body, err := json.Marshal(webhookBody{Type: "alert." + string(a.Transition), Alert: *a})
 	if err != nil {
 		return fmt.Errorf("write the alert as JSON: %w", err)
 	}
-	now := w.now()
+	id, now := a.TransitionID(), w.now()
 	h := http.Header{}
 	h.Set("webhook-id", id)
 	h.Set("webhook-timestamp", strconv.FormatInt(now.Unix(), 10))

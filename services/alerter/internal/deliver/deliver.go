@@ -1,15 +1,15 @@
-package alerter
+// Package deliver carries the transitions of episodes from the ALERTS stream to
+// their receivers, Alertmanagers and webhooks, until they have taken them.
+package deliver
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
-	"net/url"
-	"strconv"
+	"math/rand/v2"
 	"strings"
 	"time"
 
@@ -24,115 +24,121 @@ import (
 // consumerPrefix begins the name of every receiver's durable consumer.
 const consumerPrefix = "alerter_"
 
+// Options say how receivers are told.
+type Options struct {
+	// Timeout of one attempt. Pauses between attempts grow from RetryMin to
+	// RetryMax.
+	Timeout, RetryMin, RetryMax time.Duration
+	// RepeatEvery is how often active alerts are repeated to Alertmanagers,
+	// where they end by themselves EndsAfter later.
+	RepeatEvery, EndsAfter time.Duration
+	// Generator is Alertmanager's generatorURL; may be empty.
+	Generator string
+	Logger    zerolog.Logger
+	Metrics   *Metrics
+}
+
 // receiver is somebody who is told of transitions, one at a time.
 type receiver interface {
 	// name is stable as long as deliveries begun before concern it.
 	name() string
 	// deliver returns nil only when the receiver has answered 2xx. A refusal
 	// is a *refusal. The context's deadline bounds it.
-	deliver(ctx context.Context, id string, a *usage.Alert) error
+	deliver(ctx context.Context, a *usage.Alert) error
 	// refreshEvery is how often refresh is to be called between deliveries; 0
 	// is never. refresh repeats what has to be repeated.
 	refreshEvery() time.Duration
 	refresh(ctx context.Context) error
 }
 
-// refusal is an answer other than 2xx, or none.
-type refusal struct {
-	// outcome is a metric's label: one of a few words.
-	outcome string
-	// gone says that the receiver wants nothing more.
-	gone bool
-	// retryAfter is what the receiver asked for; 0 when it did not.
-	retryAfter time.Duration
-	err        error
-}
+// maxReceivers bounds connections, consumers and metrics' labels.
+const maxReceivers = 32
 
-func (r *refusal) Error() string { return r.err.Error() }
-func (r *refusal) Unwrap() error { return r.err }
-
-const (
-	maxAnswerBytes = 64 << 10
-	maxBodyBytes   = 256 << 10
-	// maxRetryAfter bounds what a receiver may ask for.
-	maxRetryAfter = time.Hour
-)
-
-// post sends a body and returns nil on 2xx, else a *refusal without secrets:
-// an address may hold some in its path or query, so only its host is named.
-func post(ctx context.Context, client *http.Client, to *url.URL, header http.Header, body []byte, now func() time.Time) error {
-	if len(body) > maxBodyBytes {
-		return &refusal{outcome: "too_large", err: fmt.Errorf("the alert has %d bytes, at most %d are sent", len(body), maxBodyBytes)}
+// New returns a delivery for each Alertmanager, by base URL, and webhook.
+func New(alertmanagers []string, webhooks []Webhook, o Options) ([]*Delivery, error) {
+	if n := len(alertmanagers) + len(webhooks); n > maxReceivers {
+		return nil, fmt.Errorf("%d receivers: at most %d are possible", n, maxReceivers)
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, to.String(), strings.NewReader(string(body)))
-	if err != nil {
-		return &refusal{outcome: "invalid", err: fmt.Errorf("post to %s: the request can't be made", to.Host)}
-	}
-	req.Header = header
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("User-Agent", "tollkeeper-alerter")
-	res, err := client.Do(req)
-	if err != nil {
-		var quoted *url.Error
-		if errors.As(err, &quoted) {
-			err = quoted.Err // without the address
+	var all []*Delivery
+	seen := map[string]bool{}
+	add := func(to receiver, host, fingerprint string) error {
+		if seen[to.name()] {
+			return fmt.Errorf("receiver %s is configured twice", to.name())
 		}
-		r := &refusal{outcome: "unreachable", err: fmt.Errorf("post to %s: %w", to.Host, err)}
-		var timeout net.Error
-		if errors.As(err, &timeout) && timeout.Timeout() {
-			r.outcome = "timeout"
-		}
-		return r
-	}
-	defer func() { _ = res.Body.Close() }() // nothing is lost with it
-	// Read so that the connection can be used again, up to a bound.
-	_, _ = io.Copy(io.Discard, io.LimitReader(res.Body, maxAnswerBytes))
-	if res.StatusCode >= 200 && res.StatusCode <= 299 {
+		seen[to.name()] = true
+		sum := sha256.Sum256([]byte(fingerprint))
+		all = append(all, &Delivery{
+			to: to, log: o.Logger.With().Str("receiver", to.name()).Str("host", host).Logger(), metrics: o.Metrics,
+			timeout: o.Timeout, retryMin: o.RetryMin, retryMax: o.RetryMax, grace: 2 * time.Second, now: time.Now,
+			fingerprint: hex.EncodeToString(sum[:8]),
+		})
+		o.Metrics.undelivered.WithLabelValues(to.name()).Set(0)
+		o.Metrics.disabled.WithLabelValues(to.name()).Set(0)
 		return nil
 	}
-	r := &refusal{outcome: "status_" + strconv.Itoa(min(max(res.StatusCode/100, 1), 5)) + "xx", retryAfter: retryAfter(res.Header.Get("Retry-After"), now()), err: fmt.Errorf("%s answered %d", to.Host, res.StatusCode)}
-	if res.StatusCode == http.StatusGone {
-		r.outcome, r.gone = "gone", true
+	for _, base := range alertmanagers {
+		am, err := newAlertmanager(base, newClient(o.Timeout), time.Now)
+		if err != nil {
+			return nil, err
+		}
+		am.every, am.endsAfter, am.generator = o.RepeatEvery, o.EndsAfter, o.Generator
+		if err := add(am, am.to.Host, base); err != nil {
+			return nil, err
+		}
 	}
-	return r
+	for _, w := range webhooks {
+		wh, err := newWebhook(w, newClient(o.Timeout), time.Now)
+		if err != nil {
+			return nil, err
+		}
+		if err := add(wh, wh.to.Host, w.URL); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
 }
 
-// retryAfter reads seconds or a date; 0 when there is neither.
-func retryAfter(value string, now time.Time) time.Duration {
-	if value == "" {
-		return 0
+// DropOthers deletes the consumers of receivers that are not configured any
+// more: one that comes back after months must not be told of all of them.
+func DropOthers(ctx context.Context, js jetstream.JetStream, deliveries []*Delivery, log zerolog.Logger) error {
+	stream, err := js.Stream(ctx, ledger.AlertsStream)
+	if err != nil {
+		return fmt.Errorf("stream %s: %w", ledger.AlertsStream, err)
 	}
-	if s, err := strconv.ParseInt(value, 10, 64); err == nil {
-		return time.Duration(min(max(s, 0), int64(maxRetryAfter/time.Second))) * time.Second
+	configured := map[string]bool{}
+	for _, d := range deliveries {
+		configured[consumerPrefix+d.to.name()] = true
 	}
-	if at, err := http.ParseTime(value); err == nil {
-		return min(max(at.Sub(now), 0), maxRetryAfter)
+	list := stream.ListConsumers(ctx)
+	for info := range list.Info() {
+		if !strings.HasPrefix(info.Name, consumerPrefix) || configured[info.Name] {
+			continue
+		}
+		log.Warn().Str("receiver", strings.TrimPrefix(info.Name, consumerPrefix)).Uint64("undelivered", info.NumPending+uint64(info.NumAckPending)).
+			Msg("the receiver is not configured any more: what was not delivered to it never will be")
+		if err := stream.DeleteConsumer(ctx, info.Name); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
+			return fmt.Errorf("delete the consumer of a receiver that is not configured any more: %w", err)
+		}
 	}
-	return 0
+	if err := list.Err(); err != nil {
+		return fmt.Errorf("list the consumers of %s: %w", ledger.AlertsStream, err)
+	}
+	return nil
 }
 
-// newClient returns a client that follows no redirect: a signed alert goes
-// where it was configured to go.
-func newClient(timeout time.Duration) *http.Client {
-	t := http.DefaultTransport.(*http.Transport).Clone()
-	t.MaxIdleConnsPerHost, t.MaxConnsPerHost = 2, 4
-	t.ResponseHeaderTimeout = timeout
-	return &http.Client{Transport: t, Timeout: timeout, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-}
-
-// delivery carries one receiver's transitions from the ALERTS stream to it.
+// Delivery carries one receiver's transitions from the ALERTS stream to it.
 //
 // One message is in flight at a time, and the next comes only after it is
 // acknowledged, so that a receiver never hears of a resolve before the firing
 // it belongs to, through retries, restarts and several alerters. It is
 // acknowledged only after a 2xx. Dying between the 2xx and the acknowledgement
 // repeats the delivery under the same id: that is what the id is for.
-type delivery struct {
+type Delivery struct {
 	js       jetstream.JetStream
 	kv       jetstream.KeyValue
 	to       receiver
 	log      zerolog.Logger
-	metrics  *metrics
+	metrics  *Metrics
 	timeout  time.Duration
 	retryMin time.Duration
 	retryMax time.Duration
@@ -145,9 +151,25 @@ type delivery struct {
 	refreshed time.Time
 }
 
-// consumer returns the receiver's durable consumer, which begins with what is
-// appended after it was first made.
-func (d *delivery) consumer(ctx context.Context) (jetstream.Consumer, error) {
+// Newest reads the newest transition of every rule and scope that has one.
+type Newest func(context.Context) ([]usage.Alert, error)
+
+// Name identifies the receiver; it is a label of metrics.
+func (d *Delivery) Name() string { return d.to.name() }
+
+// Prepare makes the receiver's durable consumer, which begins with what is
+// appended after it was first made. It is called before Run, and may be called
+// again.
+func (d *Delivery) Prepare(ctx context.Context, js jetstream.JetStream, kv jetstream.KeyValue, newest Newest) error {
+	d.js, d.kv = js, kv
+	if am, ok := d.to.(*alertmanager); ok {
+		am.newest = newest
+	}
+	_, err := d.consumer(ctx)
+	return err
+}
+
+func (d *Delivery) consumer(ctx context.Context) (jetstream.Consumer, error) {
 	c, err := d.js.CreateOrUpdateConsumer(ctx, ledger.AlertsStream, jetstream.ConsumerConfig{
 		Durable: consumerPrefix + d.to.name(), Description: "Tollkeeper: transitions on their way to a receiver.",
 		DeliverPolicy: jetstream.DeliverNewPolicy, AckPolicy: jetstream.AckExplicitPolicy,
@@ -161,8 +183,9 @@ func (d *delivery) consumer(ctx context.Context) (jetstream.Consumer, error) {
 	return c, nil
 }
 
-// run delivers until ctx is done.
-func (d *delivery) run(ctx context.Context) {
+// Run delivers until ctx is done. It goes on through the absence of NATS and of
+// the receiver.
+func (d *Delivery) Run(ctx context.Context) {
 	for try := 0; ctx.Err() == nil; try++ {
 		err := d.session(ctx, func() { try = 0 })
 		if ctx.Err() != nil {
@@ -175,7 +198,7 @@ func (d *delivery) run(ctx context.Context) {
 	}
 }
 
-func (d *delivery) session(ctx context.Context, progress func()) error {
+func (d *Delivery) session(ctx context.Context, progress func()) error {
 	if err := d.untilEnabled(ctx); err != nil {
 		return err
 	}
@@ -218,7 +241,7 @@ func (d *delivery) session(ctx context.Context, progress func()) error {
 }
 
 // one delivers one message; gone says that the receiver wants nothing more.
-func (d *delivery) one(ctx context.Context, m jetstream.Msg) (gone bool, err error) {
+func (d *Delivery) one(ctx context.Context, m jetstream.Msg) (gone bool, err error) {
 	meta, err := m.Metadata()
 	if err != nil {
 		return false, fmt.Errorf("consumer of receiver %s: %w", d.to.name(), err)
@@ -235,7 +258,7 @@ func (d *delivery) one(ctx context.Context, m jetstream.Msg) (gone bool, err err
 		}
 		attempt, cancel := d.attempt(ctx)
 		began := d.now()
-		err := d.to.deliver(attempt, transitionID(&a), &a)
+		err := d.to.deliver(attempt, &a)
 		cancel()
 		d.metrics.took.WithLabelValues(d.to.name()).Observe(d.now().Sub(began).Seconds())
 		if err != nil {
@@ -255,7 +278,7 @@ func (d *delivery) one(ctx context.Context, m jetstream.Msg) (gone bool, err err
 
 // attempt returns the context of a delivery: an orderly stop lets one that is
 // on its way finish, so that its answer is not lost.
-func (d *delivery) attempt(ctx context.Context) (context.Context, context.CancelFunc) {
+func (d *Delivery) attempt(ctx context.Context) (context.Context, context.CancelFunc) {
 	attempt, cancel := context.WithTimeout(context.WithoutCancel(ctx), d.timeout)
 	stop := context.AfterFunc(ctx, func() {
 		t := time.NewTimer(d.grace)
@@ -269,7 +292,7 @@ func (d *delivery) attempt(ctx context.Context) (context.Context, context.Cancel
 	return attempt, func() { stop(); cancel() }
 }
 
-func (d *delivery) ack(ctx context.Context, m jetstream.Msg) error {
+func (d *Delivery) ack(ctx context.Context, m jetstream.Msg) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
 	if err := m.DoubleAck(ctx); err != nil {
@@ -279,7 +302,7 @@ func (d *delivery) ack(ctx context.Context, m jetstream.Msg) error {
 	return nil
 }
 
-func (d *delivery) refused(ctx context.Context, m jetstream.Msg, tries int, a *usage.Alert, err error) (gone bool, _ error) {
+func (d *Delivery) refused(ctx context.Context, m jetstream.Msg, tries int, a *usage.Alert, err error) (gone bool, _ error) {
 	var r *refusal
 	if !errors.As(err, &r) {
 		r = &refusal{outcome: "failed", err: err}
@@ -304,14 +327,14 @@ func (d *delivery) refused(ctx context.Context, m jetstream.Msg, tries int, a *u
 	return false, d.nak(m, pause)
 }
 
-func (d *delivery) nak(m jetstream.Msg, pause time.Duration) error {
+func (d *Delivery) nak(m jetstream.Msg, pause time.Duration) error {
 	if err := m.NakWithDelay(pause); err != nil {
 		return fmt.Errorf("postpone a delivery to %s: %w", d.to.name(), err)
 	}
 	return nil
 }
 
-func (d *delivery) refresh(ctx context.Context) {
+func (d *Delivery) refresh(ctx context.Context) {
 	every := d.to.refreshEvery()
 	if every <= 0 || d.now().Sub(d.refreshed) < every {
 		return
@@ -336,7 +359,7 @@ type disabled struct {
 func receiverKey(name string) string { return "receiver." + name }
 
 // disable remembers that the receiver answered 410.
-func (d *delivery) disable(ctx context.Context) error {
+func (d *Delivery) disable(ctx context.Context) error {
 	value, err := json.Marshal(disabled{d.fingerprint, usage.At(d.now())})
 	if err == nil {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
@@ -351,7 +374,7 @@ func (d *delivery) disable(ctx context.Context) error {
 }
 
 // untilEnabled waits as long as the receiver is disabled.
-func (d *delivery) untilEnabled(ctx context.Context) error {
+func (d *Delivery) untilEnabled(ctx context.Context) error {
 	gauge := d.metrics.disabled.WithLabelValues(d.to.name())
 	for said := false; ; said = true {
 		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -378,5 +401,26 @@ func (d *delivery) untilEnabled(ctx context.Context) error {
 		if err := sleep(ctx, 10*d.retryMin); err != nil {
 			return err
 		}
+	}
+}
+
+// backoff is the pause after a number of failed tries: it doubles from first to
+// last, and is shortened by up to half, so that alerters don't come in step.
+func backoff(try int, first, last time.Duration) time.Duration {
+	d := last
+	if try < 30 && first<<try > 0 {
+		d = min(first<<try, last)
+	}
+	return d - time.Duration(rand.Int64N(int64(d)/2+1))
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }

@@ -1,4 +1,4 @@
-package alerter
+package deliver
 
 import (
 	"context"
@@ -11,7 +11,6 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -43,11 +42,9 @@ type alertmanager struct {
 	every     time.Duration
 	endsAfter time.Duration
 	now       func() time.Time
-	// states reads the newest state of every rule and scope.
-	states func(context.Context) ([]episodeState, error)
+	newest    Newest
 
-	mu   sync.Mutex
-	last []episodeState // what states said last
+	last []usage.Alert // what newest said last
 }
 
 func newAlertmanager(base string, client *http.Client, now func() time.Time) (*alertmanager, error) {
@@ -66,20 +63,15 @@ func newAlertmanager(base string, client *http.Client, now func() time.Time) (*a
 func (m *alertmanager) name() string                { return m.id }
 func (m *alertmanager) refreshEvery() time.Duration { return m.every }
 
-func (m *alertmanager) deliver(ctx context.Context, _ string, a *usage.Alert) error {
-	if a.Transition == usage.AlertFiring {
-		// Delivered late, it may be over by now; the resolve then comes next.
-		return m.send(ctx, []postableAlert{m.postable(a)})
-	}
+func (m *alertmanager) deliver(ctx context.Context, a *usage.Alert) error {
+	// A firing delivered late may be over by now; the resolve then comes next.
 	if err := m.send(ctx, []postableAlert{m.postable(a)}); err != nil {
 		return err
 	}
 	// What refresh would send when KV can't be read must not bring it back.
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	for i := range m.last {
-		if m.last[i].Alert.EpisodeID == a.EpisodeID {
-			m.last[i].Alert = *a
+		if m.last[i].EpisodeID == a.EpisodeID {
+			m.last[i] = *a
 		}
 	}
 	return nil
@@ -89,18 +81,15 @@ func (m *alertmanager) deliver(ctx context.Context, _ string, a *usage.Alert) er
 // for a while the resolved ones. It runs between deliveries, never beside one:
 // a repetition that overtook the resolve would fire again.
 func (m *alertmanager) refresh(ctx context.Context) error {
-	states, err := m.states(ctx)
-	m.mu.Lock()
+	newest, err := m.newest(ctx)
 	if err == nil {
-		m.last = states
+		m.last = newest
 	}
 	// With KV away the last known ones are repeated: an alert must not end
 	// because NATS is away.
-	states = m.last
-	m.mu.Unlock()
 	var alerts []postableAlert
-	for i := range states {
-		a := &states[i].Alert
+	for i := range m.last {
+		a := &m.last[i]
 		if a.Transition == usage.AlertFiring || m.now().Sub(a.At.Time()) < resolvedFor {
 			alerts = append(alerts, m.postable(a))
 		}
