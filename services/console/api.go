@@ -16,6 +16,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
@@ -435,7 +436,7 @@ func (c *console) getDecisionHistory(w http.ResponseWriter, r *http.Request) {
 		unavailable("the console has no address of ClickHouse").write(w)
 		return
 	}
-	found, err := c.o.History.Decisions(r.Context(), DecisionsQuery{Account: r.URL.Query().Get("account"), Verdict: verdict, Before: before, Limit: n})
+	found, err := c.o.History.Decisions(r.Context(), history.DecisionsQuery{Account: r.URL.Query().Get("account"), Verdict: verdict, Before: before, Limit: n})
 	if err != nil {
 		unavailable("ClickHouse does not answer: " + firstSentence(err.Error())).write(w)
 		return
@@ -513,17 +514,17 @@ func (c *console) getCallHistory(w http.ResponseWriter, r *http.Request) {
 	}
 	steps := int((q.To.Sub(q.From) + q.Step - 1) / q.Step)
 	writeJSON(w, struct {
-		From   int64        `json:"from_unix_seconds"`
-		Step   int64        `json:"step_seconds"`
-		Steps  int          `json:"steps"`
-		Group  Group        `json:"group"`
-		Series []callSeries `json:"series"`
+		From   int64         `json:"from_unix_seconds"`
+		Step   int64         `json:"step_seconds"`
+		Steps  int           `json:"steps"`
+		Group  history.Group `json:"group"`
+		Series []callSeries  `json:"series"`
 	}{q.From.Unix(), int64(q.Step / time.Second), steps, q.Group, dense(points, steps)})
 }
 
 // callsQuery reads the range: from and to as RFC 3339, step in seconds.
-func callsQuery(r *http.Request, now time.Time) (CallsQuery, *problem) {
-	q := CallsQuery{To: now, Group: ByCode, Account: r.URL.Query().Get("account"), Top: historyTop}
+func callsQuery(r *http.Request, now time.Time) (history.CallsQuery, *problem) {
+	q := history.CallsQuery{To: now, Group: history.ByCode, Account: r.URL.Query().Get("account"), Top: historyTop}
 	bad := func(detail string) *problem { p := badRequest(detail); return &p }
 	values := r.URL.Query()
 	var err error
@@ -541,9 +542,9 @@ func callsQuery(r *http.Request, now time.Time) (CallsQuery, *problem) {
 	if q.From.Unix() < 0 || !q.From.Before(q.To) || q.To.Sub(q.From) > 400*24*time.Hour {
 		return q, bad("from must be before to, by at most 400 days, and after 1970")
 	}
-	switch g := Group(values.Get("group")); g {
+	switch g := history.Group(values.Get("group")); g {
 	case "":
-	case ByCode, ByAccount, ByModel:
+	case history.ByCode, history.ByAccount, history.ByModel:
 		q.Group = g
 	default:
 		return q, bad("group is code, account or model")
@@ -584,7 +585,7 @@ func stepFor(span time.Duration) time.Duration {
 
 // dense makes a list with a value for every step of every group: admitted
 // first, then by name, the others last.
-func dense(points []CallsPoint, steps int) []callSeries {
+func dense(points []history.CallsPoint, steps int) []callSeries {
 	type key struct {
 		name  string
 		other bool

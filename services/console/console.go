@@ -19,6 +19,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
@@ -57,8 +58,10 @@ type Options struct {
 	// Replicas of streams that do not exist yet.
 	Replicas int
 
-	// History answers what ClickHouse knows; nil: there is no history.
-	History History
+	// History answers what ClickHouse knows. When nil, ClickHouse is opened; when
+	// that has no address either, there is no history.
+	History    History
+	ClickHouse history.Options
 	// Peers are asked for their readiness.
 	Peers []Peer
 	// Web is the built page; nil: the one that is embedded.
@@ -66,8 +69,8 @@ type Options struct {
 
 	Logger   zerolog.Logger
 	Registry *prometheus.Registry // nil: one of its own
-	// Readiness hears of the console's parts ("console", "nats" unless
-	// NATS.Readiness is set), and is shown under /readyz and /v1/health; nil:
+	// Readiness hears of the console's parts ("console"; "nats" and "clickhouse"
+	// unless their Readiness is set), and is shown under /readyz and /v1/health; nil:
 	// one of its own. In a process of several services they share it.
 	Readiness *telemetry.Readiness
 	// MaxStreams bounds the clients of /v1/live; DefaultMaxStreams when 0.
@@ -114,6 +117,9 @@ func Run(ctx context.Context, o Options) error {
 	}
 	if o.Readiness == nil {
 		o.Readiness = telemetry.NewReadiness()
+		if err := o.Registry.Register(o.Readiness); err != nil {
+			return fmt.Errorf("console: %w", err)
+		}
 	}
 	if o.Web == nil {
 		web, err := embeddedPage()
@@ -139,6 +145,14 @@ func Run(ctx context.Context, o Options) error {
 	}
 
 	group, ctx := errgroup.WithContext(ctx)
+	if o.History == nil && len(o.ClickHouse.Addrs) > 0 {
+		if o.ClickHouse.Readiness == nil {
+			o.ClickHouse.Readiness = o.Readiness.Component("clickhouse")
+		}
+		late := &lateHistory{}
+		o.History = late
+		group.Go(func() error { return late.run(ctx, o.ClickHouse) })
+	}
 	gate := &lateHandler{}
 	_, _, loopback, err := telemetry.CheckAddr(listener.Addr().String())
 	if err != nil {

@@ -22,6 +22,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas"
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
@@ -125,11 +126,11 @@ func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
 	w.publish(okCall("acme/search", 10, 20), okCall("hooli", 5, 5), refusedCall("acme/search", usage.QuotaExceeded))
 
 	h := &fakeHistory{
-		calls:    []CallsPoint{{Step: 0, Admitted: 3, InputTokens: 7}, {Step: 1, Name: "QUOTA_EXCEEDED", Refused: 2}, {Step: 1, Other: true, Refused: 1}, {Step: 99999, Name: "outside"}},
+		calls:    []history.CallsPoint{{Step: 0, Admitted: 3, InputTokens: 7}, {Step: 1, Name: "QUOTA_EXCEEDED", Refused: 2}, {Step: 1, Other: true, Refused: 1}, {Step: 99999, Name: "outside"}},
 		position: 3,
 	}
 	for n := range uint64(3) {
-		h.decisions = append(h.decisions, PastDecision{Sequence: 30 - n, Decision: deny})
+		h.decisions = append(h.decisions, history.PastDecision{Sequence: 30 - n, Decision: deny})
 	}
 	base := w.start(Options{History: h, Peers: []Peer{{Name: "alerter", URL: "http://127.0.0.1:1/readyz"}}})
 	c := newContract(t, base)
@@ -216,7 +217,7 @@ func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
 	}; cmp.Diff(want, calls.Series) != "" || calls.Steps != 2 {
 		t.Errorf("history: %d steps, %s", calls.Steps, cmp.Diff(want, calls.Series))
 	}
-	if h.asked.From.Second() != 0 || h.asked.Group != ByModel || h.asked.Top != historyTop {
+	if h.asked.From.Second() != 0 || h.asked.Group != history.ByModel || h.asked.Top != historyTop {
 		t.Errorf("asked %+v", h.asked)
 	}
 	for _, bad := range []string{"from=yesterday", "group=shoe", "step=0", "from=2020-01-01T00:00:00Z&step=1", "from=2026-01-02T00:00:00Z&to=2026-01-01T00:00:00Z"} {

@@ -22,6 +22,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
@@ -407,9 +408,9 @@ func decisionID(account string) string {
 // fakeHistory answers like ClickHouse with what it was given.
 type fakeHistory struct {
 	mu        sync.Mutex
-	calls     []CallsPoint
-	asked     CallsQuery
-	decisions []PastDecision
+	calls     []history.CallsPoint
+	asked     history.CallsQuery
+	decisions []history.PastDecision
 	position  uint64
 	err       error
 }
@@ -418,15 +419,15 @@ func (f *fakeHistory) Ping(context.Context) error { return f.err }
 
 func (f *fakeHistory) Position(context.Context) (uint64, error) { return f.position, f.err }
 
-func (f *fakeHistory) Calls(_ context.Context, q CallsQuery) ([]CallsPoint, error) {
+func (f *fakeHistory) Calls(_ context.Context, q history.CallsQuery) ([]history.CallsPoint, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.asked = q
 	return f.calls, f.err
 }
 
-func (f *fakeHistory) Decisions(_ context.Context, q DecisionsQuery) ([]PastDecision, error) {
-	var out []PastDecision
+func (f *fakeHistory) Decisions(_ context.Context, q history.DecisionsQuery) ([]history.PastDecision, error) {
+	var out []history.PastDecision
 	for _, d := range f.decisions {
 		if (q.Before == 0 || d.Sequence < q.Before) && len(out) < q.Limit {
 			out = append(out, d)

@@ -2,70 +2,72 @@ package console
 
 import (
 	"context"
-	"time"
+	"errors"
+	"sync/atomic"
 
-	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
 )
 
-// Group is by what a series of history is split.
-type Group string
-
-// The groups.
-const (
-	ByCode    Group = "code"
-	ByAccount Group = "account"
-	ByModel   Group = "model"
-)
-
-// CallsQuery asks for calls in [From, To), in steps counted from From.
-type CallsQuery struct {
-	From, To time.Time
-	Step     time.Duration
-	Group    Group
-	// Account restricts it to one account when not empty.
-	Account string
-	// Top is how many groups are told apart; the others are one named "".
-	Top int
-}
-
-// CallsPoint is a step of a group.
-type CallsPoint struct {
-	// Step counts from 0.
-	Step int
-	// Name of the group: code (empty: admitted), account or model.
-	Name string
-	// Other says that it is the sum of the groups that are not told apart.
-	Other                     bool
-	Admitted, Refused         int64
-	InputTokens, OutputTokens int64
-}
-
-// DecisionsQuery asks for decisions, newest first.
-type DecisionsQuery struct {
-	Account string // empty: of all
-	Verdict string // allow, warn, deny; empty: any
-	// Before is the sequence in the decisions' stream before which to begin; 0:
-	// at the newest.
-	Before uint64
-	Limit  int
-}
-
-// PastDecision is a revision of a decision.
-type PastDecision struct {
-	// Sequence in the decisions' stream.
-	Sequence uint64
-	usage.Decision
-}
-
-// History is what the console asks ClickHouse; services/internal/history answers.
-// Its methods may be called concurrently and end with their context.
+// History is what the console asks ClickHouse; *history.History answers. Its
+// methods may be called concurrently and end with their context.
 type History interface {
 	// Ping says whether it can be asked now.
 	Ping(ctx context.Context) error
 	// Calls returns the points that are not empty, in any order.
-	Calls(ctx context.Context, q CallsQuery) ([]CallsPoint, error)
+	Calls(ctx context.Context, q history.CallsQuery) ([]history.CallsPoint, error)
 	// Decisions returns at most q.Limit decisions, newest first.
-	Decisions(ctx context.Context, q DecisionsQuery) ([]PastDecision, error)
-	// Position returns the newest ledger entry that is in history; 0 for none.
+	Decisions(ctx context.Context, q history.DecisionsQuery) ([]history.PastDecision, error)
+	// Position returns the newest ledger entry with calls that is in history; 0
+	// for none.
 	Position(ctx context.Context) (uint64, error)
+}
+
+// lateHistory is a history that is opened while the console serves already:
+// ClickHouse may come long after.
+type lateHistory struct {
+	h atomic.Pointer[history.History]
+}
+
+var errNotOpen = errors.New("ClickHouse was not reached yet")
+
+// run opens the history and closes it when ctx is done.
+func (l *lateHistory) run(ctx context.Context, o history.Options) error {
+	h, err := history.Open(ctx, o)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	l.h.Store(h)
+	<-ctx.Done()
+	return h.Close()
+}
+
+func (l *lateHistory) Ping(ctx context.Context) error {
+	if h := l.h.Load(); h != nil {
+		return h.Ping(ctx)
+	}
+	return errNotOpen
+}
+
+func (l *lateHistory) Calls(ctx context.Context, q history.CallsQuery) ([]history.CallsPoint, error) {
+	if h := l.h.Load(); h != nil {
+		return h.Calls(ctx, q)
+	}
+	return nil, errNotOpen
+}
+
+func (l *lateHistory) Decisions(ctx context.Context, q history.DecisionsQuery) ([]history.PastDecision, error) {
+	if h := l.h.Load(); h != nil {
+		return h.Decisions(ctx, q)
+	}
+	return nil, errNotOpen
+}
+
+func (l *lateHistory) Position(ctx context.Context) (uint64, error) {
+	if h := l.h.Load(); h != nil {
+		return h.Position(ctx)
+	}
+	return 0, errNotOpen
 }

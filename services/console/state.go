@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/views"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
@@ -38,7 +39,6 @@ type watched struct {
 	historySet bool
 	position   uint64    // of history in the ledger
 	positionAt time.Time // when it last moved, or had nothing to do
-	ledgerLast uint64
 	ledgerErr  error
 	deadTotal  uint64
 	peers      map[string]peerState
@@ -114,12 +114,8 @@ func (c *console) watchOnce(ctx context.Context, client *http.Client) {
 	ask, cancel := context.WithTimeout(ctx, watchTimeout)
 	defer cancel()
 	w := watched{peers: map[string]peerState{}}
-	if s, err := c.js.Stream(ask, "LEDGER"); err != nil {
-		w.ledgerErr = err
-	} else {
-		w.ledgerLast = s.CachedInfo().State.LastSeq
-	}
-	if s, err := c.js.Stream(ask, "DEADLETTER"); err == nil {
+	_, w.ledgerErr = c.js.Stream(ask, ledger.Stream)
+	if s, err := c.js.Stream(ask, ledger.DeadLetterStream); err == nil {
 		w.deadTotal = s.CachedInfo().State.Msgs
 	}
 	if h := c.o.History; h != nil {
@@ -134,11 +130,12 @@ func (c *console) watchOnce(ctx context.Context, client *http.Client) {
 	if ctx.Err() != nil {
 		return
 	}
+	calls := c.tail.view(0, 0, 0, 0).calls
 	c.state.mu.Lock()
 	defer c.state.mu.Unlock()
 	old := c.state.watch
 	w.positionAt = old.positionAt
-	if w.history == nil && (w.position != old.position || w.position >= w.ledgerLast || w.positionAt.IsZero()) {
+	if w.history == nil && (w.position != old.position || w.position >= calls || w.positionAt.IsZero()) {
 		w.positionAt = time.Now()
 	}
 	c.state.watch = w
@@ -216,9 +213,9 @@ func (c *console) health(now time.Time) health {
 	h.Shards = c.shardHealth(now, v)
 	h.Parts = append(h.Parts, c.gatewayPart(now, v), aggregatorPart(h.Shards))
 	if w.history == nil && w.historySet {
-		h.Historian = historianHealth{Known: true, Position: w.position, Ledger: w.ledgerLast}
-		if w.ledgerLast > w.position {
-			h.Historian.Behind = w.ledgerLast - w.position
+		h.Historian = historianHealth{Known: true, Position: w.position, Ledger: v.calls}
+		if v.calls > w.position {
+			h.Historian.Behind = v.calls - w.position
 		}
 	}
 	h.Parts = append(h.Parts, historianPart(now, w, h.Historian), part{"alerter", StateUnknown, "nobody has said how it is"})
@@ -245,7 +242,7 @@ func (c *console) health(now time.Time) health {
 			p.hear(peer.ok, peer.detail)
 		}
 		for _, comp := range components {
-			if comp.Name == p.Name || strings.HasPrefix(comp.Name, p.Name+".") || strings.HasPrefix(comp.Name, p.Name+"/") {
+			if speaksOf(comp.Name, p.Name) {
 				detail := comp.Reason
 				if comp.OK {
 					detail = "ready"
@@ -261,6 +258,13 @@ func (c *console) health(now time.Time) health {
 		}
 	}
 	return h
+}
+
+// speaksOf reports whether a component is the part or one of its: historian_nats
+// of historian.
+func speaksOf(component, part string) bool {
+	rest, ok := strings.CutPrefix(component, part)
+	return ok && (rest == "" || strings.ContainsAny(rest[:1], "._-/ "))
 }
 
 // hear takes into account what the part says of itself.

@@ -33,6 +33,7 @@ type tail struct {
 	mu      sync.Mutex
 	fold    live.Fold
 	shards  map[uint32]shardEnd
+	calls   uint64 // newest entry with calls
 	pending uint64
 	skipped uint64
 	bad     uint64
@@ -113,6 +114,7 @@ func (t *tail) handle(f *ledger.Frame, m ledger.Message) error {
 		t.bad++ // the aggregator makes a dead letter of it
 		t.fold.Passed(m.Sequence, at)
 	case kind == ledger.KindCalls:
+		t.calls = m.Sequence
 		t.fold.Apply(f, m.Sequence, at)
 	default:
 		t.fold.Passed(m.Sequence, at)
@@ -132,6 +134,7 @@ type view struct {
 	gateways []live.Gateway
 	shards   map[uint32]shardEnd
 	sequence uint64
+	calls    uint64
 	streamAt usage.Micros
 	pending  uint64
 	skipped  uint64
@@ -143,7 +146,7 @@ func (t *tail) view(now usage.Micros, seconds, busiest, refusals int) view {
 	defer t.mu.Unlock()
 	v := view{
 		seconds: t.fold.Seconds(now, seconds), busiest: t.fold.Busiest(now, busiest), refusals: t.fold.Refusals(refusals),
-		gateways: t.fold.Gateways(), shards: make(map[uint32]shardEnd, len(t.shards)), pending: t.pending, skipped: t.skipped, err: t.err,
+		gateways: t.fold.Gateways(), shards: make(map[uint32]shardEnd, len(t.shards)), calls: t.calls, pending: t.pending, skipped: t.skipped, err: t.err,
 	}
 	v.sequence, v.streamAt = t.fold.Position()
 	for s, e := range t.shards {

@@ -1,0 +1,158 @@
+// What the console's API says; schemas/openapi.yaml is the contract.
+
+export type Verdict = 'allow' | 'warn' | 'deny'
+export type State = 'ok' | 'waiting' | 'down' | 'unknown'
+
+export interface Second {
+  t: number
+  admitted: number
+  refused: Record<string, number>
+  input_tokens: number
+  output_tokens: number
+}
+
+export interface LimitUsage {
+  limit_id: string
+  meter: string
+  window: string
+  amount: number
+  used: number
+  remaining: number
+  period_start_unix_micros: number
+  period_end_unix_micros: number
+  verdict: Verdict
+}
+
+export interface TopAccount {
+  id: string
+  parent?: string
+  plan?: string
+  recent_admitted: number
+  recent_refused: number
+  verdict: Verdict
+  limits: LimitUsage[]
+}
+
+export interface Refusal {
+  time_unix_micros: number
+  account: string
+  key_id?: string
+  code: string
+  status: number
+  decision_id?: string
+  method?: string
+  route?: string
+  model?: string
+  request_id?: string
+  gateway?: string
+  ledger_sequence: number
+  count: number
+}
+
+export interface Alert {
+  episode_id: string
+  transition: 'firing' | 'resolved'
+  n: number
+  rule: string
+  scope: string
+  severity?: string
+  started_at_unix_micros?: number
+  at_unix_micros: number
+  value: number
+  threshold: number
+  summary: string
+}
+
+export interface Part {
+  name: string
+  state: State
+  detail: string
+}
+
+export interface DeadLetter {
+  sequence: number
+  time: string
+  reason: string
+  detail: string
+  origin: string
+  bytes: number
+}
+
+export interface LiveMessage {
+  at_unix_micros: number
+  ledger_sequence: number
+  reset: boolean
+  seconds: Second[]
+  top: TopAccount[]
+  refusals: Refusal[]
+  alerts: Alert[]
+  dead_letters: { total: number; by_reason: { reason: string; count: number }[]; newest: DeadLetter[] }
+  decisions: { deny: number; warn: number; all: number }
+  lag: { tail_entries: number; skipped_entries: number; counted_seconds: number; history_entries: number; history_known: boolean }
+  health: Part[]
+  state: State
+}
+
+export interface Series {
+  name: string
+  other: boolean
+  admitted: number[]
+  refused: number[]
+  input_tokens: number[]
+  output_tokens: number[]
+}
+
+export type Group = 'code' | 'model' | 'account'
+
+export interface History {
+  from_unix_seconds: number
+  step_seconds: number
+  steps: number
+  group: Group
+  series: Series[]
+}
+
+/** Problem is an answer that is not the one asked for. */
+export class Problem extends Error {
+  readonly status: number
+  readonly code: string
+  constructor(status: number, code: string, detail: string) {
+    super(detail)
+    this.status = status
+    this.code = code
+  }
+}
+
+const tokenKey = 'tollkeeper-token'
+
+/** The token lives as long as the tab. */
+export function setToken(token: string): void {
+  sessionStorage.setItem(tokenKey, token)
+}
+
+export function headers(): Record<string, string> {
+  const token = sessionStorage.getItem(tokenKey)
+  return token ? { Authorization: `Bearer ${token}` } : {}
+}
+
+/** problemOf reads why an answer is not the one asked for. */
+export async function problemOf(res: Response): Promise<Problem> {
+  try {
+    const body = (await res.json()) as { code?: string; detail?: string }
+    return new Problem(res.status, body.code ?? '', body.detail ?? res.statusText)
+  } catch {
+    return new Problem(res.status, '', `the console answered ${res.status} ${res.statusText}`)
+  }
+}
+
+export async function getHistory(spanSeconds: number, group: Group, signal: AbortSignal): Promise<History> {
+  const now = Date.now()
+  const query = new URLSearchParams({
+    from: new Date(now - spanSeconds * 1000).toISOString(),
+    to: new Date(now).toISOString(),
+    group,
+  })
+  const res = await fetch(`/v1/history/calls?${query}`, { headers: headers(), signal })
+  if (!res.ok) throw await problemOf(res)
+  return (await res.json()) as History
+}

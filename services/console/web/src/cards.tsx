@@ -1,0 +1,302 @@
+// The cards that the live stream feeds.
+
+import { useMemo } from 'preact/hooks'
+import type { Alert, LimitUsage, LiveMessage, Refusal, Second, TopAccount } from './api'
+import { Chart, type Area } from './chart'
+import { ago, clock, codeName, compact, countdown, exact, percent, quantity, rate, unit } from './format'
+import { byCode, rates, refusedIn } from './model'
+import { lookOfCode } from './palette'
+import { Card, CopyID, Mark, Nothing, Swatch, VerdictTag } from './parts'
+
+export function Figures({ seconds, live }: { seconds: Second[]; live?: LiveMessage }) {
+  const r = rates(seconds)
+  const figure = (name: string, value: string, note: string, kind = '') => (
+    <div class={`figure ${kind}`}>
+      <dt>{name}</dt>
+      <dd>
+        <b>{value}</b>
+        <span>{note}</span>
+      </dd>
+    </div>
+  )
+  const lag = live?.lag
+  return (
+    <dl class="figures" aria-label="Right now">
+      {figure('Calls a second', live ? rate(r.calls) : '–', 'mean of 5 s')}
+      {figure('Refused a second', live ? rate(r.refused) : '–', live ? `${percent(r.refused, r.calls)} of calls` : ' ', r.refused > 0 ? 'is-refused' : '')}
+      {figure('Tokens a second', live ? rate(r.tokens) : '–', 'in and out')}
+      {figure('Limits used up', live ? exact(live.decisions.deny) : '–', live ? `${exact(live.decisions.warn)} near their limit` : ' ')}
+      {figure('Counted behind', lag ? (lag.counted_seconds < 0.05 ? '0 s' : `${lag.counted_seconds.toFixed(1)} s`) : '–', lag ? (lag.history_known ? lag.history_entries === 0 ? 'history up to date' : `history ${compact(lag.history_entries)} entries` : 'history unknown') : ' ')}
+    </dl>
+  )
+}
+
+export function LiveCard({ seconds }: { seconds: Second[] }) {
+  const { times, areas } = useMemo(() => {
+    const codes = byCode(seconds).map((c) => c.code)
+    // A fixed order, so that areas don't change places.
+    codes.sort()
+    const areas: Area[] = [
+      { key: 'admitted', name: 'Admitted', look: lookOfCode(''), values: seconds.map((s) => s.admitted) },
+      ...codes.map((c) => ({ key: c, name: codeName(c), look: lookOfCode(c), values: seconds.map((s) => s.refused[c] ?? 0) })),
+    ]
+    return { times: seconds.map((s) => s.t), areas }
+  }, [seconds])
+  const r = rates(seconds)
+  const quiet = seconds.length > 0 && seconds.every((s) => s.admitted === 0 && refusedIn(s) === 0)
+  return (
+    <Card area="live" title="Live calls" note="a second, last 5 minutes">
+      <Chart
+        title="Live calls"
+        times={times}
+        areas={areas}
+        height={232}
+        moment={(t) => clock(t)}
+        unit="calls a second"
+        summary={`${rate(r.calls)} calls a second now, ${rate(r.refused)} of them refused.`}
+        note={seconds.length === 0 ? 'Waiting for the ledger…' : quiet ? 'No calls in the last 5 minutes.' : undefined}
+        rest="last second"
+        restValue="last"
+      />
+    </Card>
+  )
+}
+
+export function CodesCard({ seconds }: { seconds: Second[] }) {
+  const five = byCode(seconds)
+  const minute = new Map(byCode(seconds.slice(-60)).map((c) => [c.code, c.count]))
+  const most = five[0]?.count ?? 0
+  const all = five.reduce((n, c) => n + c.count, 0)
+  return (
+    <Card area="codes" title="Refused by code" note="last 5 minutes">
+      {five.length === 0 ? (
+        <Nothing>Nothing was refused.</Nothing>
+      ) : (
+        <table class="codes">
+          <thead>
+            <tr>
+              <th scope="col">Code</th>
+              <th scope="col" class="num">
+                1 min
+              </th>
+              <th scope="col" class="num">
+                5 min
+              </th>
+              <th scope="col" class="num">
+                Share
+              </th>
+            </tr>
+          </thead>
+          <tbody>
+            {five.slice(0, 7).map((c) => (
+              <tr key={c.code}>
+                <th scope="row">
+                  <span class="code-name">
+                    <Swatch look={lookOfCode(c.code)} />
+                    <span title={c.code}>{codeName(c.code)}</span>
+                  </span>
+                  <span class="code-bar" aria-hidden="true">
+                    <i style={{ width: `${(100 * c.count) / most}%`, background: lookOfCode(c.code).color }} />
+                  </span>
+                </th>
+                <td class="num" title={exact(minute.get(c.code) ?? 0)}>
+                  {compact(minute.get(c.code) ?? 0)}
+                </td>
+                <td class="num" title={exact(c.count)}>
+                  {compact(c.count)}
+                </td>
+                <td class="num">{percent(c.count, all)}</td>
+              </tr>
+            ))}
+          </tbody>
+        </table>
+      )}
+    </Card>
+  )
+}
+
+/** tightest is the limit that is nearest to its end. */
+export function tightest(limits: LimitUsage[]): LimitUsage | undefined {
+  return [...limits].sort((a, b) => b.used / b.amount - a.used / a.amount)[0]
+}
+
+export function AccountsCard({ live }: { live?: LiveMessage }) {
+  const rows = live?.top ?? []
+  return (
+    <Card area="accounts" title="Busiest accounts" note="each with its tightest limit">
+      {live && rows.length === 0 ? (
+        <Nothing>No account has made a call yet.</Nothing>
+      ) : (
+        <table class="accounts">
+          <thead>
+            <tr>
+              <th scope="col">Account</th>
+              <th scope="col">State</th>
+              <th scope="col">Used of its limit</th>
+              <th scope="col" class="num">
+                Left
+              </th>
+              <th scope="col" class="num">
+                Resets in
+              </th>
+            </tr>
+          </thead>
+          <tbody>
+            {rows.map((a) => (
+              <AccountRow key={a.id} a={a} now={live!.at_unix_micros / 1e6} />
+            ))}
+          </tbody>
+        </table>
+      )}
+    </Card>
+  )
+}
+
+function AccountRow({ a, now }: { a: TopAccount; now: number }) {
+  const l = tightest(a.limits)
+  const part = l ? Math.min(1, l.used / l.amount) : 0
+  const end = l && l.period_end_unix_micros > 0 ? l.period_end_unix_micros / 1e6 - now : undefined
+  const worst = l && l.verdict !== 'allow' ? l.verdict : a.verdict
+  return (
+    <tr>
+      <th scope="row">
+        <span class="account" title={a.id}>
+          {a.id}
+        </span>
+        <span class="under">{a.plan ? `plan ${a.plan}` : 'no plan'}</span>
+      </th>
+      <td>
+        <VerdictTag verdict={worst} />
+      </td>
+      <td class="use">
+        {l ? (
+          <>
+            <span class={`bar bar-${l.verdict}`} role="meter" aria-valuemin={0} aria-valuemax={l.amount} aria-valuenow={Math.min(l.used, l.amount)} aria-label={`${l.limit_id}: used ${exact(l.used)} of ${exact(l.amount)}`}>
+              <i style={{ width: `${100 * part}%` }} />
+            </span>
+            <span class="under" title={`${l.limit_id}: ${exact(l.used)} of ${exact(l.amount)}`}>
+              {quantity(l.meter, l.used)} of {quantity(l.meter, l.amount)} {unit(l.meter)}, {l.window}
+            </span>
+          </>
+        ) : (
+          <span class="under">no limit of its own</span>
+        )}
+      </td>
+      <td class="num left" data-name="left" title={l ? exact(l.remaining) : ''}>
+        {l ? quantity(l.meter, l.remaining) : '–'}
+      </td>
+      <td class="num" data-name="resets in">
+        {end === undefined ? '–' : countdown(end)}
+      </td>
+    </tr>
+  )
+}
+
+export function RefusalsCard({ live }: { live?: LiveMessage }) {
+  const rows: Refusal[] = live?.refusals ?? []
+  return (
+    <Card area="refusals" title="Recent refusals">
+      {live && rows.length === 0 ? (
+        <Nothing>No call was refused lately.</Nothing>
+      ) : (
+        <div class="scroll" tabIndex={0} role="region" aria-label="Recent refusals">
+          <table class="refusals">
+            <thead>
+              <tr>
+                <th scope="col">Time</th>
+                <th scope="col">Account</th>
+                <th scope="col">Why</th>
+                <th scope="col">Decision</th>
+              </tr>
+            </thead>
+            <tbody>
+              {rows.map((r) => (
+                <tr key={`${r.ledger_sequence} ${r.account} ${r.code} ${r.time_unix_micros}`}>
+                  <td class="num when">{clock(r.time_unix_micros / 1e6)}</td>
+                  <td>
+                    <span class="account" title={r.account}>
+                      {r.account}
+                    </span>
+                    {r.count > 1 && <span class="times">×{compact(r.count)}</span>}
+                  </td>
+                  <td>
+                    <span class="code-name">
+                      <Swatch look={lookOfCode(r.code)} />
+                      <span title={`${r.status} ${r.code}`}>{codeName(r.code)}</span>
+                    </span>
+                  </td>
+                  <td>{r.decision_id ? <CopyID id={r.decision_id} what="decision id" /> : <span class="under">none</span>}</td>
+                </tr>
+              ))}
+            </tbody>
+          </table>
+        </div>
+      )}
+    </Card>
+  )
+}
+
+export function AlertsCard({ live }: { live?: LiveMessage }) {
+  const rows: Alert[] = live?.alerts ?? []
+  const firing = rows.filter((a) => a.transition === 'firing').length
+  const now = (live?.at_unix_micros ?? 0) / 1e6
+  return (
+    <Card area="alerts" title="Alerts" note={live ? (firing > 0 ? `${firing} firing` : 'none firing') : undefined}>
+      {live && rows.length === 0 ? (
+        <Nothing>No alert so far.</Nothing>
+      ) : (
+        <ul class="lines">
+          {rows.slice(0, 5).map((a) => (
+            <li key={a.episode_id}>
+              <span class={`tag ${a.transition === 'firing' ? 'tag-down' : 'tag-ok'}`}>
+                <Mark state={a.transition === 'firing' ? 'down' : 'ok'} />
+                {a.transition === 'firing' ? 'Firing' : 'Resolved'}
+              </span>
+              <span class="line-text">
+                {a.summary}
+                <span class="under">
+                  {a.rule}, {a.scope}, {ago(now - a.at_unix_micros / 1e6)}
+                </span>
+              </span>
+            </li>
+          ))}
+        </ul>
+      )}
+    </Card>
+  )
+}
+
+export function DeadLettersCard({ live }: { live?: LiveMessage }) {
+  const dead = live?.dead_letters
+  return (
+    <Card area="dead" title="Dead letters" note={dead ? (dead.total === 0 ? 'none' : `${exact(dead.total)} kept`) : undefined}>
+      {dead && dead.total === 0 && dead.newest.length === 0 ? (
+        <Nothing>Everything that arrived could be counted.</Nothing>
+      ) : (
+        <>
+          <ul class="reasons">
+            {(dead?.by_reason ?? []).slice(0, 4).map((r) => (
+              <li key={r.reason}>
+                {r.reason} <b>{compact(r.count)}</b>
+              </li>
+            ))}
+          </ul>
+          <ul class="lines">
+            {(dead?.newest ?? []).slice(0, 3).map((d) => (
+              <li key={d.sequence}>
+                <span class="line-text">
+                  <span class="clip" title={d.detail}>
+                    {d.detail || d.reason}
+                  </span>
+                  <span class="under">
+                    {clock(Date.parse(d.time) / 1000)}, from {d.origin || 'unknown'}
+                  </span>
+                </span>
+              </li>
+            ))}
+          </ul>
+        </>
+      )}
+    </Card>
+  )
+}

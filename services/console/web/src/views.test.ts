@@ -1,0 +1,44 @@
+import { describe, expect, it } from 'vitest'
+import type { History, LimitUsage } from './api'
+import { tightest } from './cards'
+import { areasOf } from './history'
+import { lookOfCode, lookOfSeries } from './palette'
+import { Parser } from './stream'
+
+describe('the parser of the stream', () => {
+  it('puts events together from any pieces', () => {
+    const p = new Parser()
+    const text = 'id: 1\nevent: live\ndata: {"a":1}\n\n: comment\n\nid: 2\ndata: {"b":\ndata: 2}\n\n'
+    const got: string[] = []
+    for (const c of text) got.push(...p.feed(c))
+    expect(got).toEqual(['{"a":1}', '{"b":\n2}'])
+    expect(p.feed(text)).toEqual(got)
+  })
+})
+
+it('shows the limit that is nearest to its end', () => {
+  const l = (limit_id: string, used: number, amount: number) => ({ limit_id, used, amount }) as LimitUsage
+  expect(tightest([l('a', 1, 10), l('b', 900, 1000), l('c', 50, 1000)])?.limit_id).toBe('b')
+  expect(tightest([])).toBeUndefined()
+})
+
+it('draws refused calls of a group together with admitted ones', () => {
+  const h: History = {
+    from_unix_seconds: 0, step_seconds: 60, steps: 2, group: 'model',
+    series: [
+      { name: 'large', other: false, admitted: [1, 2], refused: [1, 0], input_tokens: [0, 0], output_tokens: [0, 0] },
+      { name: '', other: false, admitted: [1, 0], refused: [0, 0], input_tokens: [0, 0], output_tokens: [0, 0] },
+      { name: '', other: true, admitted: [5, 5], refused: [0, 0], input_tokens: [0, 0], output_tokens: [0, 0] },
+    ],
+  }
+  expect(areasOf(h).map((a) => [a.name, a.values])).toEqual([['large', [2, 2]], ['none given', [1, 0]], ['All others', [5, 5]]])
+  expect(areasOf({ ...h, group: 'code' }).map((a) => a.name)).toEqual(['large', 'Admitted', 'All others'].map((n) => (n === 'large' ? 'Large' : n)))
+})
+
+it('tells everything apart by more than colour', () => {
+  const codes = ['', 'QUOTA_EXCEEDED', 'RATE_LIMITED', 'SPEND_CAP_REACHED', 'CREDITS_DEPLETED', 'CREDITS_INSUFFICIENT', 'SUBSCRIPTION_EXPIRED', 'TRIAL_ENDED', 'PAYMENT_FAILED', 'PLAN_REQUIRED', 'COST_EXCEEDS_LIMIT', 'BILLING_STATE_UNKNOWN']
+  const seen = new Set(codes.map((c) => JSON.stringify(lookOfCode(c))))
+  expect(seen.size).toBe(codes.length)
+  const series = new Set(Array.from({ length: 10 }, (_, i) => JSON.stringify(lookOfSeries(i, false))))
+  expect(series.size).toBe(10)
+})
