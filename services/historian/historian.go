@@ -37,6 +37,9 @@ type Options struct {
 	Registerer *prometheus.Registry
 	// AdminListen serves /metrics, /healthz and /readyz; empty: nothing.
 	AdminListen string
+	// AdminToken, if set, must be shown there; needed when other machines can
+	// reach it.
+	AdminToken string
 	// Readiness, if set, hears how the historian does.
 	Readiness *telemetry.Readiness
 
@@ -123,7 +126,7 @@ func run(ctx context.Context, o Options, s seams) (err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	if o.AdminListen != "" {
 		group.Go(func() error {
-			return telemetry.Serve(ctx, telemetry.ServeOptions{Flag: "historian-listen", Addr: o.AdminListen,
+			return telemetry.Serve(ctx, telemetry.ServeOptions{Flag: "admin-listen", Addr: o.AdminListen, Token: o.AdminToken,
 				Handler: telemetry.NewHandler(telemetry.HandlerOptions{Gatherer: o.Registerer, Readiness: o.Readiness})})
 		})
 	}
@@ -213,9 +216,9 @@ func lanes(o Options, s seams, m *metrics, js jetstream.JetStream, h *history.Hi
 	if s.grace != 0 {
 		grace = max(s.grace, 0)
 	}
-	base := func(name, table, stream string, subjects ...string) *lane {
+	base := func(name, stream string, into []string, subjects ...string) *lane {
 		l := &lane{
-			name: name, table: table, stream: stream, subjects: subjects,
+			name: name, into: into, stream: stream, subjects: subjects,
 			limits: limits{rows: o.MaxRows, bytes: maxBlockBytes, entries: maxBlockEntries, age: o.MaxAge, stall: maxStall},
 			grace:  grace, js: js, journal: &kvJournal{js: js, key: name}, tables: h,
 			metrics: m, ready: components[name], log: o.Logger,
@@ -226,20 +229,20 @@ func lanes(o Options, s seams, m *metrics, js jetstream.JetStream, h *history.Hi
 		return l
 	}
 
-	all := base("calls", "calls", ledger.Stream)
+	all := base("calls", ledger.Stream, []string{"calls", "usage_hourly", "traffic_minute"})
 	all.gather = newCalls(usage.Micros(o.Horizon.Microseconds()), func(b *history.Block) []part { return wrap(h.Parts(b)) }, m, o.Logger)
 	all.snapshots, all.snapshotEvery = &objectSnapshots{js: js}, o.SnapshotEvery
 
-	control := base("control", "control", ledger.Stream, ledger.AllControl)
+	control := base("control", ledger.Stream, []string{"control"}, ledger.AllControl)
 	control.gather = &pump[history.ControlRow]{lane: "control", read: readControl, metrics: m, log: o.Logger,
 		parts: func(rows []history.ControlRow, s span) []part { return wrap(h.ControlParts(rows, s.from, s.to)) }}
 
-	decisions := base("decisions", "decisions", "KV_"+ledger.DecisionsBucket)
+	decisions := base("decisions", "KV_"+ledger.DecisionsBucket, []string{"decisions"})
 	decisions.gather = &pump[history.DecisionRow]{lane: "decisions", read: readDecision, metrics: m, log: o.Logger,
 		parts: func(rows []history.DecisionRow, s span) []part { return wrap(h.DecisionParts(rows, s.from, s.to)) }}
 	decisions.purgeIsFine = true
 
-	alerts := base("alerts", "alerts", ledger.AlertsStream)
+	alerts := base("alerts", ledger.AlertsStream, []string{"alerts"})
 	alerts.gather = &pump[history.AlertRow]{lane: "alerts", read: readAlert, metrics: m, log: o.Logger,
 		parts: func(rows []history.AlertRow, s span) []part { return wrap(h.AlertParts(rows, s.from, s.to)) }}
 	alerts.purgeIsFine = true

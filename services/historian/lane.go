@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -64,7 +65,7 @@ type ready interface {
 // that is in doubt there is no next boundary.
 type lane struct {
 	name     string
-	table    string // whose identity is the history's
+	into     []string // tables; the first one's identity is the history's
 	stream   string
 	subjects []string
 	limits   limits
@@ -161,23 +162,29 @@ func (l *lane) begin(ctx context.Context) (stands boundary, position uint64, err
 	}
 	info := stream.CachedInfo()
 	l.streamID = strconv.FormatInt(info.Created.UnixNano(), 36)
-	tableID, empty, err := l.tables.TableID(ctx, l.table)
-	if err != nil {
-		return stands, 0, err
+	empty := true
+	for i, table := range l.into {
+		id, none, err := l.tables.TableID(ctx, table)
+		if err != nil {
+			return stands, 0, err
+		}
+		if i == 0 {
+			l.tableID = id
+		}
+		empty = empty && none
 	}
-	l.tableID = tableID
 	stands, found, err := l.journal.load(ctx)
 	switch {
 	case err != nil:
 		return stands, 0, err
 	case !found && !empty:
-		return stands, 0, &fatalError{fmt.Errorf("the table %s has rows, but stream %s knows nothing of them: they are of another ledger; empty the tables to write this one's history, or point to the database that belongs to it", l.table, l.stream)}
+		return stands, 0, &fatalError{fmt.Errorf("%s in ClickHouse have rows, but stream %s knows nothing of them: they are of another ledger; empty them to write this one's history, or point to the database that belongs to it", l.tableNames(), l.stream)}
 	case !found:
 		return boundary{From: 1, Done: true}, 0, nil
 	case stands.Stream != l.streamID:
-		return stands, 0, &fatalError{fmt.Errorf("the history was written from another stream %s than this one: empty the tables and purge bucket %s to write it anew, or bring back the stream", l.stream, ledger.HistorianBucket)}
+		return stands, 0, &fatalError{fmt.Errorf("the history was written from another stream %s than this one: empty %s in ClickHouse and purge bucket %s to write it anew, or bring back the stream", l.stream, l.tableNames(), ledger.HistorianBucket)}
 	case stands.Table != l.tableID && !empty:
-		return stands, 0, &fatalError{fmt.Errorf("the table %s is another one than the history was written to, and it has rows: empty the tables to write the history anew from the ledger", l.table)}
+		return stands, 0, &fatalError{fmt.Errorf("%s in ClickHouse are other tables than the history was written to, and have rows: empty them to write the history anew from the ledger", l.tableNames())}
 	case stands.Table != l.tableID:
 		l.log.Warn().Str("lane", l.name).Uint64("position", stands.To).Msg("the tables were made anew: the history is written again from the beginning of the stream")
 		return boundary{From: 1, Done: true}, 0, nil
@@ -205,6 +212,8 @@ func (l *lane) begin(ctx context.Context) (stands boundary, position uint64, err
 	}
 	return stands, 0, nil
 }
+
+func (l *lane) tableNames() string { return strings.Join(l.into, ", ") }
 
 func (l *lane) readAll(ctx context.Context, from uint64, out chan<- ledger.Message) error {
 	next := from

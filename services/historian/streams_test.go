@@ -140,3 +140,25 @@ func TestNATSMayGoAndComeBack(t *testing.T) {
 	c.agree()
 	eventually(t, "the historian is ready again", 10*time.Second, func() bool { return o.Readiness.Status().Ready })
 }
+
+func TestAnotherLedgersHistoryIsNotMixedIn(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := newClients(w, 11)
+	c.some(3)
+	stop := w.start(w.options(), seams{})
+	c.agree()
+	if err := stop(); err != nil {
+		t.Fatal(err)
+	}
+	// The ledger is lost and made anew; ClickHouse is the same.
+	for name := range w.js.StreamNames(t.Context()).Name() {
+		if err := w.js.DeleteStream(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var fatal *fatalError
+	if err := run(t.Context(), w.options(), seams{}); !errors.As(err, &fatal) {
+		t.Errorf("a historian began to write a second ledger's history into the first one's tables: %v", err)
+	}
+}

@@ -4,6 +4,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/alecthomas/kong"
@@ -17,30 +18,26 @@ import (
 )
 
 type flags struct {
-	NATS struct {
-		URL       string `name:"url" default:"nats://127.0.0.1:4222" env:"TOLLKEEPER_NATS_URL" help:"Address of NATS, or several separated by commas."`
-		Creds     string `env:"TOLLKEEPER_NATS_CREDS" help:"File with JWT and seed, as nsc writes it."`
-		NKey      string `name:"nkey" env:"TOLLKEEPER_NATS_NKEY" help:"File with an nkey seed."`
-		TokenFile string `env:"TOLLKEEPER_NATS_TOKEN_FILE" help:"File with a token."`
-		CAFile    string `name:"ca-file" env:"TOLLKEEPER_NATS_CA_FILE" help:"PEM of the authority that signed the server's certificate."`
-		Shards    uint32 `env:"TOLLKEEPER_NATS_SHARDS" help:"Shards of a ledger that does not exist yet."`
-		Replicas  int    `default:"1" env:"TOLLKEEPER_NATS_REPLICAS" help:"Replicas of streams that do not exist yet."`
-	} `embed:"" prefix:"nats-"`
-	ClickHouse struct {
-		Addr     []string `default:"127.0.0.1:9000" env:"TOLLKEEPER_CLICKHOUSE_ADDR" help:"Native address of ClickHouse; several are names of one server."`
-		Database string   `default:"tollkeeper" env:"TOLLKEEPER_CLICKHOUSE_DATABASE" help:"Database of the history."`
-		User     string   `default:"default" env:"TOLLKEEPER_CLICKHOUSE_USER" help:"User that may create tables in the database."`
-		Password string   `env:"TOLLKEEPER_CLICKHOUSE_PASSWORD" help:"Password; better given by the environment."`
-		TLS      bool     `name:"tls" env:"TOLLKEEPER_CLICKHOUSE_TLS" help:"Encrypt the connection."`
-		CAFile   string   `name:"ca-file" env:"TOLLKEEPER_CLICKHOUSE_CA_FILE" help:"PEM of the authority that signed the server's certificate."`
-	} `embed:"" prefix:"clickhouse-"`
-	Listen        string        `name:"historian-listen" default:"127.0.0.1:8083" env:"TOLLKEEPER_HISTORIAN_LISTEN" help:"Address of /metrics, /healthz and /readyz; empty: none."`
-	Horizon       time.Duration `default:"24h" env:"TOLLKEEPER_DEDUP_HORIZON" help:"How long foreign events are remembered; the same as the aggregator's."`
-	MaxRows       int           `default:"100000" env:"TOLLKEEPER_HISTORIAN_MAX_ROWS" help:"Rows of a block."`
-	MaxAge        time.Duration `default:"500ms" env:"TOLLKEEPER_HISTORIAN_MAX_AGE" help:"How long a call may wait for its block."`
-	SnapshotEvery int           `default:"64" env:"TOLLKEEPER_HISTORIAN_SNAPSHOT_EVERY" help:"Blocks between two snapshots."`
-	LogLevel      string        `default:"info" env:"TOLLKEEPER_LOG_LEVEL" help:"trace, debug, info, warn or error."`
-	LogFormat     string        `default:"auto" env:"TOLLKEEPER_LOG_FORMAT" help:"auto, console or json."`
+	NATSURL       string `name:"nats-url" env:"TOLLKEEPER_NATS_URL" default:"nats://127.0.0.1:4222" help:"Addresses of NATS, separated by commas."`
+	NATSCreds     string `name:"nats-creds" env:"TOLLKEEPER_NATS_CREDS" type:"path" help:"Credentials file of NATS."`
+	NATSNKeySeed  string `name:"nats-nkey-seed" env:"TOLLKEEPER_NATS_NKEY_SEED" type:"path" help:"File with the seed of an nkey."`
+	NATSTokenFile string `name:"nats-token-file" env:"TOLLKEEPER_NATS_TOKEN_FILE" type:"path" help:"File with a token for NATS."`
+	NATSUser      string `name:"nats-user" env:"TOLLKEEPER_NATS_USER" help:"User of NATS."`
+	NATSPassword  string `name:"nats-password" env:"TOLLKEEPER_NATS_PASSWORD" help:"Password of NATS; better in the environment, since flags are seen by others."`
+	NATSCA        string `name:"nats-ca" env:"TOLLKEEPER_NATS_CA" type:"path" help:"PEM file of the authority that signed NATS's certificate."`
+	Shards        uint32 `name:"shards" env:"TOLLKEEPER_SHARDS" help:"Shards of a ledger that does not exist yet; 0 is the default for one machine."`
+	Replicas      int    `name:"replicas" env:"TOLLKEEPER_REPLICAS" default:"1" help:"Replicas of streams that do not exist yet."`
+
+	history.Flags `embed:""`
+
+	AdminListen   string        `name:"admin-listen" env:"TOLLKEEPER_ADMIN_LISTEN" default:"127.0.0.1:8083" help:"Where /metrics, /healthz and /readyz are served; empty: nowhere."`
+	AdminToken    string        `name:"admin-token" env:"TOLLKEEPER_ADMIN_TOKEN" help:"Bearer token of the admin listener; needed when other machines can reach it."`
+	Horizon       time.Duration `name:"foreign-horizon" env:"TOLLKEEPER_FOREIGN_HORIZON" default:"24h" help:"How long events of foreign producers are remembered; the same as the aggregator's."`
+	MaxRows       int           `name:"max-rows" env:"TOLLKEEPER_HISTORIAN_MAX_ROWS" default:"100000" help:"Rows of a block."`
+	MaxAge        time.Duration `name:"max-age" env:"TOLLKEEPER_HISTORIAN_MAX_AGE" default:"500ms" help:"How long a call may wait for its block."`
+	SnapshotEvery int           `name:"snapshot-every" env:"TOLLKEEPER_HISTORIAN_SNAPSHOT_EVERY" default:"64" help:"Blocks between two snapshots of what has been seen."`
+	LogLevel      string        `name:"log-level" env:"TOLLKEEPER_LOG_LEVEL" default:"info" help:"trace, debug, info, warn or error."`
+	LogFormat     string        `name:"log-format" env:"TOLLKEEPER_LOG_FORMAT" default:"auto" help:"auto, console or json."`
 }
 
 func main() {
@@ -50,15 +47,13 @@ func main() {
 }
 
 func start(ctx context.Context, f *flags) error {
-	log, err := telemetry.NewLogger(telemetry.LogOptions{Level: f.LogLevel, Format: f.LogFormat, Service: "historian"})
+	log, err := telemetry.NewLogger(telemetry.LogOptions{Out: os.Stderr, Level: f.LogLevel, Format: f.LogFormat, Service: "historian"})
 	if err != nil {
 		return err
 	}
-	ch := history.Options{Addrs: f.ClickHouse.Addr, Database: f.ClickHouse.Database, User: f.ClickHouse.User, Password: f.ClickHouse.Password}
-	if f.ClickHouse.TLS || f.ClickHouse.CAFile != "" {
-		if ch.TLS, err = history.LoadTLS(f.ClickHouse.CAFile); err != nil {
-			return err
-		}
+	clickhouse, err := f.Flags.Options(log)
+	if err != nil {
+		return err
 	}
 	readiness := telemetry.NewReadiness()
 	registry := telemetry.NewRegistry()
@@ -67,18 +62,11 @@ func start(ctx context.Context, f *flags) error {
 	}
 	return historian.Run(ctx, historian.Options{
 		NATS: natsconn.Options{
-			URL: f.NATS.URL, CredsFile: f.NATS.Creds, NKeySeedFile: f.NATS.NKey, TokenFile: f.NATS.TokenFile, CAFile: f.NATS.CAFile,
-			Logger: log,
+			URL: f.NATSURL, CredsFile: f.NATSCreds, NKeySeedFile: f.NATSNKeySeed, TokenFile: f.NATSTokenFile,
+			User: f.NATSUser, Password: f.NATSPassword, CAFile: f.NATSCA, Name: "tollkeeper-historian", Logger: log,
 		},
-		ClickHouse:    ch,
-		Provision:     ledger.ProvisionOptions{Shards: f.NATS.Shards, Replicas: f.NATS.Replicas},
-		Logger:        log,
-		Registerer:    registry,
-		AdminListen:   f.Listen,
-		Readiness:     readiness,
-		Horizon:       f.Horizon,
-		MaxRows:       f.MaxRows,
-		MaxAge:        f.MaxAge,
-		SnapshotEvery: f.SnapshotEvery,
+		ClickHouse: clickhouse, Provision: ledger.ProvisionOptions{Shards: f.Shards, Replicas: f.Replicas}, Logger: log, Registerer: registry,
+		AdminListen: f.AdminListen, AdminToken: f.AdminToken, Readiness: readiness,
+		Horizon: f.Horizon, MaxRows: f.MaxRows, MaxAge: f.MaxAge, SnapshotEvery: f.SnapshotEvery,
 	})
 }
