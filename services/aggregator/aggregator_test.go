@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"testing"
 	"time"
 
@@ -23,11 +24,12 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func leakFree(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // world is a real NATS server with a ledger, and a gateway's pen to write it.
 type world struct {
 	t      testing.TB
+	o      embednats.Options
 	server *embednats.Server
 	nc     *nats.Conn
 	js     jetstream.JetStream
@@ -37,17 +39,14 @@ type world struct {
 
 func newWorld(t testing.TB, shards uint32, sync time.Duration) *world {
 	t.Helper()
-	server, err := embednats.Start(t.Context(), embednats.Options{StoreDir: t.TempDir(), Logger: zerolog.Nop(), Sync: sync, MaxFile: 200 << 30})
+	o := embednats.Options{StoreDir: t.TempDir(), Logger: zerolog.Nop(), Sync: sync, MaxFile: 200 << 30}
+	server, err := embednats.Start(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		defer cancel()
-		if err := server.Stop(ctx); err != nil {
-			t.Error(err)
-		}
-	})
+	w := &world{t: t, o: o, server: server, shards: shards, number: map[ksuid.KSUID]map[uint32]uint64{}}
+	w.o.Port = server.Addr().(*net.TCPAddr).Port
+	t.Cleanup(w.stopServer)
 	nc, err := natsconn.Connect(t.Context(), natsconn.Options{URL: server.ClientURL(), Logger: zerolog.Nop()})
 	if err != nil {
 		t.Fatal(err)
@@ -60,7 +59,27 @@ func newWorld(t testing.TB, shards uint32, sync time.Duration) *world {
 	if _, err := ledger.Provision(t.Context(), js, ledger.ProvisionOptions{Shards: shards}); err != nil {
 		t.Fatal(err)
 	}
-	return &world{t: t, server: server, nc: nc, js: js, shards: shards, number: map[ksuid.KSUID]map[uint32]uint64{}}
+	w.nc, w.js = nc, js
+	return w
+}
+
+func (w *world) stopServer() {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := w.server.Stop(ctx); err != nil {
+		w.t.Error(err)
+	}
+}
+
+// restartServer stops NATS and starts it again at the same address.
+func (w *world) restartServer() {
+	w.t.Helper()
+	w.stopServer()
+	server, err := embednats.Start(w.t.Context(), w.o)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.server = server
 }
 
 // running is an aggregator that can be stopped and killed.

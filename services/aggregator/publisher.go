@@ -131,10 +131,14 @@ func (p *publisher) next() *batch {
 	}
 	n := min(len(p.queue), ledger.MaxBatch-1)
 	next := p.last
-	next.sequence, next.partly, next.count = p.applied, 0, 0
+	next.sequence = p.applied
+	if p.applied >= p.last.partly {
+		// Else a replay has yet to come to that entry.
+		next.partly, next.count = 0, 0
+	}
 	if n < len(p.queue) {
 		cut := p.queue[n].Revision
-		next.sequence = cut - 1
+		next.sequence, next.partly, next.count = cut-1, 0, 0
 		for i := n; i > 0 && p.queue[i-1].Revision == cut; i-- {
 			next.count++
 		}
@@ -185,9 +189,9 @@ func (p *publisher) acked(revision uint64) (obsolete string) {
 	}
 	if b.next.snapshot != p.last.snapshot {
 		obsolete = p.last.snapshot
-		if p.snapshot == b.next.snapshot {
-			p.snapshot = ""
-		}
+	}
+	if b.next.snapshot == p.snapshot {
+		p.snapshot = ""
 	}
 	p.last = b.next
 	return obsolete
