@@ -55,29 +55,61 @@ func (b *Builder) Add(c *usage.Call) {
 		b.bytes = frameOverhead
 	}
 	size := b.ints[intTime].add(i, int64(c.Time))
-	// What is 0 has a value too; a column of nothing but zeros is left out.
-	size += b.ints[intStatus].add(i, int64(c.Status))
-	size += b.ints[intDuration].add(i, c.Duration)
-	size += b.ints[intFlags].add(i, int64(c.Flags))
-	size += b.ints[intTraceFlags].add(i, int64(c.TraceFlags))
+	// Most calls leave most of the columns empty: that must cost nothing.
+	if v := int64(c.Status); v != 0 || b.ints[intStatus].begun() {
+		size += b.ints[intStatus].addZeroed(i, v)
+	}
+	if v := c.Duration; v != 0 || b.ints[intDuration].begun() {
+		size += b.ints[intDuration].addZeroed(i, v)
+	}
+	if v := int64(c.Flags); v != 0 || b.ints[intFlags].begun() {
+		size += b.ints[intFlags].addZeroed(i, v)
+	}
+	if v := int64(c.TraceFlags); v != 0 || b.ints[intTraceFlags].begun() {
+		size += b.ints[intTraceFlags].addZeroed(i, v)
+	}
 	for m := range usage.BuiltIn(usage.NumBuiltIn) {
 		if v, ok := c.Quantities.BuiltIn(m); ok {
 			size += b.ints[intMeter0+int(m)].add(i, v)
 		}
 	}
 	size += b.strs[strAccount].add(i, c.Account)
-	size += b.strs[strKeyID].add(i, c.KeyID)
-	size += b.strs[strRequestID].add(i, c.RequestID)
-	size += b.strs[strMethod].add(i, c.Method)
-	size += b.strs[strRoute].add(i, c.Route)
-	size += b.strs[strModel].add(i, c.Model)
-	size += b.strs[strCode].add(i, string(c.Code))
-	size += b.strs[strDecisionID].add(i, c.DecisionID)
-	size += b.strs[strSource].add(i, c.Source)
-	size += b.strs[strEventID].add(i, c.EventID)
-	size += b.strs[strPriceVersion].add(i, c.PriceVersion)
-	size += b.strs[strCurrency].add(i, c.Currency)
-	size += b.strs[strRegion].add(i, c.Region)
+	if c.KeyID != "" || b.strs[strKeyID].begun() {
+		size += b.strs[strKeyID].add(i, c.KeyID)
+	}
+	if c.RequestID != "" || b.strs[strRequestID].begun() {
+		size += b.strs[strRequestID].add(i, c.RequestID)
+	}
+	if c.Method != "" || b.strs[strMethod].begun() {
+		size += b.strs[strMethod].add(i, c.Method)
+	}
+	if c.Route != "" || b.strs[strRoute].begun() {
+		size += b.strs[strRoute].add(i, c.Route)
+	}
+	if c.Model != "" || b.strs[strModel].begun() {
+		size += b.strs[strModel].add(i, c.Model)
+	}
+	if c.Code != "" || b.strs[strCode].begun() {
+		size += b.strs[strCode].add(i, string(c.Code))
+	}
+	if c.DecisionID != "" || b.strs[strDecisionID].begun() {
+		size += b.strs[strDecisionID].add(i, c.DecisionID)
+	}
+	if c.Source != "" || b.strs[strSource].begun() {
+		size += b.strs[strSource].add(i, c.Source)
+	}
+	if c.EventID != "" || b.strs[strEventID].begun() {
+		size += b.strs[strEventID].add(i, c.EventID)
+	}
+	if c.PriceVersion != "" || b.strs[strPriceVersion].begun() {
+		size += b.strs[strPriceVersion].add(i, c.PriceVersion)
+	}
+	if c.Currency != "" || b.strs[strCurrency].begun() {
+		size += b.strs[strCurrency].add(i, c.Currency)
+	}
+	if c.Region != "" || b.strs[strRegion].begun() {
+		size += b.strs[strRegion].add(i, c.Region)
+	}
 	if c.TraceID != ([16]byte{}) {
 		size += b.trace.add(i, c.TraceID[:])
 	}
@@ -126,10 +158,7 @@ func (b *Builder) Seal(h Header) []byte {
 	out = appendString(out, h.Gateway)
 	out = binary.AppendUvarint(out, uint64(b.n))
 	for p := range b.ints {
-		// An absent meter is unknown, every other absent integer is 0.
-		if c := &b.ints[p]; p >= intMeter0 || c.min != 0 || c.max != 0 {
-			out = c.appendBlock(out, intColumnID(p), "", b.n)
-		}
+		out = b.ints[p].appendBlock(out, intColumnID(p), "", b.n)
 		b.ints[p].reset()
 	}
 	for p := range b.strs {
@@ -230,6 +259,16 @@ func (c *intColumn) add(row int, v int64) (size int) {
 	return size + c.width
 }
 
+func (c *intColumn) begun() bool { return len(c.values) > 0 }
+
+// addZeroed is add for a column in which a row without a value has 0.
+func (c *intColumn) addZeroed(row int, v int64) (size int) {
+	for k := len(c.values); k < row; k++ {
+		size += c.add(k, 0)
+	}
+	return size + c.add(row, v)
+}
+
 func (c *intColumn) reset() {
 	c.values, c.min, c.max, c.width, c.present.sparse = c.values[:0], 0, 0, 0, false
 }
@@ -319,6 +358,7 @@ type strColumn struct {
 // linearDict is up to how many entries a dictionary is searched one by one.
 const linearDict = 8
 
+// add is for a column that has begun, or a text that is not empty.
 func (c *strColumn) add(row int, s string) (size int) {
 	if len(c.dict) == 0 {
 		if s == "" {
@@ -326,7 +366,7 @@ func (c *strColumn) add(row int, s string) (size int) {
 		}
 		// The rows so far were empty.
 		if row > 0 {
-			size += c.enter("")
+			size += c.enter("", 0)
 			for range row {
 				c.index = append(c.index, 0)
 			}
@@ -336,10 +376,10 @@ func (c *strColumn) add(row int, s string) (size int) {
 		return c.indexWidth()
 	}
 	before := c.indexWidth()
-	id, known := c.find(s)
+	id, hash, known := c.find(s)
 	if !known {
 		id = uint16(len(c.dict))
-		size += c.enter(s)
+		size += c.enter(s, hash)
 	}
 	w := c.indexWidth()
 	size += len(c.index)*(w-before) + w
@@ -347,6 +387,8 @@ func (c *strColumn) add(row int, s string) (size int) {
 	c.last = id
 	return size
 }
+
+func (c *strColumn) begun() bool { return len(c.dict) > 0 }
 
 func (c *strColumn) indexWidth() int {
 	switch n := len(c.dict); {
@@ -358,36 +400,38 @@ func (c *strColumn) indexWidth() int {
 	return 2
 }
 
-func (c *strColumn) find(s string) (uint16, bool) {
+// find looks for a text; hash is for enter.
+func (c *strColumn) find(s string) (id uint16, hash uint64, known bool) {
 	if len(c.dict) < linearDict {
 		for i, d := range c.dict {
 			if d == s {
-				return uint16(i), true
+				return uint16(i), 0, true
 			}
 		}
-		return 0, false
+		return 0, 0, false
 	}
 	if !c.hashed {
 		// The table of the frame before is about as long as is needed.
 		c.build(max(64, len(c.table)))
 	}
+	hash = maphash.String(c.seed, s)
 	mask := len(c.table) - 1
-	for i := int(maphash.String(c.seed, s)) & mask; c.table[i] != 0; i = (i + 1) & mask {
+	for i := int(hash) & mask; c.table[i] != 0; i = (i + 1) & mask {
 		if c.dict[c.table[i]-1] == s {
-			return c.table[i] - 1, true
+			return c.table[i] - 1, hash, true
 		}
 	}
-	return 0, false
+	return 0, hash, false
 }
 
-// enter appends an entry that is not in the dictionary and returns its size.
-func (c *strColumn) enter(s string) int {
+// enter appends an entry that find has not found and returns its size.
+func (c *strColumn) enter(s string, hash uint64) int {
 	c.dict = append(c.dict, s)
 	if c.hashed {
 		if 2*len(c.dict) > len(c.table) {
 			c.build(2 * len(c.table))
 		} else {
-			c.place(len(c.dict) - 1)
+			c.place(len(c.dict)-1, hash)
 		}
 	}
 	n := uvarintLen(uint64(len(s))) + len(s)
@@ -407,14 +451,14 @@ func (c *strColumn) build(size int) {
 		clear(c.table)
 	}
 	c.hashed = true
-	for i := range c.dict {
-		c.place(i)
+	for i, d := range c.dict {
+		c.place(i, maphash.String(c.seed, d))
 	}
 }
 
-func (c *strColumn) place(id int) {
+func (c *strColumn) place(id int, hash uint64) {
 	mask := len(c.table) - 1
-	i := int(maphash.String(c.seed, c.dict[id])) & mask
+	i := int(hash) & mask
 	for c.table[i] != 0 {
 		i = (i + 1) & mask
 	}
