@@ -348,6 +348,9 @@ func (d *disk) drainJob() *job {
 		d.drain = nil
 		return d.drainJob()
 	case damaged:
+		if !src.empty() {
+			return nil // what was read is still being sent
+		}
 		d.s.b.o.Logger.Error().Stringer("producer", src.log.Identity().Producer).Msg("the spool of an earlier producer can't be read or deleted: it is left for the next start")
 		d.drain = nil
 		return d.drainJob()
@@ -431,7 +434,7 @@ func (d *disk) appended(j *job) {
 
 func (d *disk) failed(err error) {
 	now := d.s.b.o.Now()
-	d.retryAt = usage.At(now) + pauseAfterError
+	d.retryAt = d.s.b.now() + pauseAfterError
 	d.s.b.spoolFails.Store(true)
 	what := "the spool fails: " + err.Error()
 	if errors.Is(err, spool.ErrFull) {

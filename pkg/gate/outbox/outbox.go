@@ -113,8 +113,9 @@ type Outbox struct {
 	producer ksuid.KSUID
 	budget   budget
 	gathers  []gather
-	chunks   sync.Pool    // of *chunk, empty
-	coarse   atomic.Int64 // microseconds, a recent reading of the clock
+	chunks   sync.Pool // of *chunk, empty
+	start    time.Time
+	coarse   atomic.Int64 // microseconds, a recent reading of the wall clock
 	ready    chan uint32  // shards whose gathered calls the sender should take; each at most once
 	s        *sender
 	metrics  *metrics
@@ -191,10 +192,10 @@ func Open(o Options) (*Outbox, error) {
 	}
 	b := &Outbox{
 		o: o, producer: producer, gathers: make([]gather, o.Shards), ready: make(chan uint32, o.Shards),
-		stop: make(chan struct{}), turn: make(chan struct{}, 1),
+		start: o.Now(), stop: make(chan struct{}), turn: make(chan struct{}, 1),
 	}
 	b.budget.limit = o.MemoryBytes - o.MemoryBytes/4
-	b.coarse.Store(o.Now().UnixMicro())
+	b.coarse.Store(b.start.UnixMicro())
 	b.turn <- struct{}{}
 	if b.s, err = newSender(b); err != nil {
 		return nil, err
@@ -261,7 +262,8 @@ func (o *Outbox) Add(ctx context.Context, shard uint32, c *usage.Call) error {
 	}
 	now := usage.Micros(o.coarse.Load())
 	if c.Time > now+usage.Micros(time.Minute.Microseconds()) {
-		now = o.now() // the coarse clock may have slept
+		o.now() // the coarse clock may have slept
+		now = usage.Micros(o.coarse.Load())
 	}
 	if err := c.Validate(now); err != nil {
 		o.invalid.Add(1)
@@ -384,10 +386,12 @@ func (o *Outbox) shardOf(g *gather) uint32 {
 	panic("outbox: a gather that is not ours")
 }
 
+// now is the time since Open, added to the wall clock then: unlike that it never
+// steps back, so that no pause lasts for an hour.
 func (o *Outbox) now() usage.Micros {
-	now := o.o.Now().UnixMicro()
-	o.coarse.Store(now)
-	return usage.Micros(now)
+	now := o.o.Now()
+	o.coarse.Store(now.UnixMicro())
+	return usage.At(o.start) + usage.Micros(now.Sub(o.start).Microseconds())
 }
 
 // Flush waits until every call that was added before is acknowledged by the

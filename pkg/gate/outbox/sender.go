@@ -26,22 +26,17 @@ import (
 // publishes, hears the acknowledgements and decides what goes to disk. Its
 // methods are called by whoever holds Outbox.turn, unless they say otherwise.
 type sender struct {
-	b      *Outbox
-	nc     *nats.Conn
-	sub    *nats.Subscription
-	prefix string
-	acks   chan *nats.Msg
-	status chan nats.Status
-	slots  []*slot // of this producer, by shard
+	b     *Outbox
+	wire  *wire
+	slots []*slot // of this producer, by shard
+	disk  *disk   // nil: there is no spool
 
-	disk *disk // nil: there is no spool
-
-	pressed    chan struct{}
-	connected  bool
-	reconnects uint64
-	trouble    trouble
-	fullness   trouble
-	frame      ledger.Frame
+	pressed   chan struct{}
+	connected bool
+	skew      usage.Micros // of the wall clock against ours
+	trouble   trouble
+	fullness  trouble
+	frame     ledger.Frame
 
 	mu    sync.Mutex // of stats
 	stats counts
@@ -57,14 +52,8 @@ type slot struct {
 	budget *budget
 }
 
-// ackBuffer is far more than the frames in flight, which are one a lane; what
-// does not fit is sent again.
-const ackBuffer = 8192
-
 func newSender(b *Outbox) (*sender, error) {
-	s := &sender{b: b, nc: b.o.NATS, acks: make(chan *nats.Msg, ackBuffer), pressed: make(chan struct{}, 1)}
-	s.trouble.log = b.o.Logger
-	s.fullness = trouble{log: b.o.Logger, hold: steady}
+	s := &sender{b: b, pressed: make(chan struct{}, 1), trouble: trouble{log: b.o.Logger}, fullness: trouble{log: b.o.Logger, hold: steady}}
 	for shard := range b.o.Shards {
 		s.slots = append(s.slots, &slot{id: uint64(shard), lane: lane.New(b.producer, shard, b.o.Gateway), g: &b.gathers[shard], budget: &b.budget})
 	}
@@ -77,23 +66,15 @@ func newSender(b *Outbox) (*sender, error) {
 			sl.src = s.disk.own
 		}
 	}
-	inbox := s.nc.NewInbox()
-	s.prefix = inbox + "."
-	if s.sub, err = s.nc.ChanSubscribe(inbox+".*.*", s.acks); err != nil {
-		err = fmt.Errorf("open outbox: subscribe to acknowledgements: %w", err)
-		return nil, errors.Join(err, s.disk.release())
+	if s.wire, err = newWire(b.o.NATS); err != nil {
+		return nil, errors.Join(fmt.Errorf("open outbox: %w", err), s.disk.release())
 	}
-	s.status = s.nc.StatusChanged()
 	return s, nil
 }
 
 func (s *sender) release() error {
-	s.nc.RemoveStatusListener(s.status)
-	err := s.sub.Unsubscribe()
-	if errors.Is(err, nats.ErrConnectionClosed) {
-		err = nil
-	}
-	if err = errors.Join(err, s.disk.release()); err != nil {
+	s.wire.close()
+	if err := s.disk.release(); err != nil {
 		return fmt.Errorf("close outbox: %w", err)
 	}
 	return nil
@@ -133,13 +114,12 @@ func (s *sender) loop(ctx context.Context, finished func() bool) {
 		case shard := <-s.b.ready:
 			s.take(s.slots[shard])
 			s.pump(s.slots[shard])
-		case m := <-s.acks:
+		case m := <-s.wire.acks:
 			s.reply(m)
-		case _, ok := <-s.status:
-			if !ok {
-				s.status = nil
-			}
-			s.checkConnection()
+		case f := <-s.wire.failed:
+			s.notSent(f)
+		case c := <-s.wire.state:
+			s.connection(c.connected)
 		case j := <-results:
 			s.disk.handle(j)
 		case <-s.pressed:
@@ -235,23 +215,22 @@ func (s *sender) settle(sl *slot) {
 }
 
 func (s *sender) publish(sl *slot, f *lane.Frame) {
-	var m *nats.Msg
-	if f.Closing {
-		m = &nats.Msg{Subject: ledger.ControlSubject(sl.lane.Shard()), Header: nats.Header{ledger.CodecHeader: {ledger.CodecControl}}, Data: f.Data}
-	} else {
-		m = ledger.FrameMessage(sl.lane.Shard(), f.Data)
-	}
-	m.Reply = s.prefix + strconv.FormatUint(sl.id, 10) + "." + strconv.FormatUint(f.Number, 10)
 	if f.Sends > 1 {
 		s.count(func(c *counts) { c.resent++ })
 	}
-	err := s.nc.PublishMsg(m)
-	switch {
-	case err == nil:
-	case errors.Is(err, nats.ErrMaxPayload):
-		s.reject(sl, f.Number, err)
-	default:
+	if err := s.wire.send(message(sl.lane.Shard(), f.Closing, f.Data), sl.id, f.Number); err != nil {
 		s.failed(sl, f.Number, err)
+	}
+}
+
+// notSent handles a message that did not leave.
+func (s *sender) notSent(f failure) {
+	switch sl := s.slot(f.slot); {
+	case sl == nil:
+	case errors.Is(f.err, nats.ErrMaxPayload):
+		s.reject(sl, f.number, f.err)
+	default:
+		s.failed(sl, f.number, f.err)
 	}
 }
 
@@ -267,7 +246,7 @@ const errCodeTooLarge = 10054
 
 // reply handles an acknowledgement or a refusal.
 func (s *sender) reply(m *nats.Msg) {
-	id, number, ok := strings.Cut(strings.TrimPrefix(m.Subject, s.prefix), ".")
+	id, number, ok := strings.Cut(strings.TrimPrefix(m.Subject, s.wire.prefix), ".")
 	i, err1 := strconv.ParseUint(id, 10, 64)
 	n, err2 := strconv.ParseUint(number, 10, 64)
 	sl := s.slot(i)
@@ -406,11 +385,15 @@ func (s *sender) reject(sl *slot, number uint64, err error) {
 	s.done(sl, f)
 }
 
-// tick does what time brings: lost acknowledgements, retries, changes of the
-// connection that nobody told.
+// tick does what time brings: lost acknowledgements, retries.
 func (s *sender) tick() {
-	s.checkConnection()
 	now := s.b.now()
+	if skew := usage.Micros(s.b.coarse.Load()) - now; skew != s.skew {
+		s.skew = skew
+		for _, sl := range s.slots {
+			sl.lane.Skew(skew)
+		}
+	}
 	timeout := usage.Micros(s.b.o.AckTimeout.Microseconds())
 	inflight, oldest := int64(0), usage.Micros(0)
 	s.everySlot(func(sl *slot) {
@@ -445,15 +428,11 @@ func (s *sender) tick() {
 	}
 }
 
-// checkConnection looks whether the connection broke or came back. What was on
-// its way when it broke is sent again at once when it is back: its
+// connection takes note that the connection broke or came back, or both. What
+// was on its way then is sent again at once when it is back: its
 // acknowledgement may have been lost with it.
-func (s *sender) checkConnection() {
-	connected, reconnects := s.nc.IsConnected(), s.nc.Stats().Reconnects
-	if connected == s.connected && reconnects == s.reconnects {
-		return
-	}
-	s.connected, s.reconnects = connected, reconnects
+func (s *sender) connection(connected bool) {
+	s.connected = connected
 	if !connected {
 		s.healthy(false)
 		s.trouble.is(s.b.o.Now(), "NATS is away: calls gather in memory and in the spool, if there is one")

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -60,7 +61,7 @@ func (r *rig) start() {
 		r.t.Fatal(err)
 	}
 	r.s = s
-	r.port = port(s)
+	r.port = s.Addr().(*net.TCPAddr).Port
 	r.t.Cleanup(r.stop)
 }
 

@@ -98,6 +98,7 @@ type Lane struct {
 	earlier bool
 
 	builder ledger.Builder
+	skew    usage.Micros
 	charge  int64
 	totals  Totals
 	first   usage.Micros
@@ -131,6 +132,10 @@ func Earlier(producer ksuid.KSUID, shard uint32) *Lane {
 // Shard returns the lane's shard.
 func (l *Lane) Shard() uint32 { return l.shard }
 
+// Skew says what the wall clock is ahead of the time that the lane is told; only
+// the frames' sealing time is by the wall clock.
+func (l *Lane) Skew(ahead usage.Micros) { l.skew = ahead }
+
 // Add gathers a call that takes charge bytes, which must bound its share of a
 // frame from above (see Charge). It returns the bytes that are free again
 // because the frame before was full and has been sealed.
@@ -157,7 +162,7 @@ func (l *Lane) Seal(now usage.Micros) (freed int64) {
 	}
 	l.sealed++
 	f := &Frame{Number: l.sealed, Calls: uint32(n), LastCall: l.calls, Totals: l.totals, At: l.first}
-	f.Data = l.builder.Seal(ledger.Header{Producer: l.producer, Shard: l.shard, Number: l.sealed, Gateway: l.gateway, SealedAt: now})
+	f.Data = l.builder.Seal(ledger.Header{Producer: l.producer, Shard: l.shard, Number: l.sealed, Gateway: l.gateway, SealedAt: now + l.skew})
 	freed = l.charge - int64(len(f.Data))
 	l.charge, l.totals = 0, Totals{}
 	if l.hole > 0 {
@@ -327,8 +332,11 @@ func (l *Lane) Evict(keep int) (freed int64, first Position) {
 		return 0, first
 	}
 	keep = max(keep, 1) // the first may be on its way
-	for keep < len(l.queue) && l.queue[keep].Loaded {
-		keep++
+	for i := len(l.queue) - 1; i >= keep; i-- {
+		if l.queue[i].Loaded {
+			keep = i + 1
+			break
+		}
 	}
 	k := keep
 	for k < len(l.queue) && l.queue[k].Position != (Position{}) {
