@@ -86,16 +86,32 @@ func Replay(ctx context.Context, o ReplayOptions) (*replay.Report, error) {
 	if r.js, err = jetstream.New(nc); err != nil {
 		return nil, fmt.Errorf("jetstream: %w", err)
 	}
-	g, err := ledger.ReadGeometry(ctx, r.js)
-	if err != nil {
-		return nil, fmt.Errorf("is a Tollkeeper running there? %w", err)
+	if err := r.awaitLedger(ctx); err != nil {
+		return nil, err
 	}
-	r.shards = g.Shards
 	if r.history, err = history.Open(ctx, o.ClickHouse); err != nil {
 		return nil, err
 	}
 	report, err := r.run(ctx)
 	return report, errors.Join(err, r.history.Close())
+}
+
+// awaitLedger waits for a ledger to exist: a Tollkeeper may just be starting.
+func (r *replayRun) awaitLedger(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	for {
+		g, err := ledger.ReadGeometry(ctx, r.js)
+		if err == nil {
+			r.shards = g.Shards
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("there is no ledger: is a Tollkeeper running there? %w", err)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 }
 
 // replayRun is the state of one replay.
@@ -181,7 +197,7 @@ func (r *replayRun) open(ctx context.Context) error {
 		if k := r.key(row); !keys[k] {
 			keys[k] = true
 			a := &extra.Accounts[index[row.Account]]
-			a.Keys = append(a.Keys, plans.Key{ID: fmt.Sprintf("%s-%d", r.id, len(a.Keys)+1), SHA256: plans.HashKey(k)})
+			a.Keys = append(a.Keys, plans.Key{ID: fmt.Sprintf("%s-%d", r.id, len(keys)), SHA256: plans.HashKey(k)})
 		}
 	}
 	applier := &plans.Applier{JS: r.js, NC: r.nc}

@@ -14,13 +14,14 @@ import (
 
 	"github.com/rs/zerolog"
 
+	"github.com/tollkeeper/tollkeeper/services/internal/embedclickhouse"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/replay"
 )
 
 // addressFile of the data directory says where a Tollkeeper that runs there can
-// be reached. It holds the password of ClickHouse's service user and is private.
+// be reached. It holds no secret.
 const addressFile = "running.json"
 
 // writeAddresses notes the addresses of a running Tollkeeper.
@@ -68,6 +69,11 @@ func Running(dataDir string) (Addresses, bool, error) {
 			return a, false, fmt.Errorf("probe %s: %w", addr, err)
 		}
 	}
+	credentials, err := embedclickhouse.ReadCredentials(filepath.Join(dataDir, "clickhouse"))
+	if err != nil {
+		return a, false, err
+	}
+	a.ClickHouseOptions = engineHistory(a.ClickHouse, credentials)
 	return a, true, nil
 }
 

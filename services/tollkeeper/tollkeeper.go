@@ -73,7 +73,7 @@ type Addresses struct {
 	ClickHouse, ClickHouseHTTP string
 	API, Gateway, GatewayAdmin string
 	// ClickHouseOptions connect as the services do.
-	ClickHouseOptions history.Options
+	ClickHouseOptions history.Options `json:"-"`
 }
 
 // stack is what the components of a Run share.
@@ -175,13 +175,13 @@ func (s *stack) startClickHouse(ctx context.Context) error {
 	}
 	ready.OK()
 	s.addr.ClickHouse, s.addr.ClickHouseHTTP = s.engine.Addr(), s.engine.HTTPAddr()
-	s.addr.ClickHouseOptions = EngineHistory(s.engine)
+	s.addr.ClickHouseOptions = engineHistory(s.engine.Addr(), s.engine.Credentials())
 	return nil
 }
 
-// EngineHistory returns how services connect to an embedded ClickHouse.
-func EngineHistory(s *embedclickhouse.Server) history.Options {
-	return history.Options{Addrs: []string{s.Addr()}, Database: embedclickhouse.Database, User: embedclickhouse.ServiceUser, Password: s.Credentials().ServicePassword}
+// engineHistory returns how services connect to an embedded ClickHouse.
+func engineHistory(addr string, c embedclickhouse.Credentials) history.Options {
+	return history.Options{Addrs: []string{addr}, Database: embedclickhouse.Database, User: embedclickhouse.ServiceUser, Password: c.ServicePassword}
 }
 
 func (s *stack) aggregator(ctx context.Context, ready func()) error {

@@ -3,7 +3,9 @@
 package config
 
 import (
+	"fmt"
 	"os"
+	"strings"
 
 	"github.com/rs/zerolog"
 
@@ -38,6 +40,36 @@ type NATS struct {
 // Options returns how to connect.
 func (n NATS) Options(name string, log zerolog.Logger) natsconn.Options {
 	return n.NATSCredentials.Options(n.NATSURL, name, log)
+}
+
+// Admin is a listener for machines and operators. Its default is the variable
+// admin_listen of the kong parser.
+type Admin struct {
+	AdminListen    string `name:"admin-listen" env:"TOLLKEEPER_ADMIN_LISTEN" default:"${admin_listen}" help:"Where /metrics, /healthz and /readyz are served; empty: nowhere."`
+	AdminToken     string `name:"admin-token" env:"TOLLKEEPER_ADMIN_TOKEN" help:"Bearer token of the admin listener; needed when other machines can reach it. Better in the environment or a file, since flags are seen by others."`
+	AdminTokenFile string `name:"admin-token-file" env:"TOLLKEEPER_ADMIN_TOKEN_FILE" type:"path" help:"File with that token."`
+}
+
+// Token returns the token, empty when there is none.
+func (a Admin) Token() (string, error) {
+	if a.AdminTokenFile == "" {
+		return a.AdminToken, nil
+	}
+	b, err := os.ReadFile(a.AdminTokenFile)
+	if err != nil {
+		return "", fmt.Errorf("admin token: %w", err)
+	}
+	token := strings.TrimSpace(string(b))
+	if token == "" {
+		return "", fmt.Errorf("the admin token file %s is empty", a.AdminTokenFile)
+	}
+	return token, nil
+}
+
+// Streams says how streams are made that do not exist yet.
+type Streams struct {
+	Shards   uint32 `name:"shards" env:"TOLLKEEPER_SHARDS" help:"Shards of a ledger that does not exist yet; 0 is the default for one machine."`
+	Replicas int    `name:"replicas" env:"TOLLKEEPER_REPLICAS" default:"1" help:"Replicas of streams that do not exist yet."`
 }
 
 // Log says what is logged, and how.

@@ -76,6 +76,20 @@ func resolveCredentials(dataDir string, given Credentials) (Credentials, error) 
 	return kept, nil
 }
 
+// ReadCredentials returns the passwords of the engine that keeps its data in
+// dataDir, for other programs of the same user on this machine.
+func ReadCredentials(dataDir string) (Credentials, error) {
+	raw, err := os.ReadFile(filepath.Join(dataDir, credentialsName))
+	if err != nil {
+		return Credentials{}, fmt.Errorf("no engine has kept passwords in %s: %w", dataDir, err)
+	}
+	var kept Credentials
+	if err := json.Unmarshal(raw, &kept); err != nil {
+		return Credentials{}, fmt.Errorf("%s is damaged: %w", filepath.Join(dataDir, credentialsName), err)
+	}
+	return kept, nil
+}
+
 func newPassword() string {
 	var secret [24]byte
 	// crypto/rand.Read never fails: it ends the process when the kernel has no randomness.

@@ -7,24 +7,20 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/alecthomas/kong"
 
 	"github.com/tollkeeper/tollkeeper/pkg/alert"
 	"github.com/tollkeeper/tollkeeper/services/alerter"
-	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/config"
 	"github.com/tollkeeper/tollkeeper/services/internal/run"
-	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 
 type flags struct {
-	NatsURL       string `name:"nats-url" env:"TOLLKEEPER_NATS_URL" default:"nats://127.0.0.1:4222" help:"Address of NATS; several, separated by commas."`
-	NatsCreds     string `name:"nats-creds" env:"TOLLKEEPER_NATS_CREDS" help:"File with JWT and seed."`
-	NatsNkey      string `name:"nats-nkey" env:"TOLLKEEPER_NATS_NKEY" help:"File with an nkey's seed."`
-	NatsTokenFile string `name:"nats-token-file" env:"TOLLKEEPER_NATS_TOKEN_FILE" help:"File with a token."`
-	NatsCA        string `name:"nats-ca" env:"TOLLKEEPER_NATS_CA" help:"PEM file of the authority that signed the server's certificate."`
+	config.NATS  `embed:""`
+	config.Admin `embed:""`
+	config.Log   `embed:""`
 
 	Alertmanager      []string          `name:"alertmanager" env:"TOLLKEEPER_ALERTMANAGER" sep:"," help:"Base URL of an Alertmanager, such as http://127.0.0.1:9093; every member of a cluster."`
 	Webhook           map[string]string `name:"webhook" env:"TOLLKEEPER_WEBHOOK" mapsep:";" help:"NAME=URL of a webhook (Standard Webhooks)."`
@@ -40,16 +36,11 @@ type flags struct {
 	For            time.Duration `name:"alert-for" env:"TOLLKEEPER_ALERT_FOR" default:"5s" help:"How long it has to last."`
 	ResolveAfter   time.Duration `name:"alert-resolve-after" env:"TOLLKEEPER_ALERT_RESOLVE_AFTER" default:"30s" help:"How long it has to be over."`
 	NoTrafficAfter time.Duration `name:"alert-no-traffic-after" env:"TOLLKEEPER_ALERT_NO_TRAFFIC_AFTER" default:"10m" help:"Resolve, with that reason, after so long without calls; 0 is never."`
-
-	AdminListen    string `name:"alerter-admin-listen" env:"TOLLKEEPER_ALERTER_ADMIN_LISTEN" default:"127.0.0.1:8084" help:"Address of /metrics, /healthz and /readyz; empty is none."`
-	AdminTokenFile string `name:"alerter-admin-token-file" env:"TOLLKEEPER_ALERTER_ADMIN_TOKEN_FILE" help:"File with the bearer token that they ask for; needed beyond loopback."`
-	LogLevel       string `name:"log-level" env:"TOLLKEEPER_LOG_LEVEL" default:"info" help:"trace, debug, info, warn or error."`
-	LogFormat      string `name:"log-format" env:"TOLLKEEPER_LOG_FORMAT" default:"auto" help:"auto, console or json."`
 }
 
 func main() {
 	var f flags
-	kong.Parse(&f, kong.Name("alerter"), kong.Description("Wakes somebody when many accounts begin to be refused with 402."))
+	kong.Parse(&f, kong.Name("alerter"), kong.Description("Wakes somebody when many accounts begin to be refused with 402."), kong.Vars{"admin_listen": "127.0.0.1:8084"})
 	run.Main(func(ctx context.Context) error {
 		o, err := options(&f, os.Getenv("TOLLKEEPER_WEBHOOK_SECRET"))
 		if err != nil {
@@ -60,7 +51,7 @@ func main() {
 }
 
 func options(f *flags, secret string) (alerter.Options, error) {
-	log, err := telemetry.NewLogger(telemetry.LogOptions{Level: f.LogLevel, Format: f.LogFormat, Service: "alerter"})
+	log, err := f.Logger("alerter")
 	if err != nil {
 		return alerter.Options{}, err
 	}
@@ -68,18 +59,13 @@ func options(f *flags, secret string) (alerter.Options, error) {
 	rule.Window, rule.Threshold, rule.MinAccounts, rule.For, rule.ResolveAfter, rule.NoTrafficAfter = f.Window, f.Threshold, f.MinAccounts, f.For, f.ResolveAfter, f.NoTrafficAfter
 	rule.Quiet = max(rule.Quiet, rule.Window)
 	o := alerter.Options{
-		NATS: natsconn.Options{
-			URL: f.NatsURL, CredsFile: f.NatsCreds, NKeySeedFile: f.NatsNkey, TokenFile: f.NatsTokenFile, CAFile: f.NatsCA,
-			Name: "tollkeeper-alerter", Logger: log,
-		},
+		NATS:  f.NATS.Options("alerter", log),
 		Rules: []alert.Rule{rule}, Alertmanagers: f.Alertmanager,
 		Links:       alerter.Links{Runbook: f.RunbookURL, Dashboard: f.DashboardURL, Generator: f.DashboardURL},
 		RepeatEvery: f.RepeatEvery, Timeout: f.Timeout, AdminListen: f.AdminListen, Logger: log,
 	}
-	if f.AdminTokenFile != "" {
-		if o.AdminToken, err = adminToken(f.AdminTokenFile); err != nil {
-			return alerter.Options{}, err
-		}
+	if o.AdminToken, err = f.Token(); err != nil {
+		return alerter.Options{}, err
 	}
 	if o.Webhooks, err = webhooks(f, secret); err != nil {
 		return alerter.Options{}, err
@@ -115,16 +101,4 @@ func webhooks(f *flags, secret string) ([]alerter.Webhook, error) {
 		}
 	}
 	return all, nil
-}
-
-func adminToken(file string) (string, error) {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return "", fmt.Errorf("admin token file: %w", err)
-	}
-	token := strings.TrimSpace(string(b))
-	if token == "" {
-		return "", fmt.Errorf("admin token file %s is empty", file)
-	}
-	return token, nil
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/alecthomas/kong"
@@ -17,81 +18,59 @@ import (
 )
 
 type flags struct {
-	Listen    string            `default:"127.0.0.1:8402" env:"TOLLKEEPER_LISTEN" help:"Address of the API and the page. Other machines can reach it only with a token."`
-	TokenFile string            `env:"TOLLKEEPER_TOKEN_FILE" help:"File with the bearer token that changes need and, where other machines can connect, everything."`
-	Peer      map[string]string `env:"TOLLKEEPER_PEER" help:"Another service's /readyz, as in alerter=http://127.0.0.1:8084/readyz; may be repeated."`
-	Shards    uint32            `env:"TOLLKEEPER_SHARDS" help:"Shards of a ledger that does not exist yet."`
-	Replicas  int               `default:"1" env:"TOLLKEEPER_REPLICAS" help:"Replicas of streams that do not exist yet."`
+	Listen    string            `name:"console-listen" env:"TOLLKEEPER_CONSOLE_LISTEN" default:"127.0.0.1:8402" help:"Address of the API and the page. Other machines can reach it only with a token."`
+	TokenFile string            `name:"console-token-file" env:"TOLLKEEPER_CONSOLE_TOKEN_FILE" type:"path" help:"File with the bearer token that changes need and, where other machines can connect, everything."`
+	Peers     map[string]string `name:"peer" env:"TOLLKEEPER_PEER" help:"Another service's /readyz, as in alerter=http://127.0.0.1:8084/readyz; may be repeated."`
 
-	NATS          string `name:"nats" default:"nats://127.0.0.1:4222" env:"TOLLKEEPER_NATS" help:"Addresses of NATS, separated by commas."`
-	NATSCreds     string `name:"nats-creds" env:"TOLLKEEPER_NATS_CREDS" help:"Credentials file of NATS (JWT and seed)."`
-	NATSNKey      string `name:"nats-nkey" env:"TOLLKEEPER_NATS_NKEY" help:"NKey seed file of NATS."`
-	NATSTokenFile string `name:"nats-token-file" env:"TOLLKEEPER_NATS_TOKEN_FILE" help:"File with the token of NATS."`
-	NATSCA        string `name:"nats-ca" env:"TOLLKEEPER_NATS_CA" help:"Certificate authority of NATS (PEM)."`
+	NATSURL       string `name:"nats-url" env:"TOLLKEEPER_NATS_URL" default:"nats://127.0.0.1:4222" help:"Addresses of NATS, separated by commas."`
+	NATSCreds     string `name:"nats-creds" env:"TOLLKEEPER_NATS_CREDS" type:"path" help:"Credentials file of NATS."`
+	NATSNKeySeed  string `name:"nats-nkey-seed" env:"TOLLKEEPER_NATS_NKEY_SEED" type:"path" help:"File with the seed of an nkey."`
+	NATSTokenFile string `name:"nats-token-file" env:"TOLLKEEPER_NATS_TOKEN_FILE" type:"path" help:"File with a token for NATS."`
+	NATSUser      string `name:"nats-user" env:"TOLLKEEPER_NATS_USER" help:"User of NATS."`
+	NATSPassword  string `name:"nats-password" env:"TOLLKEEPER_NATS_PASSWORD" help:"Password of NATS; better in the environment, since flags are seen by others."`
+	NATSCA        string `name:"nats-ca" env:"TOLLKEEPER_NATS_CA" type:"path" help:"PEM file of the authority that signed NATS's certificate."`
+	Shards        uint32 `name:"shards" env:"TOLLKEEPER_SHARDS" help:"Shards of a ledger that does not exist yet; 0 is the default for one machine."`
+	Replicas      int    `name:"replicas" env:"TOLLKEEPER_REPLICAS" default:"1" help:"Replicas of streams that do not exist yet."`
 
-	ClickHouse             []string `name:"clickhouse" default:"127.0.0.1:9000" env:"TOLLKEEPER_CLICKHOUSE" help:"Addresses of ClickHouse (native protocol)."`
-	ClickHouseDatabase     string   `name:"clickhouse-database" env:"TOLLKEEPER_CLICKHOUSE_DATABASE" help:"Database of the history."`
-	ClickHouseUser         string   `name:"clickhouse-user" env:"TOLLKEEPER_CLICKHOUSE_USER" help:"User of ClickHouse."`
-	ClickHousePasswordFile string   `name:"clickhouse-password-file" env:"TOLLKEEPER_CLICKHOUSE_PASSWORD_FILE" help:"File with the password of ClickHouse."`
-	ClickHouseTLS          bool     `name:"clickhouse-tls" env:"TOLLKEEPER_CLICKHOUSE_TLS" help:"Encrypt the connections to ClickHouse."`
-	ClickHouseCA           string   `name:"clickhouse-ca" env:"TOLLKEEPER_CLICKHOUSE_CA" help:"Certificate authority of ClickHouse (PEM); turns encryption on."`
+	history.Flags `embed:""`
 
-	LogLevel  string `default:"info" env:"TOLLKEEPER_LOG_LEVEL" help:"trace, debug, info, warn or error."`
-	LogFormat string `default:"auto" env:"TOLLKEEPER_LOG_FORMAT" help:"auto, console or json."`
+	LogLevel  string `name:"log-level" env:"TOLLKEEPER_LOG_LEVEL" default:"info" help:"trace, debug, info, warn or error."`
+	LogFormat string `name:"log-format" env:"TOLLKEEPER_LOG_FORMAT" default:"auto" help:"auto, console or json."`
 }
 
 func main() {
 	var f flags
-	kong.Parse(&f, kong.Description("Tollkeeper's HTTP API and page."))
-	run.Main(func(ctx context.Context) error {
-		o, err := f.options()
-		if err != nil {
-			return err
-		}
-		return console.Run(ctx, o)
-	})
+	kong.Parse(&f, kong.Name("console"), kong.Description("Serves Tollkeeper's HTTP API and page."))
+	run.Main(func(ctx context.Context) error { return start(ctx, &f) })
 }
 
-func (f *flags) options() (console.Options, error) {
-	log, err := telemetry.NewLogger(telemetry.LogOptions{Level: f.LogLevel, Format: f.LogFormat, Service: "console"})
+func start(ctx context.Context, f *flags) error {
+	log, err := telemetry.NewLogger(telemetry.LogOptions{Out: os.Stderr, Level: f.LogLevel, Format: f.LogFormat, Service: "console"})
 	if err != nil {
-		return console.Options{}, err
+		return err
 	}
 	o := console.Options{
-		Listen: f.Listen, Shards: f.Shards, Replicas: f.Replicas, Logger: log, Registry: telemetry.NewRegistry(),
-		NATS: natsconn.Options{URL: f.NATS, CredsFile: f.NATSCreds, NKeySeedFile: f.NATSNKey, TokenFile: f.NATSTokenFile, CAFile: f.NATSCA, Logger: log},
+		Listen: f.Listen, Flag: "console-listen", Shards: f.Shards, Replicas: f.Replicas, Logger: log, Registry: telemetry.NewRegistry(),
+		NATS: natsconn.Options{
+			URL: f.NATSURL, CredsFile: f.NATSCreds, NKeySeedFile: f.NATSNKeySeed, TokenFile: f.NATSTokenFile,
+			User: f.NATSUser, Password: f.NATSPassword, CAFile: f.NATSCA, Name: "tollkeeper-console", Logger: log,
+		},
 	}
-	if o.Token, err = secret("the console's token", f.TokenFile); err != nil {
-		return o, err
+	if o.ClickHouse, err = f.Flags.Options(log); err != nil {
+		return err
 	}
-	password, err := secret("the password of ClickHouse", f.ClickHousePasswordFile)
-	if err != nil {
-		return o, err
-	}
-	o.ClickHouse = history.Options{Addrs: f.ClickHouse, Database: f.ClickHouseDatabase, User: f.ClickHouseUser, Password: password, Logger: log}
-	if f.ClickHouseTLS || f.ClickHouseCA != "" {
-		if o.ClickHouse.TLS, err = history.LoadTLS(f.ClickHouseCA); err != nil {
-			return o, err
+	if f.TokenFile != "" {
+		data, err := os.ReadFile(f.TokenFile)
+		if err != nil {
+			return fmt.Errorf("the console's token: %w", err)
+		}
+		if o.Token = strings.TrimSpace(string(data)); o.Token == "" {
+			return fmt.Errorf("the console's token: the file %s is empty", f.TokenFile)
 		}
 	}
-	for name, url := range f.Peer {
+	for name, url := range f.Peers {
 		o.Peers = append(o.Peers, console.Peer{Name: name, URL: url})
 	}
-	return o, nil
-}
-
-// secret reads a file that holds nothing else; without a file there is none.
-func secret(what, file string) (string, error) {
-	if file == "" {
-		return "", nil
-	}
-	data, err := os.ReadFile(file)
-	if err != nil {
-		return "", fmt.Errorf("%s: %w", what, err)
-	}
-	s := strings.TrimSpace(string(data))
-	if s == "" {
-		return "", fmt.Errorf("%s: the file %s is empty", what, file)
-	}
-	return s, nil
+	slices.SortFunc(o.Peers, func(a, b console.Peer) int { return strings.Compare(a.Name, b.Name) })
+	return console.Run(ctx, o)
 }

@@ -4,9 +4,7 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/alecthomas/kong"
@@ -15,9 +13,8 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/services/gateway"
-	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/config"
 	"github.com/tollkeeper/tollkeeper/services/internal/run"
-	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 
 type flags struct {
@@ -29,16 +26,13 @@ type flags struct {
 
 	GatewayListen      string `help:"Address of the proxy." default:"127.0.0.1:8080" env:"TOLLKEEPER_GATEWAY_LISTEN" placeholder:"HOST:PORT"`
 	GatewayAdminListen string `help:"Address for events, admit, metrics and readiness; empty for none." default:"127.0.0.1:8081" env:"TOLLKEEPER_GATEWAY_ADMIN_LISTEN" placeholder:"HOST:PORT"`
-	AdminTokenFile     string `help:"File with the bearer token of the admin address; needed where other machines can reach it." env:"TOLLKEEPER_GATEWAY_ADMIN_TOKEN_FILE" placeholder:"FILE"`
+	AdminToken         string `help:"Bearer token of the admin address; needed where other machines can reach it. Better in the environment or a file, since flags are seen by others." env:"TOLLKEEPER_ADMIN_TOKEN"`
+	AdminTokenFile     string `help:"File with that token." env:"TOLLKEEPER_ADMIN_TOKEN_FILE" placeholder:"FILE"`
 
 	Name   string `help:"This gateway's name; the host's by default." env:"TOLLKEEPER_GATEWAY_NAME"`
 	Region string `help:"Region in the events." env:"TOLLKEEPER_REGION"`
 
-	NATSURL          string `name:"nats-url" help:"Addresses of NATS." default:"nats://127.0.0.1:4222" env:"TOLLKEEPER_NATS_URL"`
-	NATSCredsFile    string `name:"nats-creds-file" help:"JWT and seed, as nsc writes them." env:"TOLLKEEPER_NATS_CREDS_FILE" placeholder:"FILE"`
-	NATSNKeySeedFile string `name:"nats-nkey-seed-file" help:"Seed of an nkey." env:"TOLLKEEPER_NATS_NKEY_SEED_FILE" placeholder:"FILE"`
-	NATSTokenFile    string `name:"nats-token-file" help:"Token." env:"TOLLKEEPER_NATS_TOKEN_FILE" placeholder:"FILE"`
-	NATSCAFile       string `name:"nats-ca-file" help:"Authority of the server's certificate." env:"TOLLKEEPER_NATS_CA_FILE" placeholder:"FILE"`
+	config.NATS `embed:""`
 
 	Unknown         string        `help:"Calls whose verdict can't be known: pass or refuse." enum:"pass,refuse" default:"pass" env:"TOLLKEEPER_UNKNOWN"`
 	UnknownMaxCalls uint32        `help:"How many of them pass, for each account, since its state became unknown." default:"1000" env:"TOLLKEEPER_UNKNOWN_MAX_CALLS"`
@@ -50,8 +44,7 @@ type flags struct {
 	SpoolBeforeAnswer bool   `help:"Answer a call only when its event is on disk or in the ledger." env:"TOLLKEEPER_SPOOL_BEFORE_ANSWER"`
 	OnFull            string `help:"What happens when memory and spool are full: block, refuse or drop." enum:"block,refuse,drop" default:"block" env:"TOLLKEEPER_ON_FULL"`
 
-	LogLevel  string `help:"trace, debug, info, warn or error." default:"info" env:"TOLLKEEPER_LOG_LEVEL"`
-	LogFormat string `help:"auto, console or json." default:"auto" env:"TOLLKEEPER_LOG_FORMAT"`
+	config.Log `embed:""`
 }
 
 func main() {
@@ -73,14 +66,12 @@ func start(ctx context.Context) error {
 }
 
 func (f *flags) options() (gateway.Options, error) {
-	logger, err := telemetry.NewLogger(telemetry.LogOptions{Level: f.LogLevel, Format: f.LogFormat, Service: "gateway"})
+	logger, err := f.Logger("gateway")
 	if err != nil {
 		return gateway.Options{}, err
 	}
 	o := gateway.Options{
-		NATS: natsconn.Options{
-			URL: f.NATSURL, CredsFile: f.NATSCredsFile, NKeySeedFile: f.NATSNKeySeedFile, TokenFile: f.NATSTokenFile, CAFile: f.NATSCAFile,
-		},
+		NATS:   f.NATS.Options("gateway", logger),
 		Listen: f.GatewayListen, AdminListen: f.GatewayAdminListen, Name: f.Name, Region: f.Region,
 		Unknown:    gate.Unknown{Mode: gate.UnknownMode(f.Unknown), MaxCalls: f.UnknownMaxCalls},
 		StaleAfter: f.StaleAfter, TrustEventTime: f.TrustEventTime,
@@ -98,14 +89,6 @@ func (f *flags) options() (gateway.Options, error) {
 	default:
 		return o, errors.New("no routes: give --config FILE (--example-config prints one) or --upstream URL")
 	}
-	if f.AdminTokenFile != "" {
-		token, err := os.ReadFile(f.AdminTokenFile)
-		if err != nil {
-			return o, fmt.Errorf("the admin token: %w", err)
-		}
-		if o.AdminToken = strings.TrimSpace(string(token)); o.AdminToken == "" {
-			return o, fmt.Errorf("the admin token file %s is empty", f.AdminTokenFile)
-		}
-	}
-	return o, nil
+	o.AdminToken, err = config.Admin{AdminToken: f.AdminToken, AdminTokenFile: f.AdminTokenFile}.Token()
+	return o, err
 }

@@ -1,0 +1,216 @@
+package tollkeeper_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"github.com/tollkeeper/tollkeeper/services/internal/embedclickhouse"
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
+	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+)
+
+// programs builds the real programs once a test binary.
+var programs = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "tollkeeper-test-programs-")
+	if err != nil {
+		return "", err
+	}
+	build := exec.Command("go", "build", "-o", dir+"/", "./cmd/tollkeeper", "../aggregator/cmd/aggregator", "../historian/cmd/historian", "../gateway/cmd/gateway")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the programs: %w\n%s", err, out)
+	}
+	return dir, nil
+})
+
+func TestMain(m *testing.M) {
+	embedclickhouse.MaybeRunChild()
+	code := m.Run()
+	if dir, err := programs(); err == nil {
+		_ = os.RemoveAll(dir) // scratch
+	}
+	os.Exit(code)
+}
+
+// system is Tollkeeper spread over processes of its own, on free loopback ports.
+type system struct {
+	t              testing.TB
+	dir, programs  string
+	nats           string
+	clickhouse     string
+	clickhouseHTTP string
+	credentials    embedclickhouse.Credentials
+	mu             sync.Mutex
+	running        map[string]*exec.Cmd
+	ended          map[string]chan struct{}
+}
+
+// newSystem starts NATS, ClickHouse, aggregator and historian.
+func newSystem(t testing.TB) *system {
+	t.Helper()
+	dir, err := programs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &system{
+		t: t, dir: t.TempDir(), programs: dir, running: map[string]*exec.Cmd{}, ended: map[string]chan struct{}{},
+		nats: freeAddr(t), clickhouse: freeAddr(t), clickhouseHTTP: freeAddr(t),
+		credentials: embedclickhouse.Credentials{},
+	}
+	t.Cleanup(s.stop)
+	s.start("nats")
+	s.start("clickhouse")
+	s.readPassword()
+	s.start("aggregator")
+	s.start("historian")
+	return s
+}
+
+func freeAddr(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	return l.Addr().String()
+}
+
+func (s *system) command(name string) *exec.Cmd {
+	var c *exec.Cmd
+	switch name {
+	case "nats":
+		c = exec.Command(filepath.Join(s.programs, "tollkeeper"), "nats", "--data-dir", s.dir, "--nats-listen", s.nats)
+	case "clickhouse":
+		c = exec.Command(filepath.Join(s.programs, "tollkeeper"), "clickhouse", "--data-dir", s.dir, "--clickhouse-listen", s.clickhouse, "--clickhouse-http-listen", s.clickhouseHTTP)
+	case "aggregator":
+		c = exec.Command(filepath.Join(s.programs, "aggregator"), "--nats-url", "nats://"+s.nats, "--admin-listen", "")
+	case "historian":
+		c = exec.Command(filepath.Join(s.programs, "historian"), "--nats-url", "nats://"+s.nats, "--clickhouse-addr", s.clickhouse, "--admin-listen", "")
+		c.Env = append(os.Environ(), "TOLLKEEPER_CLICKHOUSE_PASSWORD="+s.credentials.ServicePassword)
+	default:
+		s.t.Fatalf("there is no program %s", name)
+	}
+	return c
+}
+
+// start starts a program; of the engines it waits until they listen.
+func (s *system) start(name string) {
+	s.t.Helper()
+	s.run(name, s.command(name))
+	switch name {
+	case "nats":
+		s.awaitPort(s.nats)
+	case "clickhouse":
+		s.awaitPort(s.clickhouse)
+	}
+}
+
+// run starts c under a name; what it logs goes to the test's log when it fails.
+func (s *system) run(name string, c *exec.Cmd) {
+	s.t.Helper()
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	out, err := c.StderrPipe()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	s.mu.Lock()
+	s.running[name], s.ended[name] = c, ended
+	s.mu.Unlock()
+	go func() {
+		defer close(ended)
+		lines := bufio.NewScanner(out)
+		for lines.Scan() {
+			if line := lines.Text(); strings.Contains(line, `"level":"error"`) || strings.Contains(line, "panic") || strings.Contains(line, "goroutine ") {
+				s.t.Logf("%s: %s", name, line)
+			}
+		}
+		_ = c.Wait() // killed programs have an error, which is meant
+	}()
+}
+
+func (s *system) awaitPort(addr string) {
+	s.t.Helper()
+	deadline := time.Now().Add(60 * time.Second) // the engine may have to be fetched
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for time.Now().Before(deadline) {
+		if c, err := net.Dial("tcp", addr); err == nil {
+			_ = c.Close()
+			return
+		}
+		<-tick.C
+	}
+	s.t.Fatalf("nothing listens on %s after a minute", addr)
+}
+
+// kill ends a program with SIGKILL and returns when it is gone.
+func (s *system) kill(name string) {
+	s.mu.Lock()
+	c, ended := s.running[name], s.ended[name]
+	s.mu.Unlock()
+	if err := c.Process.Signal(syscall.SIGKILL); err != nil {
+		s.t.Errorf("kill %s: %v", name, err)
+	}
+	<-ended
+}
+
+func (s *system) stop() {
+	for _, name := range []string{"gateway", "historian", "aggregator", "clickhouse", "nats"} {
+		s.mu.Lock()
+		c, ended := s.running[name], s.ended[name]
+		s.mu.Unlock()
+		if c == nil {
+			continue
+		}
+		_ = c.Process.Signal(syscall.SIGTERM) // it may be gone
+		select {
+		case <-ended:
+		case <-time.After(10 * time.Second):
+			s.t.Errorf("%s did not end within 10 s of SIGTERM", name)
+			_ = c.Process.Kill()
+		}
+	}
+}
+
+func (s *system) readPassword() {
+	s.t.Helper()
+	c, err := embedclickhouse.ReadCredentials(filepath.Join(s.dir, "clickhouse"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.credentials = c
+}
+
+func (s *system) natsOptions() natsconn.Options {
+	return natsconn.Options{URL: "nats://" + s.nats, Logger: zerolog.Nop()}
+}
+
+func (s *system) historyOptions() history.Options {
+	return history.Options{Addrs: []string{s.clickhouse}, Database: embedclickhouse.Database, User: embedclickhouse.ServiceUser, Password: s.credentials.ServicePassword, Logger: zerolog.Nop()}
+}
+
+// within bounds a whole test.
+func within(t testing.TB, d time.Duration) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeoutCause(context.Background(), d, errors.New("the test took too long"))
+	t.Cleanup(cancel)
+	return ctx
+}
