@@ -165,7 +165,7 @@ func runChild() int {
 	err := run(ctx, Options{
 		NATS:       natsconn.Options{URL: env.nats},
 		ClickHouse: history.Options{Addrs: []string{env.clickhouse}, Database: embedclickhouse.Database, User: embedclickhouse.ServiceUser, Password: env.password},
-		Registerer: prometheus.NewRegistry(), MaxAge: 20 * time.Millisecond, MaxRows: 50, SnapshotEvery: 2, Logger: zerolog.New(os.Stderr).Level(zerolog.ErrorLevel),
+		Registerer: prometheus.NewRegistry(), MaxAge: 20 * time.Millisecond, SnapshotEvery: 2, Logger: zerolog.New(os.Stderr).Level(zerolog.ErrorLevel),
 	}, s)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -257,6 +257,7 @@ func TestABlockWhoseAnswerWasLostIsNotSentTwice(t *testing.T) {
 	var left atomic.Int64
 	left.Store(20)
 	o := w.options()
+	o.MaxRows = 50 // many blocks
 	w.start(o, seams{part: func(p part) part { return &lostAnswer{p, &left} }})
 	c.some(60)
 	c.agree()

@@ -113,7 +113,9 @@ func (w *world) options() Options {
 	return Options{
 		NATS: natsconn.Options{URL: w.nats.ClientURL(), Logger: w.log}, ClickHouse: w.clickhouse(), Logger: w.log,
 		Registerer: prometheus.NewRegistry(), Readiness: telemetry.NewReadiness(),
-		MaxAge: 20 * time.Millisecond, MaxRows: 50, SnapshotEvery: 2,
+		// Blocks end by age and not by rows: where they end can't be found out
+		// again from the entries alone.
+		MaxAge: 20 * time.Millisecond, SnapshotEvery: 2,
 	}
 }
 
