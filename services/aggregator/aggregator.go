@@ -83,13 +83,14 @@ type service struct {
 // publishes what is left, takes snapshots and returns nil. While NATS is away it
 // waits. It returns an error wrapping ledger.ErrStale when another aggregator
 // has taken a shard, ledger.ErrPurged when the ledger no longer holds what must
-// be counted.
+// be counted, ledger.ErrRewound when it has lost what was counted.
 func Run(ctx context.Context, o Options) error {
 	s := &service{o: withDefaults(o), abandon: o.abandon, log: o.Logger, name: ksuid.New().String()}
 	var err error
 	if s.m, err = newMetrics(s.o.Registerer); err != nil {
 		return fmt.Errorf("aggregator: %w", err)
 	}
+	defer s.m.unregister(s.o.Registerer)
 	s.ready = s.o.Readiness.Component("aggregator")
 	s.ready.NotReady("starting")
 	defer s.ready.NotReady("stopped")
@@ -245,7 +246,7 @@ func (s *service) persist(ctx context.Context, what string, try func(context.Con
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if errors.Is(err, ledger.ErrPurged) || errors.Is(err, errForGood) {
+		if errors.Is(err, ledger.ErrPurged) || errors.Is(err, ledger.ErrRewound) || errors.Is(err, errForGood) {
 			return err
 		}
 		s.ready.NotReady(what + ": " + err.Error())
@@ -322,7 +323,13 @@ func (s *service) open(ctx context.Context, shard uint32) (*owner, error) {
 	if err != nil {
 		return nil, fmt.Errorf("stream %s: %w", ledger.Stream, err)
 	}
-	if first := stream.CachedInfo().State.FirstSeq; first > o.state.Sequence()+1 && o.state.Sequence() == 0 && first > 1 {
+	// Decisions on entries that are gone would hide those on the entries that
+	// take their numbers.
+	if told, end := max(o.state.Sequence(), next.sequence, next.partly), stream.CachedInfo().State.LastSeq; told > end {
+		return nil, fmt.Errorf("shard %d is counted up to entry %d, but the ledger ends at %d: restore the ledger, or delete the bucket %s and the snapshots to count what it holds anew: %w",
+			shard, told, end, ledger.DecisionsBucket, ledger.ErrRewound)
+	}
+	if first := stream.CachedInfo().State.FirstSeq; o.state.Sequence() == 0 && first > 1 {
 		return nil, fmt.Errorf("shard %d: the ledger begins at %d and there is no snapshot: %w", shard, first, ledger.ErrPurged)
 	}
 	for _, subject := range ledger.ShardSubjects(shard) {
@@ -419,6 +426,7 @@ func (s *service) keepClock(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
+		s.m.slowest.turn()
 		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
 		if err := s.readClock(ask); err != nil && ctx.Err() == nil {
 			s.log.Debug().Err(err).Msg("the stream's clock could not be read")

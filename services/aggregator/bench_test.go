@@ -3,6 +3,7 @@ package aggregator
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -158,4 +159,50 @@ func (w *world) pump(lanes [][]*nats.Msg, last []uint64) {
 		})
 	}
 	wg.Wait()
+}
+
+// BenchmarkCrossingToFeed measures from the publishing of the call that spends
+// a quota to the decision's arrival on the feed that gateways listen to.
+func BenchmarkCrossingToFeed(b *testing.B) {
+	for _, sync := range []time.Duration{time.Minute, 0} {
+		b.Run(fmt.Sprintf("sync always=%t", sync == 0), func(b *testing.B) {
+			const n = 1000
+			w := newWorld(b, 8, sync)
+			w.plans("v1", lifetimeLimit(1))
+			accounts := make([][]*tollkeeperv1.Account, 8)
+			for i := range n {
+				id := fmt.Sprintf("account-%d", i)
+				accounts[w.shardOf(id)] = append(accounts[w.shardOf(id)], &tollkeeperv1.Account{Id: id, Plan: "free"})
+			}
+			for shard, list := range accounts {
+				w.control(uint32(shard), &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_AccountSet{AccountSet: &tollkeeperv1.AccountSet{Accounts: list}}})
+			}
+			feed := make(chan *nats.Msg, 2*n)
+			sub, err := w.nc.ChanSubscribe("feed.decisions.*.*.*", feed)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer func() { _ = sub.Unsubscribe() }()
+			r := w.run(Options{})
+			defer func() {
+				if err := r.stop(b); err != nil {
+					b.Error(err)
+				}
+			}()
+			p := ksuid.New()
+			var took []time.Duration
+			for b.Loop() {
+				for i := range n {
+					cs := calls(fmt.Sprintf("account-%d", i), 1)
+					begin := time.Now()
+					w.send(p, cs)
+					<-feed
+					took = append(took, time.Since(begin))
+				}
+			}
+			slices.Sort(took)
+			b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-µs")
+			b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-µs")
+		})
+	}
 }

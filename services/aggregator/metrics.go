@@ -1,6 +1,9 @@
 package aggregator
 
 import (
+	"sync/atomic"
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -29,6 +32,27 @@ type metrics struct {
 	queries         *prometheus.CounterVec // result
 	pending         prometheus.Gauge
 	notCaughtUp     prometheus.Gauge
+	slowest         slowest
+	all             []prometheus.Collector
+}
+
+// slowest is the longest of the durations noted in this and the last period.
+type slowest struct{ now, before atomic.Int64 }
+
+func (s *slowest) note(d time.Duration) {
+	for {
+		old := s.now.Load()
+		if int64(d) <= old || s.now.CompareAndSwap(old, int64(d)) {
+			return
+		}
+	}
+}
+
+// turn begins a new period.
+func (s *slowest) turn() { s.before.Store(s.now.Swap(0)) }
+
+func (s *slowest) seconds() float64 {
+	return time.Duration(max(s.now.Load(), s.before.Load())).Seconds()
 }
 
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
@@ -76,14 +100,27 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	for v := usage.Allow; v <= usage.Deny; v++ {
 		m.decisions.WithLabelValues(v.String())
 	}
-	for _, c := range []prometheus.Collector{
+	longest := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "tollkeeper_aggregator_count_latency_max_seconds", Help: "The longest count latency of the last 15 to 30 s.",
+	}, m.slowest.seconds)
+	m.all = []prometheus.Collector{
 		m.events, m.frames, m.skipped, m.late, m.future, m.overflows, m.controls, m.leases, m.ticks, m.deadLetters, m.decisions,
 		m.batches, m.interruptions, m.decisionLatency, m.countLatency, m.snapshotSeconds, m.snapshotBytes, m.snapshots, m.queries,
-		m.pending, m.notCaughtUp,
-	} {
+		m.pending, m.notCaughtUp, longest,
+	}
+	for i, c := range m.all {
 		if err := r.Register(c); err != nil {
+			m.all = m.all[:i]
+			m.unregister(r)
 			return nil, err
 		}
 	}
 	return m, nil
+}
+
+// unregister makes room for the metrics of another run in the same process.
+func (m *metrics) unregister(r prometheus.Registerer) {
+	for _, c := range m.all {
+		r.Unregister(c)
+	}
 }

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -250,7 +252,9 @@ func (o *owner) observe(fx *quota.Effects, frame bool) {
 		o.log.Error().Uint64("sequence", o.state.Sequence()).Int("sums", fx.Overflows).Msg("sums reached the end of 64 bits and stay there")
 	}
 	if o.ready {
-		o.m.countLatency.Observe(max(time.Since(o.frame.SealedAt.Time()).Seconds(), 0))
+		lag := max(time.Since(o.frame.SealedAt.Time()), 0)
+		o.m.countLatency.Observe(lag.Seconds())
+		o.m.slowest.note(lag)
 	}
 }
 
@@ -340,7 +344,7 @@ func (o *owner) deadLetter(m ledger.Message, cause error) {
 	o.log.Error().Err(cause).Str("reason", reason).Uint64("sequence", m.Sequence).Msg("an entry of the ledger cannot be counted: it is kept in the dead letters")
 	origin := m.Subject + " " + strconv.FormatUint(m.Sequence, 10)
 	d := &nats.Msg{Subject: ledger.DeadLetterSubject(o.shard, m.Sequence), Data: m.Data, Header: nats.Header{
-		ledger.ReasonHeader: {reason}, ledger.DetailHeader: {cause.Error()}, ledger.OriginHeader: {origin},
+		ledger.ReasonHeader: {reason}, ledger.DetailHeader: {readable(cause.Error())}, ledger.OriginHeader: {origin},
 	}}
 	if codec := m.Header.Get(ledger.CodecHeader); codec != "" {
 		d.Header.Set(ledger.CodecHeader, codec)
@@ -350,16 +354,33 @@ func (o *owner) deadLetter(m ledger.Message, cause error) {
 	o.dead = append(o.dead, d)
 }
 
+// readable is text that can stand in a header.
+func readable(text string) string {
+	text = strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, text)
+	return strings.ToValidUTF8(text[:min(len(text), 512)], "")
+}
+
 func (o *owner) bury(io context.Context, m *nats.Msg) {
 	o.burying = true
 	o.do(io, func(ctx context.Context) func() error {
 		_, err := o.js.PublishMsg(ctx, m)
 		return func() error {
 			o.burying = false
-			var api *jetstream.APIError
-			if err == nil || (errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence) {
+			if err == nil || refusedWith(err, jetstream.JSErrCodeStreamWrongLastSequence) {
 				o.dead = o.dead[1:]
 				o.retry.reset()
+				return nil
+			}
+			if (errors.Is(err, nats.ErrMaxPayload) || refusedWith(err, errCodeTooLarge)) && len(m.Data) > 0 {
+				// With its headers it is larger than NATS takes. The whole
+				// stands in the ledger, where the origin says.
+				m.Header.Set(truncatedHeader, strconv.Itoa(len(m.Data)))
+				m.Data = m.Data[:len(m.Data)/2]
 				return nil
 			}
 			wait := o.retry.next()
@@ -368,6 +389,20 @@ func (o *owner) bury(io context.Context, m *nats.Msg) {
 			return nil
 		}
 	})
+}
+
+// truncatedHeader says how many bytes a dead letter had that is kept in part.
+const truncatedHeader = "Tollkeeper-Truncated"
+
+// JetStream's codes that the client has no names for.
+const (
+	errCodeTooLarge      jetstream.ErrorCode = 10054
+	errCodeWriteUnderWay jetstream.ErrorCode = 10164
+)
+
+func refusedWith(err error, codes ...jetstream.ErrorCode) bool {
+	var api *jetstream.APIError
+	return errors.As(err, &api) && slices.Contains(codes, api.ErrorCode)
 }
 
 // tick lets the shard's time pass: somebody's period has ended and no call comes.
@@ -387,11 +422,10 @@ func (o *owner) tick(io context.Context) {
 		_, err := o.js.PublishMsg(ctx, m)
 		return func() error {
 			o.ticking = false
-			var api *jetstream.APIError
 			switch {
 			case err == nil:
 				o.m.ticks.Inc()
-			case errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence:
+			case refusedWith(err, jetstream.JSErrCodeStreamWrongLastSequence, errCodeWriteUnderWay):
 			default:
 				o.log.Warn().Err(err).Msg("a tick could not be appended")
 			}

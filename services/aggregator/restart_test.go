@@ -1,6 +1,7 @@
 package aggregator
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -509,4 +511,42 @@ func TestNATSGoesAwayAndComesBack(t *testing.T) {
 		t.Error(err)
 	}
 	once(t, w.published())
+}
+
+func TestADeadLetterThatIsTooLargeIsKeptInPart(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 1, time.Minute)
+	r := w.run(Options{})
+	m := &nats.Msg{Subject: ledger.CallsSubject(0), Data: bytes.Repeat([]byte("x"), 1<<20-40), Header: nats.Header{}}
+	m.Header.Set("A", "b")
+	seq := w.publish(m)
+	stream, err := w.js.Stream(t.Context(), ledger.DeadLetterStream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is kept", func() bool {
+		d, err := stream.GetLastMsgForSubject(t.Context(), ledger.DeadLetterSubject(0, seq))
+		return err == nil && len(d.Data) > 1<<18 && d.Header.Get(truncatedHeader) == strconv.Itoa(1<<20-40)
+	})
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestALedgerThatHasLostWhatWasCountedIsNotCountedOn(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 1, time.Minute)
+	last := w.send(ksuid.New(), calls("acme", 3))
+	r := w.run(Options{})
+	w.counted(0, last)
+	if err := r.stop(t); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.js.DeleteStream(t.Context(), ledger.Stream); err != nil {
+		t.Fatal(err)
+	}
+	err := Run(t.Context(), Options{NATS: natsconn.Options{URL: w.server.ClientURL(), Logger: zerolog.Nop()}})
+	if !errors.Is(err, ledger.ErrRewound) {
+		t.Errorf("got %v", err)
+	}
 }
