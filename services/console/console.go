@@ -43,7 +43,7 @@ type Peer struct {
 // Options of a console.
 type Options struct {
 	// Listen is "host:port"; DefaultListen when empty. Flag is the name, without
-	// dashes, of the flag it came from; listen when empty.
+	// dashes, of the flag it came from; console-listen when empty.
 	Listen string
 	Flag   string
 	// Token, if set, is the bearer token that changing anything needs and,
@@ -107,7 +107,7 @@ func Run(ctx context.Context, o Options) error {
 		o.Listen = DefaultListen
 	}
 	if o.Flag == "" {
-		o.Flag = "listen"
+		o.Flag = "console-listen"
 	}
 	if o.MaxStreams <= 0 {
 		o.MaxStreams = DefaultMaxStreams

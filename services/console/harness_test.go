@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"strings"
@@ -229,7 +230,7 @@ func (w *world) reply(shard uint32, q ledger.UsageRequest, index plans.Index) le
 		for m, v := range u.Own.Meters {
 			r.Total.Meters[m] += v
 		}
-		wanted := len(q.Accounts) == 0
+		wanted := len(q.Accounts) == 0 && q.Top > 0
 		for _, a := range q.Accounts {
 			wanted = wanted || a == id
 		}
@@ -237,6 +238,7 @@ func (w *world) reply(shard uint32, q ledger.UsageRequest, index plans.Index) le
 			continue
 		}
 		out := *u
+		out.Own.Meters, out.Totals.Meters = maps.Clone(u.Own.Meters), maps.Clone(u.Totals.Meters)
 		if a, ok := index.Account(id); ok {
 			out.Plan = a.Plan
 			p, _ := index.Plan(a.Plan)

@@ -37,6 +37,10 @@ func (c *console) askShard(ctx context.Context, shard uint32, q ledger.UsageRequ
 	if err != nil {
 		return ledger.UsageReply{}, fmt.Errorf("ask shard %d: %w", shard, err)
 	}
+	// As NATS's own services write their errors.
+	if why := msg.Header.Get("Nats-Service-Error"); why != "" {
+		return ledger.UsageReply{}, fmt.Errorf("ask shard %d: %s", shard, why)
+	}
 	var reply ledger.UsageReply
 	if err := json.Unmarshal(msg.Data, &reply); err != nil {
 		return ledger.UsageReply{}, fmt.Errorf("ask shard %d: the answer is not JSON: %w", shard, err)
@@ -87,8 +91,7 @@ func (c *console) askShards(ctx context.Context, ask func(shard uint32) (ledger.
 	for s := range c.shards {
 		q, wanted := ask(s)
 		if !wanted {
-			// The totals are part of every answer.
-			q = ledger.UsageRequest{Accounts: []string{""}}
+			q = ledger.UsageRequest{} // no accounts, only the totals
 		}
 		group.Go(func() error {
 			reply, err := c.askShard(ctx, s, q)

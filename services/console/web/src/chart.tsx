@@ -74,7 +74,7 @@ export function Chart(p: Props) {
         cursor: { y: false, drag: { x: false, y: false }, points: { show: false } },
         scales: { x: { time: true }, y: { range: (_u, _min, max) => [0, Math.max(max * 1.08, 1)] } },
         axes: [
-          { stroke: axis, font, grid: { show: false }, ticks: { show: false }, size: 26, space: 64, values: (_u, ticks) => ticks.map((t) => shown.current.moment(t)) },
+          { stroke: axis, font, grid: { show: false }, ticks: { show: false }, size: 26, space: 58, values: (_u, ticks) => ticks.map((t) => shown.current.moment(t)) },
           { stroke: axis, font, grid: { stroke: grid, width: 1 }, ticks: { show: false }, size: 44, gap: 4, values: (_u, ticks) => ticks.map((v) => compact(v)) },
         ],
         // Drawn from the top of the stack down, each area over the one before,
