@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/bound"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/lane"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/spool"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
@@ -27,7 +28,7 @@ type disk struct {
 	results chan *job
 	busy    bool
 
-	budget  budget // of frames read back
+	budget  bound.Budget // of frames read back
 	retryAt usage.Micros
 	trouble trouble
 }
@@ -110,7 +111,7 @@ func newDisk(s *sender) (*disk, error) {
 		return nil, fmt.Errorf("open outbox: %w", err)
 	}
 	d := &disk{s: s, store: store, trouble: trouble{log: o.Logger}}
-	d.budget.limit = o.MemoryBytes / 4
+	d.budget.Limit = o.MemoryBytes / 4
 	d.earlier, err = store.Earlier()
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open outbox: %w", err), store.Close())
@@ -249,7 +250,7 @@ func (src *source) keep() uint64 {
 func (d *disk) collect(j *job, now usage.Micros) {
 	s := d.s
 	always := s.b.o.SpoolBeforeAnswer
-	pressed := s.b.budget.pressed()
+	pressed := s.b.budget.Pressed()
 	away := !s.connected
 	linger := usage.Micros(s.b.o.Linger.Microseconds())
 	size := int64(0)
@@ -263,9 +264,9 @@ func (d *disk) collect(j *job, now usage.Micros) {
 		case always:
 			// What gathered while the disk was busy goes with one fsync.
 			s.take(sl)
-			sl.budget.give(sl.lane.Seal(now))
+			sl.budget.Give(sl.lane.Seal(now))
 		case pressed, unsure && sl.lane.Gathered() > 0 && now-sl.lane.GatheredSince() >= linger:
-			sl.budget.give(sl.lane.Seal(now))
+			sl.budget.Give(sl.lane.Seal(now))
 		}
 		frames = sl.lane.Handout(frames[:0], maxAppend-size)
 		for _, f := range frames {
@@ -300,7 +301,7 @@ func (d *disk) wantBack(j *job) {
 // takeRoom lets the job load as much as memory for it is free, if that is
 // enough to be worth it.
 func (d *disk) takeRoom(j *job) {
-	if free := d.budget.limit - d.budget.used.Load(); free >= d.budget.limit/2 && d.budget.take(free) {
+	if free := d.budget.Limit - d.budget.Used(); free >= d.budget.Limit/2 && d.budget.Take(free) {
 		j.load = free
 	}
 }
@@ -397,7 +398,7 @@ func (d *disk) handle(j *job) {
 		d.drained(j)
 		return
 	}
-	if d.s.b.budget.pressed() {
+	if d.s.b.budget.Pressed() {
 		d.evict()
 	}
 }
@@ -418,7 +419,7 @@ func (d *disk) appended(j *job) {
 			}
 		})
 		f.Counted = true
-		r.slot.budget.give(freed)
+		r.slot.budget.Give(freed)
 		s.advance(r.slot)
 	}
 	for _, r := range slices.Backward(j.refs[len(j.at):]) {
@@ -467,7 +468,7 @@ func (d *disk) loaded(j *job) {
 		})
 		s.pump(sl)
 	}
-	d.budget.give(room)
+	d.budget.Give(room)
 	src.cursor = j.cursor
 	for _, t := range j.torn {
 		s.count(func(c *counts) { c.torn++ })
@@ -520,7 +521,7 @@ func (d *disk) evict() {
 		if freed == 0 {
 			continue
 		}
-		sl.budget.give(freed)
+		sl.budget.Give(freed)
 		at := spool.Position{Segment: first.Segment, Offset: first.Offset}
 		if c := d.own.cursor; at.Segment < c.Segment || at.Segment == c.Segment && at.Offset < c.Offset {
 			d.own.cursor = at
@@ -557,7 +558,7 @@ func (src *source) acked(f *lane.Frame) {
 func (d *disk) secure(now time.Time) error {
 	for _, sl := range d.own.slots {
 		d.s.take(sl)
-		sl.budget.give(sl.lane.Seal(usage.At(now)))
+		sl.budget.Give(sl.lane.Seal(usage.At(now)))
 	}
 	for {
 		j := &job{src: d.own, cursor: d.own.cursor}

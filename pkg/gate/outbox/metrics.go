@@ -67,10 +67,10 @@ func (o *Outbox) Stats() Stats {
 		Acked: c.acked, Sent: c.sent, Dropped: o.dropped.Load(), Refused: o.refused.Load(), Invalid: o.invalid.Load(), Rejected: c.rejected,
 		Frames: c.frames, Resent: c.resent, RejectedFrames: c.rejectedFrames, Bytes: c.bytes,
 		Spooled: c.spooled, Recovered: c.recovered, RecoveredFrames: c.recoveredFrames, TornSegments: c.torn,
-		InFlight: c.inflight, MemoryBytes: o.budget.used.Load(), Connected: c.connected, SpoolFailing: o.spoolFails.Load(), Full: o.full.Load(),
+		InFlight: c.inflight, MemoryBytes: o.budget.Used(), Connected: c.connected, SpoolFailing: o.spoolFails.Load(), Full: o.full.Load(),
 	}
 	if d := o.s.disk; d != nil {
-		st.MemoryBytes += d.budget.used.Load()
+		st.MemoryBytes += d.budget.Used()
 		st.SpoolBytes = d.store.Bytes()
 	}
 	for i := range o.gathers {

@@ -18,6 +18,7 @@ import (
 	"github.com/rs/zerolog"
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/bound"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/lane"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -111,7 +112,7 @@ type Totals = lane.Totals
 type Outbox struct {
 	o        Options
 	producer ksuid.KSUID
-	budget   budget
+	budget   bound.Budget
 	gathers  []gather
 	chunks   sync.Pool // of *chunk, empty
 	start    time.Time
@@ -143,7 +144,7 @@ type gather struct {
 	busy     bool // a frame is on its way or waiting: calls gather behind it
 	queued   bool // in ready
 	closed   bool
-	marks    watermarks
+	marks    bound.Watermarks
 
 	_ [64]byte // keep neighbours' locks apart
 }
@@ -194,7 +195,7 @@ func Open(o Options) (*Outbox, error) {
 		o: o, producer: producer, gathers: make([]gather, o.Shards), ready: make(chan uint32, o.Shards),
 		start: o.Now(), stop: make(chan struct{}), turn: make(chan struct{}, 1),
 	}
-	b.budget.limit = o.MemoryBytes - o.MemoryBytes/4
+	b.budget.Limit = o.MemoryBytes - o.MemoryBytes/4
 	b.coarse.Store(b.start.UnixMicro())
 	b.turn <- struct{}{}
 	if b.s, err = newSender(b); err != nil {
@@ -299,7 +300,7 @@ func (o *Outbox) Add(ctx context.Context, shard uint32, c *usage.Call) error {
 		o.ready <- shard // never blocks: one place per shard
 	}
 	if o.o.SpoolBeforeAnswer {
-		if err := g.marks.waitSafe(ctx, mine); err != nil {
+		if err := g.marks.WaitSafe(ctx, mine); err != nil {
 			return fmt.Errorf("%w: %w", ErrNotSafe, err)
 		}
 	}
@@ -322,14 +323,14 @@ func copyOf(q *usage.Quantities) usage.Quantities {
 
 // reserve gives the shard room for need more bytes; g is locked.
 func (o *Outbox) reserve(g *gather, need int64) bool {
-	if chunk := max(need, reserveChunk); o.budget.take(chunk) {
+	if chunk := max(need, reserveChunk); o.budget.Take(chunk) {
 		g.reserved += chunk
-	} else if o.budget.take(need) {
+	} else if o.budget.Take(need) {
 		g.reserved += need
 	} else {
 		return false
 	}
-	if o.budget.pressed() {
+	if o.budget.Pressed() {
 		o.s.press()
 	}
 	return true
@@ -351,7 +352,7 @@ func (o *Outbox) noRoom(ctx context.Context, g *gather, need int64) (err error, 
 			return o.turnAway(), false
 		}
 		o.full.Store(true)
-		if err := o.budget.wait(ctx, need); err != nil {
+		if err := o.budget.Wait(ctx, need); err != nil {
 			o.refused.Add(1)
 			return fmt.Errorf("%w: %w", ErrFull, err), false
 		}
@@ -405,7 +406,7 @@ func (o *Outbox) Flush(ctx context.Context) error {
 		o.gathers[i].mu.Unlock()
 	}
 	for i := range o.gathers {
-		if err := o.gathers[i].marks.waitAcked(ctx, targets[i]); err == nil {
+		if err := o.gathers[i].marks.WaitAcked(ctx, targets[i]); err == nil {
 			continue
 		} else if !o.safe(targets) {
 			return fmt.Errorf("flush: %w", err)
@@ -418,7 +419,7 @@ func (o *Outbox) Flush(ctx context.Context) error {
 
 func (o *Outbox) safe(targets []uint64) bool {
 	for i := range o.gathers {
-		if safe, _ := o.gathers[i].marks.get(); safe < targets[i] {
+		if safe, _ := o.gathers[i].marks.Get(); safe < targets[i] {
 			return false
 		}
 	}
@@ -464,7 +465,7 @@ func (o *Outbox) Close(ctx context.Context) error {
 		o.gathers[i].mu.Unlock()
 	}
 	close(o.stop)
-	o.budget.wake() // who waits for room shall see that it is closed
+	o.budget.Wake() // who waits for room shall see that it is closed
 	<-o.turn
 	err := o.s.finish(ctx)
 	o.metrics.unregister()

@@ -2,12 +2,9 @@ package outbox
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -15,8 +12,10 @@ import (
 	"github.com/segmentio/ksuid"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/bound"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/lane"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/spool"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/wire"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
@@ -27,7 +26,7 @@ import (
 // methods are called by whoever holds Outbox.turn, unless they say otherwise.
 type sender struct {
 	b     *Outbox
-	wire  *wire
+	wire  *wire.Wire
 	slots []*slot // of this producer, by shard
 	disk  *disk   // nil: there is no spool
 
@@ -49,7 +48,7 @@ type slot struct {
 	g      *gather // nil for an earlier producer
 	src    *source // nil: there is no spool
 	spare  []*chunk
-	budget *budget
+	budget *bound.Budget
 }
 
 func newSender(b *Outbox) (*sender, error) {
@@ -66,14 +65,14 @@ func newSender(b *Outbox) (*sender, error) {
 			sl.src = s.disk.own
 		}
 	}
-	if s.wire, err = newWire(b.o.NATS); err != nil {
+	if s.wire, err = wire.Open(b.o.NATS); err != nil {
 		return nil, errors.Join(fmt.Errorf("open outbox: %w", err), s.disk.release())
 	}
 	return s, nil
 }
 
 func (s *sender) release() error {
-	s.wire.close()
+	s.wire.Close()
 	if err := s.disk.release(); err != nil {
 		return fmt.Errorf("close outbox: %w", err)
 	}
@@ -114,12 +113,12 @@ func (s *sender) loop(ctx context.Context, finished func() bool) {
 		case shard := <-s.b.ready:
 			s.take(s.slots[shard])
 			s.pump(s.slots[shard])
-		case m := <-s.wire.acks:
+		case m := <-s.wire.Acks:
 			s.reply(m)
-		case f := <-s.wire.failed:
+		case f := <-s.wire.Failed:
 			s.notSent(f)
-		case c := <-s.wire.state:
-			s.connection(c.connected)
+		case c := <-s.wire.State:
+			s.connection(c.Connected)
 		case j := <-results:
 			s.disk.handle(j)
 		case <-s.pressed:
@@ -140,7 +139,7 @@ func (s *sender) idle() bool {
 			return false
 		}
 	}
-	return s.disk == nil || s.disk.drain == nil && s.disk.budget.used.Load() == 0
+	return s.disk == nil || s.disk.drain == nil && s.disk.budget.Used() == 0
 }
 
 // everySlot calls f for the lanes of this producer and of the earlier one that
@@ -184,7 +183,7 @@ func (s *sender) take(sl *slot) {
 	}
 	clear(chunks)
 	sl.spare = chunks
-	sl.budget.give(freed)
+	sl.budget.Give(freed)
 }
 
 // pump sends what the lane wants to send, and lets calls go straight to the
@@ -192,7 +191,7 @@ func (s *sender) take(sl *slot) {
 func (s *sender) pump(sl *slot) {
 	if s.connected {
 		f, freed := sl.lane.Publish(s.b.now())
-		sl.budget.give(freed)
+		sl.budget.Give(freed)
 		if f != nil {
 			s.publish(sl, f)
 		}
@@ -218,19 +217,19 @@ func (s *sender) publish(sl *slot, f *lane.Frame) {
 	if f.Sends > 1 {
 		s.count(func(c *counts) { c.resent++ })
 	}
-	if err := s.wire.send(message(sl.lane.Shard(), f.Closing, f.Data), sl.id, f.Number); err != nil {
+	if err := s.wire.Send(wire.Message(sl.lane.Shard(), f.Closing, f.Data), sl.id, f.Number); err != nil {
 		s.failed(sl, f.Number, err)
 	}
 }
 
 // notSent handles a message that did not leave.
-func (s *sender) notSent(f failure) {
-	switch sl := s.slot(f.slot); {
+func (s *sender) notSent(f wire.Failure) {
+	switch sl := s.slot(f.Slot); {
 	case sl == nil:
-	case errors.Is(f.err, nats.ErrMaxPayload):
-		s.reject(sl, f.number, f.err)
+	case errors.Is(f.Err, wire.ErrTooLarge):
+		s.reject(sl, f.Number, f.Err)
 	default:
-		s.failed(sl, f.number, f.err)
+		s.failed(sl, f.Number, f.Err)
 	}
 }
 
@@ -240,37 +239,17 @@ func (s *sender) failed(sl *slot, number uint64, err error) {
 	s.trouble.is(s.b.o.Now(), "the ledger does not take frames: "+err.Error()+"; trying again")
 }
 
-// errCodeTooLarge is JetStream's "message size exceeds maximum allowed": the
-// one answer that no retry can change.
-const errCodeTooLarge = 10054
-
 // reply handles an acknowledgement or a refusal.
 func (s *sender) reply(m *nats.Msg) {
-	id, number, ok := strings.Cut(strings.TrimPrefix(m.Subject, s.wire.prefix), ".")
-	i, err1 := strconv.ParseUint(id, 10, 64)
-	n, err2 := strconv.ParseUint(number, 10, 64)
-	sl := s.slot(i)
-	if !ok || err1 != nil || err2 != nil || sl == nil {
-		return // of a lane that is done with
-	}
-	var ack struct {
-		Stream string           `json:"stream"`
-		Seq    uint64           `json:"seq"`
-		Error  *ledger.APIError `json:"error"`
-	}
-	switch err := json.Unmarshal(m.Data, &ack); {
-	case len(m.Data) == 0 && m.Header.Get("Status") == "503":
-		s.failed(sl, n, errors.New("no stream or no leader for "+ledger.CallsSubject(sl.lane.Shard())))
-	case err != nil:
-		s.failed(sl, n, fmt.Errorf("the acknowledgement can't be read: %w", err))
-	case ack.Error != nil && ack.Error.ErrCode == errCodeTooLarge:
-		s.reject(sl, n, ack.Error)
-	case ack.Error != nil:
-		s.failed(sl, n, ack.Error)
-	case ack.Stream != ledger.Stream || ack.Seq == 0:
-		s.failed(sl, n, fmt.Errorf("it was stored in stream %q, which is not %s", ack.Stream, ledger.Stream))
+	slot, number, err := s.wire.Parse(m)
+	switch sl := s.slot(slot); {
+	case sl == nil: // of a lane that is done with
+	case err == nil:
+		s.acked(sl, number)
+	case errors.Is(err, wire.ErrTooLarge):
+		s.reject(sl, number, err)
 	default:
-		s.acked(sl, n)
+		s.failed(sl, number, err)
 	}
 }
 
@@ -340,9 +319,9 @@ func (s *sender) healthy(yes bool) {
 func (s *sender) done(sl *slot, f *lane.Frame) {
 	switch {
 	case f.Loaded:
-		s.disk.budget.give(int64(len(f.Data)))
+		s.disk.budget.Give(int64(len(f.Data)))
 	case !f.Closing:
-		sl.budget.give(int64(len(f.Data)))
+		sl.budget.Give(int64(len(f.Data)))
 	}
 	if sl.src != nil {
 		sl.src.acked(f)
@@ -359,7 +338,7 @@ func (s *sender) advance(sl *slot) {
 		return
 	}
 	_, safe, acked := sl.lane.Calls()
-	sl.g.marks.advance(safe, acked)
+	sl.g.marks.Advance(safe, acked)
 }
 
 // reject gives up a frame that the ledger can never take. Frames are bounded
@@ -416,7 +395,7 @@ func (s *sender) tick() {
 		}
 	})
 	s.count(func(c *counts) { c.inflight, c.oldest, c.connected = inflight, oldest, s.connected })
-	if s.b.full.Load() && !s.b.budget.pressed() {
+	if s.b.full.Load() && !s.b.budget.Pressed() {
 		s.b.full.Store(false)
 	}
 	if full := s.b.full.Load(); full {

@@ -380,6 +380,9 @@ func files(t testing.TB, dir string) []string {
 	t.Helper()
 	var out []string
 	err := filepath.WalkDir(dir, func(p string, e fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // deleted while we look
+		}
 		if err == nil && !e.IsDir() {
 			out = append(out, p)
 		}
