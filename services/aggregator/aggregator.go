@@ -182,13 +182,13 @@ func (s *service) count(ctx context.Context) error {
 	s.m.notCaughtUp.Set(float64(len(owners)))
 	s.ready.NotReady(fmt.Sprintf("%d shards are catching up", len(owners)))
 
-	g, ctx := errgroup.WithContext(ctx)
 	for _, o := range owners {
-		sub, err := s.listen(o)
-		if err != nil {
+		if err := s.listen(o); err != nil {
 			return err
 		}
-		defer func() { _ = sub.Unsubscribe() }() // the connection is closed next
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	for _, o := range owners {
 		g.Go(func() error { return o.run(ctx, io) })
 	}
 	// One consumer without a filter for all shards: measured, it is cheaper for
@@ -375,8 +375,9 @@ func (s *service) readCheckpoint(ctx context.Context, shard uint32) (uint64, che
 	return m.Sequence, c, nil
 }
 
-func (s *service) listen(o *owner) (*nats.Subscription, error) {
-	sub, err := s.nc.Subscribe(ledger.UsageSubject(o.shard), func(q *nats.Msg) {
+// listen lets a shard be asked as long as the connection is open.
+func (s *service) listen(o *owner) error {
+	_, err := s.nc.Subscribe(ledger.UsageSubject(o.shard), func(q *nats.Msg) {
 		select {
 		case o.queries <- q:
 		default:
@@ -384,9 +385,9 @@ func (s *service) listen(o *owner) (*nats.Subscription, error) {
 		}
 	})
 	if err != nil {
-		return nil, fmt.Errorf("shard %d: subscribe: %w", o.shard, err)
+		return fmt.Errorf("shard %d: subscribe: %w", o.shard, err)
 	}
-	return sub, nil
+	return nil
 }
 
 func (s *service) caughtUp() {

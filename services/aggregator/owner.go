@@ -36,6 +36,8 @@ const (
 	maxQueued = 100_000
 	maxDead   = 64
 	ioTimeout = 5 * time.Second
+	// snapshotTimeout is longer: a snapshot may be hundreds of megabytes.
+	snapshotTimeout = 2 * time.Minute
 )
 
 // owner counts one shard: one goroutine owns the state, what waits for NATS is
@@ -68,6 +70,7 @@ type owner struct {
 	lastTick     time.Time
 	snapshotting bool
 	lastSnapshot time.Time
+	snapshotSize int
 	entries      int // since the last snapshot
 	stopping     bool
 	finalDone    bool
@@ -77,12 +80,15 @@ type owner struct {
 
 // run counts until ctx is done, then stops cleanly; io outlives ctx.
 func (o *owner) run(ctx, io context.Context) error {
+	// What is still under way at the end is given up first, then waited for.
+	defer o.settle()
+	io, giveUp := context.WithCancel(io)
+	defer giveUp()
 	beat := time.NewTicker(beaconEvery)
 	defer beat.Stop()
 	o.wake = time.NewTimer(time.Hour)
 	defer o.wake.Stop()
 	o.lastSnapshot = time.Now()
-	defer o.settle()
 	o.checkReady()
 	done := ctx.Done()
 	var stop <-chan time.Time
@@ -136,10 +142,10 @@ func (o *owner) idle() bool {
 }
 
 // do runs work beside the owner; what it returns is then called by the owner.
-func (o *owner) do(io context.Context, work func(ctx context.Context) func() error) {
+func (o *owner) do(io context.Context, limit time.Duration, work func(ctx context.Context) func() error) {
 	o.running++
 	go func() {
-		ctx, cancel := context.WithTimeout(io, ioTimeout)
+		ctx, cancel := context.WithTimeout(io, limit)
 		defer cancel()
 		o.results <- work(ctx)
 	}()
@@ -268,7 +274,7 @@ func (o *owner) checkReady() {
 // publish stores a batch of decisions with the checkpoint.
 func (o *owner) publish(io context.Context, b *batch) {
 	o.publishing = true
-	o.do(io, func(ctx context.Context) func() error {
+	o.do(io, ioTimeout, func(ctx context.Context) func() error {
 		msgs, err := o.pub.messages(b)
 		if err != nil {
 			return func() error { return fmt.Errorf("shard %d: %w", o.shard, err) }
@@ -367,7 +373,7 @@ func readable(text string) string {
 
 func (o *owner) bury(io context.Context, m *nats.Msg) {
 	o.burying = true
-	o.do(io, func(ctx context.Context) func() error {
+	o.do(io, ioTimeout, func(ctx context.Context) func() error {
 		_, err := o.js.PublishMsg(ctx, m)
 		return func() error {
 			o.burying = false
@@ -418,7 +424,7 @@ func (o *owner) tick(io context.Context) {
 	// When another control entry has come meanwhile, time has passed with it.
 	ledger.ExpectLast(m, o.lastControl)
 	o.ticking = true
-	o.do(io, func(ctx context.Context) func() error {
+	o.do(io, ioTimeout, func(ctx context.Context) func() error {
 		_, err := o.js.PublishMsg(ctx, m)
 		return func() error {
 			o.ticking = false

@@ -550,3 +550,40 @@ func TestALedgerThatHasLostWhatWasCountedIsNotCountedOn(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+func TestItStopsInTimeAlthoughNATSIsAway(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 2, time.Minute)
+	w.plans("v1", lifetimeLimit(10))
+	r := w.run(Options{StopTimeout: 300 * time.Millisecond})
+	w.counted(0, w.usage(0).Sequence)
+	w.stopServer()
+	begin := time.Now()
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("it took %s", took)
+	}
+}
+
+func TestUsageQueriesSayWhatIsWrongWithThem(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 1, time.Minute)
+	r := w.run(Options{})
+	for _, q := range []string{"{", `{"top":1001}`, `{"top":-1}`} {
+		m, err := w.nc.Request(ledger.UsageSubject(0), []byte(q), 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m.Header.Get(errorCodeHeader) != "400" || m.Header.Get(errorHeader) == "" {
+			t.Errorf("%s: %v", q, m.Header)
+		}
+	}
+	if u := w.usage(0, "nobody"); len(u.Accounts) != 0 || u.StateHash == "" || u.Total.Meters == nil {
+		t.Errorf("got %+v", u)
+	}
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+}

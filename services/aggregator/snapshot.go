@@ -15,11 +15,12 @@ import (
 // its position is published.
 func (o *owner) snapshot(io context.Context) {
 	begin := time.Now()
-	data := o.state.AppendBinary(nil)
+	data := o.state.AppendBinary(make([]byte, 0, o.snapshotSize+o.snapshotSize/8))
+	o.snapshotSize = len(data)
 	at := o.state.Sequence()
 	name := fmt.Sprintf("shard-%d/%d-%d", o.shard, at, o.pub.last.epoch)
 	o.snapshotting, o.entries, o.lastSnapshot = true, 0, begin
-	o.do(io, func(ctx context.Context) func() error {
+	o.do(io, snapshotTimeout, func(ctx context.Context) func() error {
 		_, err := o.objects.PutBytes(ctx, name, data)
 		return func() error {
 			o.snapshotting = false
@@ -40,7 +41,7 @@ func (o *owner) snapshot(io context.Context) {
 
 // forget deletes a snapshot that no checkpoint names any more.
 func (o *owner) forget(io context.Context, name string) {
-	o.do(io, func(ctx context.Context) func() error {
+	o.do(io, ioTimeout, func(ctx context.Context) func() error {
 		err := o.objects.Delete(ctx, name)
 		return func() error {
 			if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) {
