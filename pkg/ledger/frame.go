@@ -15,10 +15,12 @@ import (
 )
 
 // Bounds of a frame. A writer seals at MaxFrameCalls or TargetFrameBytes,
-// whichever comes first; a reader takes more, up to the decode bounds.
+// whichever comes first; a reader takes more, up to the decode bounds. The
+// bytes are such that the calls decide, with request and trace ids too: what a
+// frame costs the ledger is its sync, not its bytes (schemas/frame.md).
 const (
 	MaxFrameCalls    = 1000
-	TargetFrameBytes = 32 << 10
+	TargetFrameBytes = 96 << 10
 
 	maxDecodeCalls   = 4096
 	maxDecodeBytes   = 1 << 20
