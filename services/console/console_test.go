@@ -506,7 +506,7 @@ func TestTheLiveStreamMoves(t *testing.T) {
 	for _, a := range m.Top {
 		byID[a.ID] = a
 	}
-	if a := byID["acme/search"]; a.Admitted != 30 || len(a.Limits) != 1 || a.Limits[0].Used != 30 || a.Limits[0].Remaining != 70 {
+	if a := byID["acme/search"]; a.Admitted != 30 || len(a.Limits) != 2 || a.Limits[0].Used != 30 || a.Limits[0].Remaining != 70 || a.Limits[1].Account != "acme" {
 		t.Errorf("acme/search: %+v", a)
 	}
 	if a := byID["acme"]; a.Admitted != 30 || len(a.Limits) != 1 || a.Limits[0].Used != 600 {

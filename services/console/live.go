@@ -42,10 +42,18 @@ type topAccount struct {
 	Parent string `json:"parent,omitempty"`
 	Plan   string `json:"plan,omitempty"`
 	// Recent calls: a minute halves their weight.
-	Admitted int64               `json:"recent_admitted"`
-	Refused  int64               `json:"recent_refused"`
-	Verdict  string              `json:"verdict"`
-	Limits   []ledger.LimitUsage `json:"limits"`
+	Admitted int64 `json:"recent_admitted"`
+	Refused  int64 `json:"recent_refused"`
+	// Verdict is the severest along its path, Limits are all of them.
+	Verdict string     `json:"verdict"`
+	Limits  []topLimit `json:"limits"`
+}
+
+// topLimit is a limit on an account's path.
+type topLimit struct {
+	// Account that carries it: the account itself or one above it.
+	Account string `json:"account"`
+	ledger.LimitUsage
 }
 
 type liveLag struct {
@@ -253,9 +261,21 @@ func (p *producer) accounts(ctx context.Context, c *console, v view, at usage.Mi
 			add(id, p.known[id])
 		}
 	}
-	byShard := map[uint32][]string{}
+	paths := map[string][]string{}
+	byShard, asked := map[uint32][]string{}, map[string]bool{}
 	for _, id := range order {
-		byShard[shard[id]] = append(byShard[shard[id]], id)
+		paths[id] = []string{id}
+		if b != nil {
+			if path := b.index.Path(id); len(path) > 0 {
+				paths[id] = path
+			}
+		}
+		for _, step := range paths[id] { // a path has one shard
+			if !asked[step] {
+				asked[step] = true
+				byShard[shard[id]] = append(byShard[shard[id]], step)
+			}
+		}
 	}
 	var mu sync.Mutex
 	found := map[string]ledger.AccountUsage{}
@@ -281,11 +301,15 @@ func (p *producer) accounts(ctx context.Context, c *console, v view, at usage.Mi
 	out := make([]topAccount, 0, len(order))
 	for _, id := range order {
 		u := found[id]
-		t := topAccount{ID: id, Parent: u.Parent, Plan: u.Plan, Admitted: busy[id].Admitted, Refused: busy[id].Refused, Limits: u.Limits}
-		t.Verdict = c.state.decisions.Worst(id, at).String()
-		if t.Limits == nil {
-			t.Limits = []ledger.LimitUsage{}
+		t := topAccount{ID: id, Parent: u.Parent, Plan: u.Plan, Admitted: busy[id].Admitted, Refused: busy[id].Refused, Limits: []topLimit{}}
+		worst := usage.Allow
+		for _, step := range paths[id] {
+			worst = max(worst, c.state.decisions.Worst(step, at))
+			for _, l := range found[step].Limits {
+				t.Limits = append(t.Limits, topLimit{step, l})
+			}
 		}
+		t.Verdict = worst.String()
 		out = append(out, t)
 	}
 	slices.SortStableFunc(out, func(x, y topAccount) int {

@@ -27,11 +27,38 @@ type state struct {
 	watch  watched
 	book   *book
 	bookAt time.Time
+	behind map[uint32]uncounted // by shard
 
 	hub hub
 }
 
-func newState() *state { return &state{hub: hub{wake: make(chan struct{}, 1)}} }
+func newState() *state {
+	return &state{behind: map[uint32]uncounted{}, hub: hub{wake: make(chan struct{}, 1)}}
+}
+
+// uncounted is an entry that was seen and that no beacon has counted yet.
+type uncounted struct {
+	sequence uint64
+	since    time.Time
+}
+
+// lag returns how long an entry of the shard is known to wait for being counted.
+// It is not taken from the times of entries: those are as far apart as traffic
+// is.
+func (s *state) lag(shard uint32, last, counted uint64, now time.Time) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if last <= counted {
+		delete(s.behind, shard)
+		return 0
+	}
+	w, ok := s.behind[shard]
+	if !ok || w.sequence <= counted {
+		w = uncounted{last, now}
+		s.behind[shard] = w
+	}
+	return now.Sub(w.since)
+}
 
 // watched is what is asked for regularly.
 type watched struct {
@@ -290,9 +317,7 @@ func (c *console) shardHealth(now time.Time, v view) []shardHealth {
 	out := make([]shardHealth, c.shards)
 	for i := range out {
 		out[i] = shardHealth{Shard: uint32(i), State: StateDown, BeaconAge: -1}
-		if end, ok := v.shards[uint32(i)]; ok {
-			out[i].LastEntry = end.sequence
-		}
+		out[i].LastEntry = v.shards[uint32(i)]
 	}
 	for _, b := range c.state.beacons.All(now) {
 		if int(b.Shard) >= len(out) {
@@ -307,9 +332,7 @@ func (c *console) shardHealth(now time.Time, v view) []shardHealth {
 		default:
 			s.State = StateOK
 		}
-		if end := v.shards[b.Shard]; end.sequence > b.Sequence {
-			s.LagSeconds = max(0, float64(end.at-b.StreamTime)/1e6)
-		}
+		s.LagSeconds = c.state.lag(b.Shard, v.shards[b.Shard], b.Sequence, now).Seconds()
 	}
 	return out
 }

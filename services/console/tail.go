@@ -32,22 +32,16 @@ type tail struct {
 
 	mu      sync.Mutex
 	fold    live.Fold
-	shards  map[uint32]shardEnd
-	calls   uint64 // newest entry with calls
+	shards  map[uint32]uint64 // newest entry of each
+	calls   uint64            // newest entry with calls
 	pending uint64
 	skipped uint64
 	bad     uint64
 	err     error // of the last interruption; nil while reading
 }
 
-// shardEnd is the newest entry of a shard.
-type shardEnd struct {
-	sequence uint64
-	at       usage.Micros
-}
-
 func newTail(s *state, log zerolog.Logger) *tail {
-	return &tail{state: s, log: log, shards: map[uint32]shardEnd{}}
+	return &tail{state: s, log: log, shards: map[uint32]uint64{}}
 }
 
 func (t *tail) run(ctx context.Context, js jetstream.JetStream) error {
@@ -108,7 +102,7 @@ func (t *tail) handle(f *ledger.Frame, m ledger.Message) error {
 	defer t.mu.Unlock()
 	t.err, t.pending = nil, m.Pending
 	at := usage.At(m.Time)
-	t.shards[shard] = shardEnd{m.Sequence, at}
+	t.shards[shard] = m.Sequence
 	switch {
 	case err != nil:
 		t.bad++ // the aggregator makes a dead letter of it
@@ -132,7 +126,7 @@ type view struct {
 	busiest  []live.Busy
 	refusals []live.Refusal
 	gateways []live.Gateway
-	shards   map[uint32]shardEnd
+	shards   map[uint32]uint64
 	sequence uint64
 	calls    uint64
 	streamAt usage.Micros
@@ -146,7 +140,7 @@ func (t *tail) view(now usage.Micros, seconds, busiest, refusals int) view {
 	defer t.mu.Unlock()
 	v := view{
 		seconds: t.fold.Seconds(now, seconds), busiest: t.fold.Busiest(now, busiest), refusals: t.fold.Refusals(refusals),
-		gateways: t.fold.Gateways(), shards: make(map[uint32]shardEnd, len(t.shards)), calls: t.calls, pending: t.pending, skipped: t.skipped, err: t.err,
+		gateways: t.fold.Gateways(), shards: make(map[uint32]uint64, len(t.shards)), calls: t.calls, pending: t.pending, skipped: t.skipped, err: t.err,
 	}
 	v.sequence, v.streamAt = t.fold.Position()
 	for s, e := range t.shards {

@@ -23,6 +23,11 @@ export interface LimitUsage {
   verdict: Verdict
 }
 
+export interface TopLimit extends LimitUsage {
+  /** The account that carries it: the account itself or one above it. */
+  account: string
+}
+
 export interface TopAccount {
   id: string
   parent?: string
@@ -30,7 +35,7 @@ export interface TopAccount {
   recent_admitted: number
   recent_refused: number
   verdict: Verdict
-  limits: LimitUsage[]
+  limits: TopLimit[]
 }
 
 export interface Refusal {

@@ -1,7 +1,7 @@
 // The cards that the live stream feeds.
 
 import { useMemo } from 'preact/hooks'
-import type { Alert, LimitUsage, LiveMessage, Refusal, Second, TopAccount } from './api'
+import type { Alert, LiveMessage, Refusal, Second, TopAccount, TopLimit } from './api'
 import { Chart, type Area } from './chart'
 import { ago, clock, codeName, compact, countdown, exact, percent, quantity, rate, unit } from './format'
 import { byCode, rates, refusedIn } from './model'
@@ -26,7 +26,7 @@ export function Figures({ seconds, live }: { seconds: Second[]; live?: LiveMessa
       {figure('Refused a second', live ? rate(r.refused) : '–', live ? `${percent(r.refused, r.calls)} of calls` : ' ', r.refused > 0 ? 'is-refused' : '')}
       {figure('Tokens a second', live ? rate(r.tokens) : '–', 'in and out')}
       {figure('Limits used up', live ? exact(live.decisions.deny) : '–', live ? `${exact(live.decisions.warn)} near their limit` : ' ')}
-      {figure('Counted behind', lag ? (lag.counted_seconds < 0.05 ? '0 s' : `${lag.counted_seconds.toFixed(1)} s`) : '–', lag ? (lag.history_known ? lag.history_entries === 0 ? 'history up to date' : `history ${compact(lag.history_entries)} entries` : 'history unknown') : ' ')}
+      {figure('Counted behind', lag ? (lag.counted_seconds < 0.05 ? '0 s' : `${lag.counted_seconds.toFixed(1)} s`) : '–', lag ? (lag.history_known ? lag.history_entries === 0 ? 'history up to date' : `history ${compact(lag.history_entries)} behind` : 'history unknown') : ' ')}
     </dl>
   )
 }
@@ -116,14 +116,14 @@ export function CodesCard({ seconds }: { seconds: Second[] }) {
 }
 
 /** tightest is the limit that is nearest to its end. */
-export function tightest(limits: LimitUsage[]): LimitUsage | undefined {
+export function tightest(limits: TopLimit[]): TopLimit | undefined {
   return [...limits].sort((a, b) => b.used / b.amount - a.used / a.amount)[0]
 }
 
 export function AccountsCard({ live }: { live?: LiveMessage }) {
   const rows = live?.top ?? []
   return (
-    <Card area="accounts" title="Busiest accounts" note="each with its tightest limit">
+    <Card area="accounts" title="Busiest accounts" note="each with the tightest limit that binds it">
       {live && rows.length === 0 ? (
         <Nothing>No account has made a call yet.</Nothing>
       ) : (
@@ -163,7 +163,7 @@ function AccountRow({ a, now }: { a: TopAccount; now: number }) {
         <span class="account" title={a.id}>
           {a.id}
         </span>
-        <span class="under">{a.plan ? `plan ${a.plan}` : 'no plan'}</span>
+        <span class="under">{a.plan ? `plan ${a.plan}` : a.parent ? `part of ${a.parent}` : 'no plan'}</span>
       </th>
       <td>
         <VerdictTag verdict={worst} />
@@ -174,12 +174,13 @@ function AccountRow({ a, now }: { a: TopAccount; now: number }) {
             <span class={`bar bar-${l.verdict}`} role="meter" aria-valuemin={0} aria-valuemax={l.amount} aria-valuenow={Math.min(l.used, l.amount)} aria-label={`${l.limit_id}: used ${exact(l.used)} of ${exact(l.amount)}`}>
               <i style={{ width: `${100 * part}%` }} />
             </span>
-            <span class="under" title={`${l.limit_id}: ${exact(l.used)} of ${exact(l.amount)}`}>
+            <span class="under" title={`${l.account}, ${l.limit_id}: ${exact(l.used)} of ${exact(l.amount)}`}>
               {quantity(l.meter, l.used)} of {quantity(l.meter, l.amount)} {unit(l.meter)}, {l.window}
+              {l.account !== a.id && `, of ${l.account}`}
             </span>
           </>
         ) : (
-          <span class="under">no limit of its own</span>
+          <span class="under">no limit</span>
         )}
       </td>
       <td class="num left" data-name="left" title={l ? exact(l.remaining) : ''}>

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest'
-import type { History, LimitUsage } from './api'
+import type { History, TopLimit } from './api'
 import { tightest } from './cards'
 import { areasOf } from './history'
 import { lookOfCode, lookOfSeries } from './palette'
@@ -17,7 +17,7 @@ describe('the parser of the stream', () => {
 })
 
 it('shows the limit that is nearest to its end', () => {
-  const l = (limit_id: string, used: number, amount: number) => ({ limit_id, used, amount }) as LimitUsage
+  const l = (limit_id: string, used: number, amount: number) => ({ limit_id, used, amount }) as TopLimit
   expect(tightest([l('a', 1, 10), l('b', 900, 1000), l('c', 50, 1000)])?.limit_id).toBe('b')
   expect(tightest([])).toBeUndefined()
 })
