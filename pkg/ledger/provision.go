@@ -209,12 +209,35 @@ func makeMissing(ctx context.Context, js jetstream.JetStream, all []piece, repli
 		notice(fmt.Sprintf("NATS has no room for streams of %d GiB altogether: they are made with 1/%d of their sizes; give its file store more room to avoid a full ledger", total>>30, divisor))
 	}
 	for _, p := range missing {
-		err := p.create(ctx, p.maxBytes/divisor)
+		err := p.createInRoom(ctx, p.maxBytes/divisor)
 		if err != nil && !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) && !errors.Is(err, jetstream.ErrBucketExists) {
 			return fmt.Errorf("create stream %s: %w", p.stream, err)
 		}
 	}
 	return nil
+}
+
+// roomReturns bounds the wait for the room that the probe took.
+const roomReturns = 5 * time.Second
+
+// createInRoom creates a piece for which there is room: the nodes of a cluster
+// tell each other only from time to time what they have reserved, so that the
+// room of a stream that was just removed may seem to be taken still.
+func (p *piece) createInRoom(ctx context.Context, maxBytes int64) error {
+	over := time.After(roomReturns)
+	for {
+		err := p.create(ctx, maxBytes)
+		if !noRoom(err) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-over:
+			return err
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 // findRoom returns the power of two by which the sizes must be divided to fit
