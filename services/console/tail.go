@@ -17,7 +17,7 @@ import (
 const (
 	// tailBack is how many entries before the end are read at the start, so that
 	// a console that was restarted has something to show.
-	tailBack = 2000
+	tailBack = 10_000
 	// tailBehind is how many entries the tail may be behind before it skips to
 	// the end: it shows what is now, the counters are elsewhere.
 	tailBehind = 20_000

@@ -163,7 +163,7 @@ function AccountRow({ a, now }: { a: TopAccount; now: number }) {
         <span class="account" title={a.id}>
           {a.id}
         </span>
-        <span class="under">{a.plan ? `plan ${a.plan}` : a.parent ? `part of ${a.parent}` : 'no plan'}</span>
+        <span class="under">{l && l.account !== a.id ? `shares ${l.account}’s limit` : a.plan ? `plan ${a.plan}` : 'no plan'}</span>
       </th>
       <td>
         <VerdictTag verdict={worst} />
@@ -176,7 +176,6 @@ function AccountRow({ a, now }: { a: TopAccount; now: number }) {
             </span>
             <span class="under" title={`${l.account}, ${l.limit_id}: ${exact(l.used)} of ${exact(l.amount)}`}>
               {quantity(l.meter, l.used)} of {quantity(l.meter, l.amount)} {unit(l.meter)}, {l.window}
-              {l.account !== a.id && `, of ${l.account}`}
             </span>
           </>
         ) : (
