@@ -232,7 +232,9 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 		// upstream breaks off: the call took place.
 		x.call.Status = uint16(out.finalStatus(returned))
 		x.call.Quantities = report.quantities
-		x.call.Quantities.SetBuiltIn(usage.BytesIndex, out.bytes)
+		if _, reported := report.quantities.BuiltIn(usage.BytesIndex); !reported {
+			x.call.Quantities.SetBuiltIn(usage.BytesIndex, out.bytes)
+		}
 		err := x.settle(r.Context())
 		switch {
 		case !returned: // the panic goes on

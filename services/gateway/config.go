@@ -62,6 +62,11 @@ type RouteConfig struct {
 	// Usage is json (read token counts from JSON answers) or none; json by
 	// default when Model or a provider's profile is given.
 	Usage string `yaml:"usage"`
+	// MetersHeader is an answer's header in which a trusted upstream reports
+	// readings of any meter, as in "images=3, gpu_ms=120"; it is not sent on. A
+	// reading that can't be counted is left out, counted and logged. None when
+	// empty.
+	MetersHeader string `yaml:"meters_header"`
 	// Timeout until the answer's header; 10 minutes when 0.
 	Timeout Duration `yaml:"timeout"`
 }
@@ -241,6 +246,9 @@ func (c *Config) problems() []problem {
 		case "", UsageJSON, UsageNone:
 		default:
 			add(at+".usage", "%q: choose json or none", r.Usage)
+		}
+		if r.MetersHeader != "" && !validHeader(r.MetersHeader) {
+			add(at+".meters_header", "%q is not the name of a header", r.MetersHeader)
 		}
 		given := 0
 		for _, s := range []string{r.Model.JSON, r.Model.Header, r.Model.Fixed} {

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -345,6 +346,7 @@ func (s *service) sent(w http.ResponseWriter, _ *http.Request) {
 		for i, m := range usage.BuiltInMeters() {
 			reply.Sent.Meters[m] = st.Sent.Meters[i]
 		}
+		maps.Copy(reply.Sent.Meters, st.Sent.Custom)
 		reply.Invalid, reply.Dropped, reply.Refused, reply.Rejected = st.Invalid, st.Dropped, st.Refused, st.Rejected
 	}
 	data, err := json.Marshal(reply)

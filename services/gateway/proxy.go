@@ -13,6 +13,7 @@ import (
 	"net/textproto"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -22,6 +23,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
 )
 
@@ -41,6 +43,7 @@ type proxy struct {
 	routes []*route // in the order in which they are tried
 	none   http.Handler
 	usage  *prometheus.CounterVec
+	meters *prometheus.CounterVec
 	buffer bufferPool
 	logger zerolog.Logger
 }
@@ -69,12 +72,17 @@ func newProxy(o proxyOptions) (*proxy, error) {
 		}, []string{"outcome"}),
 		logger: o.logger,
 	}
+	p.meters = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "tollkeeper_gateway_reported_readings_total", Help: "Readings that upstreams reported in meters_header, by whether they could be counted.",
+	}, []string{"outcome"})
 	for _, outcome := range tokens.Outcomes() {
 		p.usage.WithLabelValues(string(outcome))
 	}
 	if o.registerer != nil {
-		if err := o.registerer.Register(p.usage); err != nil {
-			return nil, err
+		for _, c := range []prometheus.Collector{p.usage, p.meters} {
+			if err := o.registerer.Register(c); err != nil {
+				return nil, err
+			}
 		}
 	}
 	keyHeaders := o.config.KeyHeaders
@@ -239,6 +247,9 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 		ModifyResponse: func(resp *http.Response) error {
 			// The client's answer carries the id that the event carries.
 			resp.Header.Del(gate.RequestIDHeader)
+			if c.MetersHeader != "" {
+				p.readMeters(resp, c.MetersHeader)
+			}
 			if readsUsage && resp.StatusCode/100 == 2 && tokens.IsJSON(resp.Header.Get("Content-Type")) && resp.Request.Method != http.MethodHead {
 				report := gate.ReportFrom(resp.Request.Context())
 				resp.Body = tokens.NewTap(resp.Body, resp.Header.Get("Content-Encoding"), func(readings []tokens.Reading, o tokens.Outcome) {
@@ -253,6 +264,29 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { p.failed(w, r, err, c.Profile) },
 	}
 	return rp, nil
+}
+
+// readMeters takes the upstream's readings off an answer.
+func (p *proxy) readMeters(resp *http.Response, header string) {
+	values := resp.Header.Values(header)
+	if len(values) == 0 {
+		return
+	}
+	resp.Header.Del(header)
+	report := gate.ReportFrom(resp.Request.Context())
+	for _, field := range strings.Split(strings.Join(values, ","), ",") {
+		name, number, _ := strings.Cut(strings.TrimSpace(field), "=")
+		v, err := strconv.ParseInt(number, 10, 64)
+		if err == nil {
+			err = report.Set(usage.Meter(name), v)
+		}
+		if err != nil {
+			p.meters.WithLabelValues("unusable").Inc()
+			p.logger.Warn().Err(err).Str("header", header).Msg("a reading of the upstream can't be counted and is left out")
+			continue
+		}
+		p.meters.WithLabelValues("read").Inc()
+	}
 }
 
 // stripped takes a prefix off a path. Where an escaped path does not begin with the

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -125,6 +126,7 @@ type replayRun struct {
 
 	accounts map[string]string // the trace's name → the account's id
 	ours     map[string]bool   // ids
+	prefixes map[string]string // the trace's route → the path it has at the gateway
 	held     sync.Map          // account id → longest latency of a decision, time.Duration
 }
 
@@ -212,6 +214,34 @@ func (r *replayRun) open(ctx context.Context) error {
 	return nil
 }
 
+// config has a route for each of the trace's routes, by the trace's names: limits
+// and events know them. A trace with more of them than a gateway can have is cut:
+// the others share one.
+func (r *replayRun) config(upstream string) gateway.Config {
+	var c gateway.Config
+	add := func(name, prefix string) {
+		c.Routes = append(c.Routes, gateway.RouteConfig{
+			Name: name, Prefix: prefix, StripPrefix: prefix != "/", Upstream: upstream, Profile: "problem",
+			Model: gateway.ModelConfig{JSON: "model"}, Usage: gateway.UsageJSON, MetersHeader: modelserver.MetersHeader,
+		})
+	}
+	r.prefixes = map[string]string{}
+	for _, row := range r.o.Rows {
+		if _, known := r.prefixes[row.Route]; known || row.Route == "" || len(r.prefixes) == mostRoutes {
+			continue
+		}
+		r.prefixes[row.Route] = "/replay/" + strconv.Itoa(len(r.prefixes))
+		add(row.Route, r.prefixes[row.Route])
+	}
+	add("other-"+r.id, "/")
+	return c
+}
+
+// mostRoutes of a trace are told apart.
+const mostRoutes = 400
+
+func (r *replayRun) path(row trace.Row) string { return r.prefixes[row.Route] + "/v1/chat/completions" }
+
 func (r *replayRun) serveModel(ctx context.Context) (url string, err error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -254,7 +284,7 @@ func (r *replayRun) startGateway(ctx context.Context, upstream string) (*replayG
 	}
 	ready := make(chan struct{})
 	o := gateway.Options{
-		NATS: r.o.NATS, Config: DemoRoutes(upstream), Listen: "127.0.0.1:0", AdminListen: "127.0.0.1:0", Name: "replay-" + r.id,
+		NATS: r.o.NATS, Config: r.config(upstream), Listen: "127.0.0.1:0", AdminListen: "127.0.0.1:0", Name: "replay-" + r.id,
 		TrustEventTime: r.o.KeepTime, SpoolDir: spool, Logger: r.o.Logger,
 		// A replay measures what is counted: an aggregator that is away for a
 		// while must not turn its calls into 503.
@@ -344,7 +374,7 @@ func (r *replayRun) drive(ctx context.Context, url string) (*replay.Seen, error)
 		}
 	})
 	seen, err := replay.Drive(ctx, replay.DriveOptions{
-		Rows: r.o.Rows, Speed: r.o.Speed, KeepTime: r.o.KeepTime, Concurrency: r.o.Concurrency, URL: url, Key: r.key,
+		Rows: r.o.Rows, Speed: r.o.Speed, KeepTime: r.o.KeepTime, Concurrency: r.o.Concurrency, URL: url, Key: r.key, Path: r.path,
 		Progress: func() {
 			if answered.Add(1) == half && r.o.Halfway != nil {
 				r.o.Halfway()
@@ -411,29 +441,35 @@ func (r *replayRun) readHistory(ctx context.Context, ids []string, fold replay.L
 		last = max(last, s)
 	}
 	for {
-		sum := replay.Totals{Meters: map[usage.Meter]int64{}}
-		var newest uint64
-		for chunk := range slices.Chunk(ids, history.MaxAccounts) {
-			t, err := r.history.Totals(ctx, history.TotalsQuery{Accounts: chunk})
-			if err != nil {
-				return sum, fmt.Errorf("ClickHouse: %w", err)
-			}
-			newest = max(newest, t.LastSequence)
-			sum.Admitted += t.Admitted
-			sum.Refused += t.Refused
-			for m, v := range t.Meters {
-				sum.Meters[m] += v
-			}
-		}
-		if newest >= last {
+		sum, newest, err := r.askHistory(ctx, ids)
+		if err == nil && newest >= last {
 			return sum, nil
 		}
+		// ClickHouse may be away for a moment: that is what a replay may be
+		// there to show.
 		select {
 		case <-ctx.Done():
-			return sum, fmt.Errorf("ClickHouse has the ledger up to %d of %d after %s", newest, last, r.o.Patience)
+			return sum, errors.Join(fmt.Errorf("ClickHouse has the ledger up to %d of %d after %s", newest, last, r.o.Patience), err)
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+func (r *replayRun) askHistory(ctx context.Context, ids []string) (sum replay.Totals, newest uint64, err error) {
+	sum.Meters = map[usage.Meter]int64{}
+	for chunk := range slices.Chunk(ids, history.MaxAccounts) {
+		t, err := r.history.Totals(ctx, history.TotalsQuery{Accounts: chunk})
+		if err != nil {
+			return sum, 0, fmt.Errorf("ClickHouse: %w", err)
+		}
+		newest = max(newest, t.LastSequence)
+		sum.Admitted += t.Admitted
+		sum.Refused += t.Refused
+		for m, v := range t.Meters {
+			sum.Meters[m] += v
+		}
+	}
+	return sum, newest, nil
 }
 
 // overshoots compares what accounts were let to use of lifetime limits of calls

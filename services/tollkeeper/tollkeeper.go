@@ -18,6 +18,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/aggregator"
 	"github.com/tollkeeper/tollkeeper/services/alerter"
+	"github.com/tollkeeper/tollkeeper/services/console"
 	"github.com/tollkeeper/tollkeeper/services/gateway"
 	"github.com/tollkeeper/tollkeeper/services/historian"
 	"github.com/tollkeeper/tollkeeper/services/internal/embedclickhouse"
@@ -42,7 +43,7 @@ type Options struct {
 	// Shards of a ledger that does not exist yet; 0 is the ledger's default.
 	Shards uint32
 
-	// APIListen is the console and API.
+	// APIListen is the console and API; empty: there is none.
 	APIListen string
 	// APIToken is needed beyond loopback.
 	APIToken string
@@ -122,6 +123,9 @@ func Run(ctx context.Context, o Options) error {
 		}
 		g.AddRun("gateway", s.gateway)
 	}
+	if o.APIListen != "" {
+		g.AddRun("console", s.console)
+	}
 	if o.Demo && o.Gateway != nil {
 		g.AddRun("demo traffic", func(ctx context.Context, ready func()) error {
 			ready()
@@ -138,10 +142,17 @@ func (s *stack) logger(component string) zerolog.Logger {
 
 // nats returns how a service connects.
 func (s *stack) nats(name string) natsconn.Options {
+	o := s.brief(name)
+	o.Readiness = s.readiness.Component(name + "_nats")
+	return o
+}
+
+// brief returns how to connect for something that is soon done: that its
+// connection ends says nothing about readiness.
+func (s *stack) brief(name string) natsconn.Options {
 	o := s.natsURL
 	o.Name = "tollkeeper " + name
 	o.Logger = s.logger(name)
-	o.Readiness = s.readiness.Component(name + "_nats")
 	return o
 }
 
@@ -208,7 +219,7 @@ func (s *stack) alerter(ctx context.Context, ready func()) error {
 
 // provision makes the streams before the services look for them.
 func (s *stack) provision(ctx context.Context) error {
-	nc, err := natsconn.Connect(ctx, s.nats("provision"))
+	nc, err := natsconn.Connect(ctx, s.brief("provision"))
 	if err != nil {
 		return err
 	}
@@ -236,7 +247,7 @@ func (s *stack) applyPlans(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	nc, err := natsconn.Connect(ctx, s.nats("plans"))
+	nc, err := natsconn.Connect(ctx, s.brief("plans"))
 	if err != nil {
 		return err
 	}
@@ -301,6 +312,14 @@ func (s *stack) gateway(ctx context.Context, ready func()) error {
 		ready()
 	}
 	return gateway.Run(ctx, o)
+}
+
+func (s *stack) console(ctx context.Context, ready func()) error {
+	return console.Run(ctx, console.Options{
+		Listen: s.o.APIListen, Flag: "api-listen", Token: s.o.APIToken, NATS: s.nats("console"), Shards: s.o.Shards,
+		ClickHouse: s.addr.ClickHouseOptions, Logger: s.logger("console"), Registry: s.registry, Readiness: s.readiness,
+		Ready: func(a net.Addr) { s.addr.API = a.String(); ready() },
+	})
 }
 
 // announce says where everything is.

@@ -62,6 +62,7 @@ func (s *sender) count(f func(*counts)) {
 func (o *Outbox) Stats() Stats {
 	o.s.mu.Lock()
 	c := o.s.stats
+	c.sent, c.recovered = c.sent.Clone(), c.recovered.Clone()
 	o.s.mu.Unlock()
 	st := Stats{
 		Acked: c.acked, Sent: c.sent, Dropped: o.dropped.Load(), Refused: o.refused.Load(), Invalid: o.invalid.Load(), Rejected: c.rejected,

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -126,12 +127,17 @@ func answer(w http.ResponseWriter, r *http.Request, req *Request, size int) erro
 	} else {
 		c.Choices = []choice{{Message: Message{Role: "assistant", Content: "Recorded answer."}, FinishReason: "stop"}}
 	}
+	slices.Sort(meters)
 	if len(meters) > 0 {
 		w.Header().Set(MetersHeader, strings.Join(meters, ", "))
 	}
 	out, err := json.Marshal(c)
 	if err != nil {
 		return err
+	}
+	if status == http.StatusNoContent || status == http.StatusNotModified {
+		w.WriteHeader(status) // no body is allowed
+		return nil
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(out)))

@@ -36,8 +36,9 @@ type DriveOptions struct {
 	Concurrency int
 	// URL of the gateway, without a path.
 	URL string
-	// Key returns the API key that a row is sent with.
-	Key func(trace.Row) string
+	// Key returns the API key that a row is sent with, Path where it is sent.
+	Key  func(trace.Row) string
+	Path func(trace.Row) string
 	// Progress is told of every answer; called from many goroutines.
 	Progress func()
 }
@@ -179,7 +180,7 @@ func send(ctx context.Context, client *http.Client, o *DriveOptions, row trace.R
 	if method == "" {
 		method = http.MethodPost
 	}
-	req, err := http.NewRequestWithContext(ctx, method, o.URL+path(row.Route), bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, o.URL+o.Path(row), bytes.NewReader(body))
 	if err != nil {
 		return "", fmt.Errorf("make request: %w", err)
 	}
@@ -219,20 +220,18 @@ func request(row trace.Row) modelserver.Request {
 	if row.Status != 0 {
 		req.Metadata["status"] = strconv.Itoa(row.Status)
 	}
+	// Token counts are read out of the body of a good answer; everything else is
+	// reported in a header.
+	inBody := row.Method != http.MethodHead && (row.Status == 0 || row.Status/100 == 2 && row.Status != http.StatusNoContent)
 	for _, q := range row.Meters {
 		name := "meter." + string(q.Meter)
 		switch q.Meter {
 		case usage.InputTokens, usage.OutputTokens, usage.CachedInputTokens, usage.ReasoningTokens:
-			name = string(q.Meter)
+			if inBody {
+				name = string(q.Meter)
+			}
 		}
 		req.Metadata[name] = strconv.FormatInt(q.Value, 10)
 	}
 	return req
-}
-
-func path(route string) string {
-	if len(route) > 0 && route[0] == '/' {
-		return route
-	}
-	return "/v1/chat/completions"
 }

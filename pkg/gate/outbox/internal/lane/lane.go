@@ -13,6 +13,7 @@
 package lane
 
 import (
+	"maps"
 	"time"
 
 	"github.com/segmentio/ksuid"
@@ -26,6 +27,21 @@ type Totals struct {
 	Admitted, Refused int64
 	// Meters in the order of usage.BuiltInMeters: sums of what was reported.
 	Meters [usage.NumBuiltIn]int64
+	// Custom sums the user's own meters; nil when none was reported. At most
+	// MaxCustom names are summed, so that a client can't fill memory with names.
+	Custom map[usage.Meter]int64
+}
+
+// MaxCustom bounds the own meters of Totals.
+const MaxCustom = 256
+
+func (t *Totals) custom(m usage.Meter, v int64) {
+	if t.Custom == nil {
+		t.Custom = make(map[usage.Meter]int64)
+	}
+	if _, known := t.Custom[m]; known || len(t.Custom) < MaxCustom {
+		t.Custom[m] += v
+	}
 }
 
 // Add counts a call.
@@ -42,6 +58,9 @@ func (t *Totals) Add(c *usage.Call) {
 			t.Meters[i]++
 		}
 	}
+	for _, q := range c.Quantities.Custom() {
+		t.custom(q.Meter, q.Value)
+	}
 }
 
 // Plus adds other sums.
@@ -51,6 +70,16 @@ func (t *Totals) Plus(o *Totals) {
 	for i := range t.Meters {
 		t.Meters[i] += o.Meters[i]
 	}
+	for m, v := range o.Custom {
+		t.custom(m, v)
+	}
+}
+
+// Clone returns a copy that shares nothing.
+func (t *Totals) Clone() Totals {
+	c := *t
+	c.Custom = maps.Clone(t.Custom)
+	return c
 }
 
 // Position is where the spool has a frame; the zero value is nowhere.
