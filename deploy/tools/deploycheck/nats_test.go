@@ -1,0 +1,579 @@
+package deploycheck
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+)
+
+// cluster is the three nodes of compose.yaml on loopback, each with its own
+// environment and the one configuration file.
+type cluster struct {
+	nodes     []*server.Server
+	addresses []string
+	passwords map[string]string
+}
+
+// startCluster must not run beside other tests: the configuration is read from
+// this process's environment.
+func startCluster(t *testing.T) *cluster {
+	t.Helper()
+	c := &cluster{passwords: map[string]string{}}
+	for name, value := range env(t) {
+		if user, ok := strings.CutPrefix(name, "NATS_"); ok {
+			c.passwords[strings.ToLower(strings.TrimSuffix(user, "_PASSWORD"))] = value
+		}
+	}
+	p := project(t)
+	names := []string{"nats-1", "nats-2", "nats-3"}
+	var all []*server.Options
+	routes := map[string]string{}
+	for _, name := range names {
+		for k, v := range p.Services[name].Environment {
+			if v != nil {
+				t.Setenv(k, *v)
+			}
+		}
+		o, err := server.ProcessConfigFile(filepath.Join(root, "deploy/nats/nats.conf"))
+		if err != nil {
+			t.Fatalf("nats.conf: %v", err)
+		}
+		if o.ServerName != name || o.Host != "0.0.0.0" || o.Port != 4222 || !o.SyncAlways || o.HTTPHost != "127.0.0.1" || o.Cluster.Password == "" {
+			t.Fatalf("%s is not what compose.yaml says: %s, %s:%d, sync always %v, monitoring on %s", name, o.ServerName, o.Host, o.Port, o.SyncAlways, o.HTTPHost)
+		}
+		// Loopback and free ports instead of the container's own network.
+		o.Host, o.Port, o.HTTPPort = "127.0.0.1", server.RANDOM_PORT, 0
+		o.Cluster.Host, o.Cluster.Port = "127.0.0.1", freePort(t)
+		o.StoreDir, o.NoSigs, o.NoLog = t.TempDir(), true, true
+		o.LameDuckDuration, o.LameDuckGracePeriod = 0, 0
+		routes[name] = net.JoinHostPort("127.0.0.1", strconv.Itoa(o.Cluster.Port))
+		all = append(all, o)
+	}
+	for _, o := range all {
+		for _, r := range o.Routes {
+			here, ok := routes[r.Hostname()]
+			if !ok {
+				t.Fatalf("route %s leads to no node of compose.yaml", r.Host)
+			}
+			*r = url.URL{Scheme: r.Scheme, Host: here, User: r.User}
+		}
+		ns, err := server.NewServer(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ns.Start()
+		t.Cleanup(func() { ns.Shutdown(); ns.WaitForShutdown() })
+		c.nodes = append(c.nodes, ns)
+	}
+	for _, ns := range c.nodes {
+		if !ns.ReadyForConnections(10 * time.Second) {
+			t.Fatalf("%s does not listen", ns.Name())
+		}
+		c.addresses = append(c.addresses, ns.Addr().String())
+	}
+	waitFor(t, "the cluster has a leader that all nodes follow", func() bool {
+		for _, ns := range c.nodes {
+			if !ns.JetStreamIsCurrent() {
+				return false
+			}
+		}
+		return true
+	})
+	return c
+}
+
+func freePort(t *testing.T) int {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }() // only its number was wanted
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+func waitFor(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.After(20 * time.Second)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("not within 20 s: %s", what)
+		}
+	}
+}
+
+// urls is the cluster's address for a user, as compose.yaml writes it.
+func (c *cluster) urls(user string) string {
+	var all []string
+	for _, a := range c.addresses {
+		all = append(all, "nats://"+user+":"+c.passwords[user]+"@"+a)
+	}
+	return strings.Join(all, ",")
+}
+
+// client is a connection that remembers what it was not allowed to do.
+type client struct {
+	*nats.Conn
+	js jetstream.JetStream
+
+	mu      sync.Mutex
+	refused []string
+}
+
+func (c *cluster) connect(t *testing.T, user string) *client {
+	t.Helper()
+	cl := &client{}
+	var err error
+	cl.Conn, err = nats.Connect(c.urls(user), nats.PermissionErrOnSubscribe(true), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+		cl.mu.Lock()
+		defer cl.mu.Unlock()
+		cl.refused = append(cl.refused, err.Error())
+	}))
+	if err != nil {
+		t.Fatalf("%s can't connect: %v", user, err)
+	}
+	t.Cleanup(cl.Close)
+	if cl.js, err = jetstream.New(cl.Conn, jetstream.WithDefaultTimeout(5*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	return cl
+}
+
+func (c *client) violations() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return append([]string(nil), c.refused...)
+}
+
+// mayNot publishes on a subject and waits for the server's refusal.
+func (c *client) mayNot(t *testing.T, subject string) {
+	t.Helper()
+	before := len(c.violations())
+	if err := c.Publish(subject, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	deadline := time.After(5 * time.Second)
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		for _, v := range c.violations()[before:] {
+			if strings.Contains(v, subject) {
+				return
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Errorf("it may publish on %s", subject)
+			return
+		}
+	}
+}
+
+func (c *client) mayNotHear(t *testing.T, subject string) {
+	t.Helper()
+	sub, err := c.SubscribeSync(subject)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := sub.NextMsg(time.Second); !errors.Is(err, nats.ErrPermissionViolation) {
+		t.Errorf("it may subscribe to %s (%v)", subject, err)
+	}
+}
+
+// read returns the first n entries of a stream as a service gets them.
+func (c *client) read(ctx context.Context, stream string, n int, subjects ...string) ([]ledger.Message, error) {
+	enough := errors.New("enough")
+	var all []ledger.Message
+	err := ledger.Read(ctx, c.js, ledger.ReadOptions{Stream: stream, Subjects: subjects}, func(m ledger.Message) error {
+		if all = append(all, m); len(all) == n {
+			return enough
+		}
+		return nil
+	})
+	if errors.Is(err, enough) {
+		return all, nil
+	}
+	if err == nil {
+		err = fmt.Errorf("only %d of %d entries of %s came", len(all), n, stream)
+	}
+	return all, err
+}
+
+// next takes a consumer's next message. A consumer that was just made on another
+// node may not be known here yet.
+func next(ctx context.Context, t *testing.T, c jetstream.Consumer) jetstream.Msg {
+	t.Helper()
+	var m jetstream.Msg
+	waitFor(t, "the consumer answers", func() bool {
+		var err error
+		m, err = c.Next(jetstream.FetchMaxWait(2 * time.Second))
+		if err != nil && !errors.Is(err, nats.ErrNoResponders) {
+			t.Fatalf("take a message: %v", err)
+		}
+		return err == nil || ctx.Err() != nil
+	})
+	must(t, "take a message", ctx.Err())
+	return m
+}
+
+type mirrorProbe struct {
+	reset chan []ledger.Change
+	apply chan ledger.Change
+	stale chan error
+}
+
+func (m *mirrorProbe) Reset(all []ledger.Change) { m.reset <- all }
+func (m *mirrorProbe) Apply(c ledger.Change)     { m.apply <- c }
+func (m *mirrorProbe) Stale(err error) {
+	select {
+	case m.stale <- err:
+	default:
+	}
+}
+
+// mirror follows a bucket and returns once its contents have been read.
+func (c *client) mirror(ctx context.Context, t *testing.T, bucket string) *mirrorProbe {
+	t.Helper()
+	p := &mirrorProbe{reset: make(chan []ledger.Change, 16), apply: make(chan ledger.Change, 64), stale: make(chan error, 1)}
+	go func() { _ = ledger.NewMirror(c.Conn, c.js, ledger.MirrorOptions{Bucket: bucket}, p).Run(ctx) }() // ends with ctx
+	select {
+	case <-p.reset:
+	case err := <-p.stale:
+		t.Fatalf("bucket %s can't be mirrored: %v", bucket, err)
+	case <-ctx.Done():
+		t.Fatalf("bucket %s can't be mirrored", bucket)
+	}
+	return p
+}
+
+func within[T any](ctx context.Context, t *testing.T, what string, from <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-from:
+		return v
+	case <-ctx.Done():
+		t.Fatalf("did not come: %s", what)
+		panic("unreachable")
+	}
+}
+
+func must(t *testing.T, what string, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+}
+
+// The subtests share a cluster, and each user finds what those before it left.
+func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
+	c := startCluster(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	defer cancel()
+	kv := func(t *testing.T, cl *client, bucket string) jetstream.KeyValue {
+		t.Helper()
+		b, err := cl.js.KeyValue(ctx, bucket)
+		must(t, "bucket "+bucket, err)
+		return b
+	}
+
+	t.Run("nobody without credentials", func(t *testing.T) {
+		for _, u := range []string{"nats://" + c.addresses[0], "nats://gateway:wrong@" + c.addresses[0], "nats://gateway@" + c.addresses[0]} {
+			if nc, err := nats.Connect(u); err == nil {
+				nc.Close()
+				t.Errorf("connected to %s", u)
+			}
+		}
+	})
+
+	aggregator := c.connect(t, "aggregator")
+	made := t.Run("aggregator makes the streams with three replicas", func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+		defer cancel()
+		var notice string
+		g, err := ledger.Provision(ctx, aggregator.js, ledger.ProvisionOptions{Shards: 64, Replicas: 3, Notice: func(s string) { notice = s }})
+		must(t, "make the streams", err)
+		if g.Shards != 64 {
+			t.Errorf("%d shards", g.Shards)
+		}
+		t.Logf("notice: %s", notice)
+		s, err := aggregator.js.Stream(ctx, ledger.Stream)
+		must(t, "stream", err)
+		// 94 GiB in a file store of 32 GB are a quarter each, and no less.
+		if c := s.CachedInfo().Config; c.Replicas != 3 || c.MaxBytes != 16<<30 {
+			t.Errorf("the ledger has %d replicas and room for %d bytes", c.Replicas, c.MaxBytes)
+		}
+	})
+	if !made {
+		t.FailNow()
+	}
+
+	gateway := c.connect(t, "gateway")
+	t.Run("gateway appends calls, retires its producer and reads the geometry", func(t *testing.T) {
+		g, err := ledger.ReadGeometry(ctx, gateway.js)
+		must(t, "geometry", err)
+		if g.Shards != 64 {
+			t.Errorf("%d shards", g.Shards)
+		}
+		for _, subject := range []string{ledger.CallsSubject(3), ledger.ControlSubject(3), ledger.DeadLetterIntake("x")} {
+			_, err := gateway.js.Publish(ctx, subject, []byte("x"))
+			must(t, subject, err)
+		}
+	})
+	t.Run("gateway may not decide, register or read calls", func(t *testing.T) {
+		for _, subject := range []string{
+			"$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.ledger.shards", "alerts.x", "beacon.3", "feed.decisions.3.a.l",
+			"deadletter.ledger.3.1", "$O.snapshots.C.x", "query.usage.3",
+			"$JS.API.STREAM.DELETE.LEDGER", "$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.UPDATE.LEDGER", "$JS.API.STREAM.CREATE.X",
+			"$JS.API.CONSUMER.CREATE.LEDGER.x", "$JS.API.DIRECT.GET.LEDGER.calls.3", "$JS.API.STREAM.MSG.GET.LEDGER", "$JS.API.CONSUMER.CREATE.ALERTS.x",
+		} {
+			gateway.mayNot(t, subject)
+		}
+		for _, subject := range []string{"calls.*", ">", "$KV.>", "query.usage.*"} {
+			gateway.mayNotHear(t, subject)
+		}
+	})
+
+	// The gateways' mirrors follow what the others write from here on.
+	mirrors := c.connect(t, "gateway")
+	directory := mirrors.mirror(ctx, t, ledger.DirectoryBucket)
+	decisions := mirrors.mirror(ctx, t, ledger.DecisionsBucket)
+	beacons := make(chan *nats.Msg, 1)
+	_, err := mirrors.ChanSubscribe(ledger.AllBeacons, beacons)
+	must(t, "subscribe to beacons", err)
+	must(t, "flush", mirrors.Flush())
+
+	t.Run("aggregator reads the ledger, decides in batches, keeps snapshots, answers", func(t *testing.T) {
+		got, err := aggregator.read(ctx, ledger.Stream, 2)
+		must(t, "read the ledger", err)
+		if got[0].Subject != ledger.CallsSubject(3) {
+			t.Errorf("first entry is on %s", got[0].Subject)
+		}
+		_, err = aggregator.read(ctx, ledger.Stream, 2, ledger.ShardSubjects(3)...)
+		must(t, "read a shard", err)
+		checkpoint := &nats.Msg{Subject: "$KV.decisions." + ledger.CheckpointKey(3), Data: []byte("c")}
+		ledger.ExpectLast(checkpoint, 0)
+		_, err = ledger.PublishBatch(ctx, aggregator.Conn, []*nats.Msg{{Subject: "$KV.decisions." + ledger.DecisionKey(3, "a", "p/l"), Data: []byte("d")}, checkpoint})
+		must(t, "publish decisions", err)
+		stream, err := aggregator.js.Stream(ctx, "KV_"+ledger.DecisionsBucket)
+		must(t, "decisions", err)
+		_, err = stream.GetLastMsgForSubject(ctx, checkpoint.Subject)
+		must(t, "read the checkpoint", err)
+		for _, subject := range []string{ledger.ControlSubject(3), ledger.DeadLetterSubject(3, 1)} {
+			_, err := aggregator.js.Publish(ctx, subject, []byte("x"))
+			must(t, subject, err)
+		}
+		must(t, "beacon", aggregator.Publish(ledger.BeaconSubject(3), []byte("b")))
+		within(ctx, t, "the beacon at a gateway", beacons)
+		if change := within(ctx, t, "the decision at a gateway", decisions.apply); change.Key != ledger.DecisionKey(3, "a", "p/l") {
+			t.Errorf("the gateway heard of %s", change.Key)
+		}
+
+		snapshots, err := aggregator.js.ObjectStore(ctx, ledger.SnapshotsBucket)
+		must(t, "snapshots", err)
+		// Large enough for the flow control of its reading.
+		large := make([]byte, 16<<20)
+		_, err = snapshots.PutBytes(ctx, "shard-3/1-1", large)
+		must(t, "write a snapshot", err)
+		back, err := snapshots.GetBytes(ctx, "shard-3/1-1")
+		must(t, "read a snapshot", err)
+		if len(back) != len(large) {
+			t.Errorf("%d bytes of %d came back", len(back), len(large))
+		}
+		must(t, "delete a snapshot", snapshots.Delete(ctx, "shard-3/1-1"))
+
+		_, err = aggregator.Subscribe(ledger.UsageSubject(3), func(m *nats.Msg) { _ = m.Respond([]byte("used")) })
+		must(t, "subscribe to questions", err)
+		must(t, "flush", aggregator.Flush())
+	})
+	t.Run("aggregator has had every right it needed", func(t *testing.T) { noViolations(t, aggregator) })
+	t.Run("aggregator may not call, register, delete or purge", func(t *testing.T) {
+		for _, subject := range []string{
+			"calls.3", "$KV.directory.key.x", "$KV.config.plans.applied", "alerts.x", "$KV.alerter.x", "$KV.historian.calls", "deadletter.intake.x",
+			"$JS.API.STREAM.DELETE.LEDGER", "$JS.API.STREAM.DELETE.KV_decisions", "$JS.API.STREAM.DELETE.OBJ_snapshots", "$JS.API.STREAM.DELETE.ALERTS",
+			"$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.UPDATE.LEDGER", "$JS.API.STREAM.MSG.DELETE.LEDGER", "$JS.API.CONSUMER.CREATE.ALERTS.x",
+		} {
+			aggregator.mayNot(t, subject)
+		}
+	})
+
+	console := c.connect(t, "console")
+	t.Run("console asks, applies plans and watches", func(t *testing.T) {
+		_, err := ledger.Provision(ctx, console.js, ledger.ProvisionOptions{Shards: 1, Replicas: 1})
+		must(t, "find the ledger", err)
+		answer, err := console.RequestWithContext(ctx, ledger.UsageSubject(3), []byte("{}"))
+		must(t, "ask for usage", err)
+		if string(answer.Data) != "used" {
+			t.Errorf("answer %q", answer.Data)
+		}
+		config := kv(t, console, ledger.ConfigBucket)
+		_, err = config.Create(ctx, "plans.applied", []byte("{}"))
+		must(t, "write the plans", err)
+		_, err = config.Get(ctx, "plans.applied")
+		must(t, "read the plans", err)
+		_, err = console.RequestWithContext(ctx, "$JS.API.STREAM.MSG.GET.KV_config", []byte(`{"last_by_subj":"$KV.config.plans.applied"}`))
+		must(t, "read the plans from the leader", err)
+		_, err = config.Put(ctx, "plans.document.x.0", []byte("{}"))
+		must(t, "write a document", err)
+		keys, err := config.ListKeysFiltered(ctx, "plans.document.>")
+		must(t, "list documents", err)
+		if key := within(ctx, t, "the document's key", keys.Keys()); key != "plans.document.x.0" {
+			t.Errorf("listed is %s", key)
+		}
+		stream, err := console.js.Stream(ctx, "KV_"+ledger.ConfigBucket)
+		must(t, "config", err)
+		must(t, "remove a document", stream.Purge(ctx, jetstream.WithPurgeSubject("$KV.config.plans.document.x.*")))
+		_, err = console.js.Publish(ctx, ledger.ControlSubject(3), []byte("x"))
+		must(t, "append a control entry", err)
+		_, err = console.js.Publish(ctx, "$KV.directory.key.x", []byte("x"))
+		must(t, "register a key", err)
+		if change := within(ctx, t, "the key at a gateway", directory.apply); change.Key != "key.x" {
+			t.Errorf("the gateway heard of %s", change.Key)
+		}
+		w, err := kv(t, console, ledger.DirectoryBucket).WatchAll(ctx, jetstream.MetaOnly())
+		must(t, "watch the directory", err)
+		within(ctx, t, "a key of the directory", w.Updates())
+		must(t, "stop watching", w.Stop())
+		console.mirror(ctx, t, ledger.DecisionsBucket)
+		_, err = console.read(ctx, ledger.Stream, 1)
+		must(t, "read the ledger", err)
+		_, err = console.read(ctx, ledger.DeadLetterStream, 2)
+		must(t, "read dead letters", err)
+		_, err = console.SubscribeSync(ledger.AllBeacons)
+		must(t, "hear beacons", err)
+		must(t, "flush", console.Flush())
+		noViolations(t, console)
+	})
+	t.Run("console may not call or decide", func(t *testing.T) {
+		for _, subject := range []string{
+			"calls.3", "$KV.decisions.3.a.l", "$KV.config.ledger.shards", "alerts.x", "beacon.3", "$O.snapshots.C.x", "deadletter.intake.x",
+			"$JS.API.STREAM.DELETE.LEDGER", "$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.CREATE.X", "$JS.API.STREAM.PURGE.DEADLETTER",
+		} {
+			console.mayNot(t, subject)
+		}
+	})
+
+	alerter := c.connect(t, "alerter")
+	t.Run("alerter reads calls, keeps episodes, appends and delivers transitions", func(t *testing.T) {
+		_, err := ledger.Provision(ctx, alerter.js, ledger.ProvisionOptions{})
+		must(t, "find the ledger", err)
+		state := kv(t, alerter, ledger.AlerterBucket)
+		rev, err := state.Create(ctx, "state.r.s", []byte("1"))
+		must(t, "create a state", err)
+		_, err = state.Update(ctx, "state.r.s", []byte("2"), rev)
+		must(t, "update a state", err)
+		_, err = state.Get(ctx, "state.r.s")
+		must(t, "read a state", err)
+		_, err = alerter.read(ctx, ledger.Stream, 1)
+		must(t, "read the ledger", err)
+		// Its place by time, as after a restart.
+		stream, err := alerter.js.Stream(ctx, ledger.Stream)
+		must(t, "stream", err)
+		start := time.Now().Add(-time.Hour)
+		seek, err := stream.CreateConsumer(ctx, jetstream.ConsumerConfig{DeliverPolicy: jetstream.DeliverByStartTimePolicy, OptStartTime: &start, AckPolicy: jetstream.AckNonePolicy, HeadersOnly: true, MemoryStorage: true, InactiveThreshold: 10 * time.Second})
+		must(t, "seek", err)
+		next(ctx, t, seek)
+		durable, err := alerter.js.CreateOrUpdateConsumer(ctx, ledger.AlertsStream, jetstream.ConsumerConfig{Durable: "alerter_webhook", DeliverPolicy: jetstream.DeliverNewPolicy, AckPolicy: jetstream.AckExplicitPolicy})
+		must(t, "durable consumer", err)
+		_, err = alerter.js.Publish(ctx, "alerts.episode", []byte("{}"), jetstream.WithMsgID("episode:firing"), jetstream.WithExpectLastSequencePerSubject(0))
+		must(t, "append a transition", err)
+		must(t, "acknowledge a transition", next(ctx, t, durable).DoubleAck(ctx))
+		alerts, err := alerter.js.Stream(ctx, ledger.AlertsStream)
+		must(t, "alerts", err)
+		if info := within(ctx, t, "the list of receivers", alerts.ListConsumers(ctx).Info()); info == nil || info.Name != "alerter_webhook" {
+			t.Errorf("the list of receivers has %v", info)
+		}
+		_, err = alerts.GetLastMsgForSubject(ctx, "alerts.episode")
+		must(t, "read a transition", err)
+		noViolations(t, alerter)
+	})
+	t.Run("alerter may not call, decide or register", func(t *testing.T) {
+		for _, subject := range []string{
+			"calls.3", "control.3", "$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.plans.applied", "$KV.historian.calls", "beacon.3",
+			"$JS.API.STREAM.DELETE.ALERTS", "$JS.API.STREAM.PURGE.ALERTS", "$JS.API.STREAM.CREATE.X", "$JS.ACK.LEDGER.x.1.1.1.1.0",
+		} {
+			alerter.mayNot(t, subject)
+		}
+	})
+
+	historian := c.connect(t, "historian")
+	t.Run("historian reads everything, keeps boundaries and snapshots", func(t *testing.T) {
+		_, err := ledger.Provision(ctx, historian.js, ledger.ProvisionOptions{})
+		must(t, "find the ledger", err)
+		for stream, subjects := range map[string][]string{ledger.Stream: nil, "KV_" + ledger.DecisionsBucket: nil, ledger.AlertsStream: nil} {
+			_, err := historian.read(ctx, stream, 1, subjects...)
+			must(t, "read "+stream, err)
+		}
+		_, err = historian.read(ctx, ledger.Stream, 1, ledger.AllControl)
+		must(t, "read control entries", err)
+		boundaries := kv(t, historian, ledger.HistorianBucket)
+		rev, err := boundaries.Update(ctx, "calls", []byte("1"), 0)
+		must(t, "write a boundary", err)
+		_, err = boundaries.Update(ctx, "calls", []byte("2"), rev)
+		must(t, "move a boundary", err)
+		_, err = boundaries.Get(ctx, "calls")
+		must(t, "read a boundary", err)
+		snapshots, err := historian.js.ObjectStore(ctx, ledger.SnapshotsBucket)
+		must(t, "snapshots", err)
+		for range 2 { // the second replaces the first
+			_, err = snapshots.PutBytes(ctx, "historian/calls.0", make([]byte, 1<<20))
+			must(t, "write a snapshot", err)
+		}
+		_, err = snapshots.GetBytes(ctx, "historian/calls.0")
+		must(t, "read a snapshot", err)
+		noViolations(t, historian)
+	})
+	t.Run("historian may write nothing that changes a verdict", func(t *testing.T) {
+		for _, subject := range []string{
+			"calls.3", "control.3", "leases.3", "alerts.x", "$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.plans.applied", "$KV.alerter.x", "beacon.3",
+			"$JS.API.STREAM.DELETE.LEDGER", "$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.PURGE.KV_decisions", "$JS.API.STREAM.CREATE.X",
+		} {
+			historian.mayNot(t, subject)
+		}
+	})
+
+	t.Run("operator may do everything in the account, system asks the servers", func(t *testing.T) {
+		operator := c.connect(t, "operator")
+		s, err := operator.js.Stream(ctx, ledger.DeadLetterStream)
+		must(t, "dead letters", err)
+		must(t, "purge dead letters", s.Purge(ctx))
+		noViolations(t, operator)
+		system := c.connect(t, "system")
+		_, err = system.RequestWithContext(ctx, "$SYS.REQ.SERVER.PING", nil)
+		must(t, "ask the servers", err)
+		if _, err := system.js.Stream(ctx, ledger.Stream); err == nil {
+			t.Error("the system account reads the ledger")
+		}
+	})
+}
+
+func noViolations(t *testing.T, c *client) {
+	t.Helper()
+	if v := c.violations(); len(v) > 0 {
+		t.Errorf("it was refused what its work needs: %v", v)
+	}
+}
