@@ -14,6 +14,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans/planfile"
 )
 
 // ErrConflict says that somebody else has applied other plans meanwhile.
@@ -113,7 +114,7 @@ func (a *Applier) Plan(ctx context.Context, doc *Document) (Diff, error) {
 	if err != nil {
 		return Diff{}, err
 	}
-	if err := CheckMove(now.Document, now.closed, doc); err != nil {
+	if err := planfile.CheckMove(now.Document, now.closed, doc); err != nil {
 		return Diff{}, err
 	}
 	return compareApplied(now, doc), nil
@@ -143,7 +144,7 @@ func (a *Applier) Apply(ctx context.Context, doc *Document, author string) (Diff
 		return Diff{}, err
 	}
 	given := doc // problems are told by its place in the file
-	doc = doc.canonical()
+	doc = doc.Canonical()
 	if err := a.finishOther(ctx, s, geometry, Version(doc)); err != nil {
 		return Diff{}, err
 	}
@@ -151,7 +152,7 @@ func (a *Applier) Apply(ctx context.Context, doc *Document, author string) (Diff
 	if err != nil {
 		return Diff{}, err
 	}
-	if err := CheckMove(now.Document, now.closed, given); err != nil {
+	if err := planfile.CheckMove(now.Document, now.closed, given); err != nil {
 		return Diff{}, err
 	}
 	diff := compareApplied(now, doc)
@@ -226,16 +227,17 @@ func (a *Applier) begin(ctx context.Context, s *store, now Applied, doc *Documen
 
 // closedAfter returns the roots of all accounts that were removed so far.
 func closedAfter(now Applied, doc *Document) map[string]string {
-	old, next := indexOf(now.Document), indexOf(doc)
+	old, next := NewIndex(now.Document), NewIndex(doc)
 	closed := make(map[string]string, len(now.closed))
 	for id, root := range now.closed {
-		if _, open := next.accounts[id]; !open {
+		if _, open := next.Account(id); !open {
 			closed[id] = root
 		}
 	}
-	for id := range old.accounts {
-		if _, open := next.accounts[id]; !open {
-			closed[id] = old.root(id)
+	for i := range now.Document.Accounts {
+		id := now.Document.Accounts[i].ID
+		if _, open := next.Account(id); !open {
+			closed[id] = old.Root(id)
 		}
 	}
 	return closed

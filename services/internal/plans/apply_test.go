@@ -16,7 +16,6 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
 )
 
@@ -186,9 +185,9 @@ func first() *Document {
 		},
 		Accounts: []Account{
 			{ID: "acme", Plan: "team"},
-			{ID: "acme/search", Parent: "acme", Plan: "free", Keys: []Key{{"k1", HashKey("1")}, {"k2", HashKey("2")}}},
-			{ID: "gone", Plan: "free", Keys: []Key{{"k3", HashKey("3")}}},
-			{ID: "solo", Plan: "free", Keys: []Key{{"k4", HashKey("4")}}},
+			{ID: "acme/search", Parent: "acme", Plan: "free", Keys: []Key{{ID: "k1", SHA256: HashKey("1")}, {ID: "k2", SHA256: HashKey("2")}}},
+			{ID: "gone", Plan: "free", Keys: []Key{{ID: "k3", SHA256: HashKey("3")}}},
+			{ID: "solo", Plan: "free", Keys: []Key{{ID: "k4", SHA256: HashKey("4")}}},
 		},
 	}
 }
@@ -203,9 +202,9 @@ func second() *Document {
 		},
 		Accounts: []Account{
 			{ID: "acme", Plan: "pro"},
-			{ID: "acme/search", Parent: "acme", Plan: "free", Keys: []Key{{"k1", HashKey("1")}}},
-			{ID: "acme/search/web", Parent: "acme/search", Keys: []Key{{"k2", HashKey("2")}}},
-			{ID: "solo", Plan: "free", Keys: []Key{{"k4", HashKey("4")}}},
+			{ID: "acme/search", Parent: "acme", Plan: "free", Keys: []Key{{ID: "k1", SHA256: HashKey("1")}}},
+			{ID: "acme/search/web", Parent: "acme/search", Keys: []Key{{ID: "k2", SHA256: HashKey("2")}}},
+			{ID: "solo", Plan: "free", Keys: []Key{{ID: "k4", SHA256: HashKey("4")}}},
 		},
 	}
 }
@@ -276,7 +275,7 @@ func TestOnlyAChangedAccountIsWritten(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := b.fold(t).Entries
-	next := Merge(first(), &Document{Version: 1, Accounts: []Account{{ID: "new", Plan: "free", Keys: []Key{{"k9", HashKey("9")}}}}})
+	next := Merge(first(), &Document{Version: 1, Accounts: []Account{{ID: "new", Plan: "free", Keys: []Key{{ID: "k9", SHA256: HashKey("9")}}}}})
 	diff, err := b.applier().Apply(t.Context(), next, "ada")
 	if err != nil {
 		t.Fatal(err)
@@ -393,7 +392,7 @@ func TestOneWhoWasPausedAndOvertakenDoesNoHarm(t *testing.T) {
 	n := b.steps(t)
 	third := first()
 	third.Plans[0].Limits[0].Amount = 99
-	third.Accounts[3].Keys = append(third.Accounts[3].Keys, Key{"k5", HashKey("5")})
+	third.Accounts[3].Keys = append(third.Accounts[3].Keys, Key{ID: "k5", SHA256: HashKey("5")})
 	for at := range n {
 		t.Run(fmt.Sprint(at), func(t *testing.T) {
 			b.reset(t)
@@ -468,7 +467,7 @@ func TestManyAccountsGoInBoundedEntries(t *testing.T) {
 	b := newBus(t)
 	doc := first()
 	for i := range 3000 {
-		doc.Accounts = append(doc.Accounts, Account{ID: fmt.Sprintf("acme/%s-%d", strings.Repeat("x", 200), i), Parent: "acme", Plan: "free", Keys: []Key{{fmt.Sprint("m", i), HashKey(fmt.Sprint("m", i))}}})
+		doc.Accounts = append(doc.Accounts, Account{ID: fmt.Sprintf("acme/%s-%d", strings.Repeat("x", 200), i), Parent: "acme", Plan: "free", Keys: []Key{{ID: fmt.Sprint("m", i), SHA256: HashKey(fmt.Sprint("m", i))}}})
 	}
 	if _, err := b.applier().Apply(t.Context(), doc, "ada"); err != nil {
 		t.Fatal(err)
@@ -514,20 +513,5 @@ func TestEntriesOfAnActDifferWithinAShard(t *testing.T) {
 			}
 			known[acc.GetId()] = true
 		}
-	}
-}
-
-func TestRecordsHoldPathAndLimits(t *testing.T) {
-	t.Parallel()
-	r := accountRecord(indexOf(first()), "acme/search")
-	want := &tollkeeperv1.AccountRecord{
-		Id: "acme/search", Path: []string{"acme/search", "acme"}, Plan: "free", Tier: "eventual",
-		Limits: []*tollkeeperv1.AccountLimit{
-			{Account: "acme/search", Plan: "free", Limit: &tollkeeperv1.Limit{Id: "calls", Meter: "calls", Window: "minute", Amount: 10, Tier: "eventual", Code: "QUOTA_EXCEEDED"}},
-			{Account: "acme", Plan: "team", Limit: &tollkeeperv1.Limit{Id: "spend", Meter: "cost", Window: "month", Amount: 1000, Tier: "eventual", Code: "SPEND_CAP_REACHED"}},
-		},
-	}
-	if !proto.Equal(r, want) {
-		t.Errorf("got %v, want %v", r, want)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans/planfile"
 )
 
 // Bounds of one ledger entry of accounts.
@@ -21,40 +22,6 @@ const (
 	maxEntryAccounts = 500
 	maxEntryBytes    = 256 << 10
 )
-
-func planSet(doc *Document) *tollkeeperv1.PlanSet {
-	set := &tollkeeperv1.PlanSet{Version: PlansVersion(doc)}
-	c := (&Document{Plans: doc.Plans}).canonical()
-	for i := range c.Plans {
-		p := c.Plans[i].Usage()
-		set.Plans = append(set.Plans, ledger.PlanToProto(&p))
-	}
-	return set
-}
-
-func accountLimit(account string, p *Plan, l *Limit) *tollkeeperv1.AccountLimit {
-	u := l.Usage()
-	return &tollkeeperv1.AccountLimit{Account: account, Plan: p.ID, Limit: ledger.LimitToProto(&u)}
-}
-
-// accountRecord is what gateways know of an account.
-func accountRecord(x index, id string) *tollkeeperv1.AccountRecord {
-	r := &tollkeeperv1.AccountRecord{Id: id, Path: x.path(id), Plan: x.accounts[id].Plan}
-	for _, step := range r.Path {
-		p, ok := x.plans[x.accounts[step].Plan]
-		if !ok {
-			continue
-		}
-		for k := range p.Limits {
-			r.Limits = append(r.Limits, accountLimit(step, p, &p.Limits[k]))
-		}
-	}
-	if len(r.Limits) > 0 {
-		// The strictest on the path; there is one tier.
-		r.Tier = string(usage.TierEventual)
-	}
-	return r
-}
 
 // act is one applying of a document: what every entry of it has in common.
 type act struct {
@@ -104,11 +71,11 @@ type shardEntry struct {
 // entries are the control entries that make next of before, shard by shard:
 // plans first, then accounts from roots to leaves, closed ones last.
 func entries(a act, before, next *Document, shards uint32) []shardEntry {
-	old, now := &Document{}, indexOf(next)
+	old, now := &Document{}, NewIndex(next)
 	if before != nil {
 		old = before
 	}
-	oldIndex := indexOf(old)
+	oldIndex := NewIndex(old)
 	plansChanged := PlansVersion(old) != PlansVersion(next)
 	type placed struct {
 		*tollkeeperv1.Account
@@ -121,23 +88,23 @@ func entries(a act, before, next *Document, shards uint32) []shardEntry {
 	}
 	for i := range next.Accounts {
 		n := &next.Accounts[i]
-		if o, ok := oldIndex.accounts[n.ID]; ok && o.Parent == n.Parent && o.Plan == n.Plan {
+		if o, ok := oldIndex.Account(n.ID); ok && o.Parent == n.Parent && o.Plan == n.Plan {
 			continue
 		}
-		path := now.path(n.ID)
+		path := now.Path(n.ID)
 		put(path[len(path)-1], len(path), usage.Account{ID: n.ID, Parent: n.Parent, Plan: n.Plan})
 	}
 	for i := range old.Accounts {
 		o := &old.Accounts[i]
-		if _, ok := now.accounts[o.ID]; !ok {
-			put(oldIndex.root(o.ID), MaxDepth+1, usage.Account{ID: o.ID, Parent: o.Parent, Closed: true})
+		if _, ok := now.Account(o.ID); !ok {
+			put(oldIndex.Root(o.ID), planfile.MaxDepth+1, usage.Account{ID: o.ID, Parent: o.Parent, Closed: true})
 		}
 	}
 	var out []shardEntry
 	for s := range shards {
 		n := 0
 		if plansChanged {
-			set := planSet(next)
+			set := planfile.PlanSet(next)
 			set.EffectiveAtUnixMicros = a.EffectiveAt
 			e := a.entry(n)
 			e.Body = &tollkeeperv1.ControlEntry_PlanSet{PlanSet: set}
@@ -169,12 +136,12 @@ func entries(a act, before, next *Document, shards uint32) []shardEntry {
 
 // directory returns the records of a document by key of the directory bucket.
 func directory(doc *Document) (map[string][]byte, error) {
-	x := indexOf(doc)
+	x := NewIndex(doc)
 	out := make(map[string][]byte, 2*len(doc.Accounts))
 	marshal := proto.MarshalOptions{Deterministic: true}
 	for i := range doc.Accounts {
 		a := &doc.Accounts[i]
-		data, err := marshal.Marshal(accountRecord(x, a.ID))
+		data, err := marshal.Marshal(planfile.AccountRecord(x, a.ID))
 		if err != nil {
 			return nil, fmt.Errorf("record of account %q: %w", a.ID, err)
 		}

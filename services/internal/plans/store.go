@@ -17,6 +17,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans/planfile"
 )
 
 // Keys of the config bucket. A manifest names a document, whose gzipped JSON
@@ -179,7 +180,7 @@ func (s *store) load(ctx context.Context, m *manifest) (stored, error) {
 		return stored{}, fmt.Errorf("read plans %s: %w", m.Version, err)
 	}
 	// The bound is for a bucket that somebody else wrote to.
-	data, err := io.ReadAll(io.LimitReader(z, 4*MaxFileBytes))
+	data, err := io.ReadAll(io.LimitReader(z, 4*planfile.MaxFileBytes))
 	if err != nil {
 		return stored{}, fmt.Errorf("read plans %s: %w", m.Version, err)
 	}

@@ -1,4 +1,4 @@
-package plans
+package planfile
 
 import (
 	"fmt"
@@ -63,9 +63,9 @@ func Compare(before, next *Document) Diff {
 	old := &Document{}
 	if before != nil {
 		d.From = Version(before)
-		old = before.canonical()
+		old = before.Canonical()
 	}
-	now := next.canonical()
+	now := next.Canonical()
 	merge(old.Plans, now.Plans, func(p Plan) string { return p.ID }, func(id string, a, b *Plan) {
 		var from, to []Limit
 		kind := Changed

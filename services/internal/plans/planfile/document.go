@@ -1,8 +1,6 @@
-// Package plans is the plans file: what it may say, what is wrong with it, how
-// two of them differ, and how one becomes what the services enforce.
-//
-// Parse, Check, Compare and Merge are pure. Applier talks to NATS.
-package plans
+// Package planfile is the plans file: what it may say, what is wrong with it, how
+// two of them differ, and what gateways are told of it. It is pure.
+package planfile
 
 import (
 	"crypto/sha256"
@@ -104,9 +102,9 @@ func (p *Plan) Usage() usage.Plan {
 	return u
 }
 
-// canonical returns a copy in which equal content has one form: defaults
+// Canonical returns a copy in which equal content has one form: defaults
 // written out, lists in order, empty lists absent.
-func (d *Document) canonical() *Document {
+func (d *Document) Canonical() *Document {
 	c := &Document{Version: FormatVersion, Plans: make([]Plan, len(d.Plans)), Accounts: make([]Account, len(d.Accounts))}
 	for i, p := range d.Plans {
 		limits := make([]Limit, len(p.Limits))
@@ -159,12 +157,12 @@ func contentHash(v any) string {
 
 // Version identifies the content of a document: the same for two files that
 // say the same in another order or with defaults written out.
-func Version(d *Document) string { return contentHash(d.canonical()) }
+func Version(d *Document) string { return contentHash(d.Canonical()) }
 
 // PlansVersion identifies the plans of a document without its accounts. It is
 // the version that decisions carry.
 func PlansVersion(d *Document) string {
-	return contentHash((&Document{Plans: d.Plans}).canonical())
+	return contentHash((&Document{Plans: d.Plans}).Canonical())
 }
 
 // Merge returns a copy of doc in which every plan and account of extra stands,
@@ -205,14 +203,16 @@ func Merge(doc, extra *Document) *Document {
 	return out
 }
 
-// index finds the plans and accounts of a checked document.
-type index struct {
+// Index finds what a checked document says. Safe for concurrent use as long as
+// the document is not changed.
+type Index struct {
 	plans    map[string]*Plan
 	accounts map[string]*Account
 }
 
-func indexOf(d *Document) index {
-	x := index{plans: make(map[string]*Plan, len(d.Plans)), accounts: make(map[string]*Account, len(d.Accounts))}
+// NewIndex Indexes a checked document.
+func NewIndex(d *Document) Index {
+	x := Index{plans: make(map[string]*Plan, len(d.Plans)), accounts: make(map[string]*Account, len(d.Accounts))}
 	for i := range d.Plans {
 		x.plans[d.Plans[i].ID] = &d.Plans[i]
 	}
@@ -222,9 +222,22 @@ func indexOf(d *Document) index {
 	return x
 }
 
-// path returns the account and its ancestors up to the root; it is cut at
-// MaxDepth, which a checked document never reaches.
-func (x index) path(id string) []string {
+// Account returns the account of that id; false when there is none.
+func (x Index) Account(id string) (*Account, bool) {
+	a, ok := x.accounts[id]
+	return a, ok
+}
+
+// Plan returns the plan of that id; false when there is none.
+func (x Index) Plan(id string) (*Plan, bool) {
+	p, ok := x.plans[id]
+	return p, ok
+}
+
+// Path returns the account and those above it, from leaf to root; empty when
+// there is no such account. It is cut at MaxDepth, which a checked document never
+// reaches.
+func (x Index) Path(id string) []string {
 	var path []string
 	for len(path) < MaxDepth {
 		a, ok := x.accounts[id]
@@ -240,36 +253,11 @@ func (x index) path(id string) []string {
 	return path
 }
 
-func (x index) root(id string) string {
-	p := x.path(id)
+// Root returns the root of an account; an unknown one is its own.
+func (x Index) Root(id string) string {
+	p := x.Path(id)
 	if len(p) == 0 {
 		return id
 	}
 	return p[len(p)-1]
 }
-
-// Index finds what a checked document says. Safe for concurrent use as long as
-// the document is not changed.
-type Index struct{ x index }
-
-// NewIndex indexes a checked document.
-func NewIndex(d *Document) Index { return Index{indexOf(d)} }
-
-// Account returns the account of that id; false when there is none.
-func (i Index) Account(id string) (*Account, bool) {
-	a, ok := i.x.accounts[id]
-	return a, ok
-}
-
-// Plan returns the plan of that id; false when there is none.
-func (i Index) Plan(id string) (*Plan, bool) {
-	p, ok := i.x.plans[id]
-	return p, ok
-}
-
-// Path returns the account and those above it, from leaf to root; empty when
-// there is no such account.
-func (i Index) Path(id string) []string { return i.x.path(id) }
-
-// Root returns the root of an account; an unknown one is its own.
-func (i Index) Root(id string) string { return i.x.root(id) }

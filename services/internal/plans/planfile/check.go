@@ -1,4 +1,4 @@
-package plans
+package planfile
 
 import (
 	"bytes"
@@ -213,11 +213,11 @@ func checkSizes(doc *Document, c *collector) {
 		c.add([]any{"plans"}, fmt.Sprintf("the plans name %d different meters", len(meters)), fmt.Sprintf("at most %d are allowed", MaxMeters))
 		return
 	}
-	if n := proto.Size(planSet(doc)); n > MaxPlansBytes {
+	if n := proto.Size(PlanSet(doc)); n > MaxPlansBytes {
 		c.add([]any{"plans"}, fmt.Sprintf("the plans have %d bytes as one ledger entry", n), fmt.Sprintf("at most %d are allowed: merge plans, or shorten filters and URLs", MaxPlansBytes))
 		return
 	}
-	x := indexOf(doc)
+	x := NewIndex(doc)
 	// Paths repeat: the limits of a plan have one size.
 	size := make(map[string]int, len(doc.Plans))
 	for i := range doc.Plans {
@@ -227,10 +227,10 @@ func checkSizes(doc *Document, c *collector) {
 	}
 	for i := range doc.Accounts {
 		n := 0
-		for _, id := range x.path(doc.Accounts[i].ID) {
+		for _, id := range x.Path(doc.Accounts[i].ID) {
 			n += len(id) + 8 + size[x.accounts[id].Plan]
 		}
-		if n > maxRecordBytes && proto.Size(accountRecord(x, doc.Accounts[i].ID)) > maxRecordBytes {
+		if n > maxRecordBytes && proto.Size(AccountRecord(x, doc.Accounts[i].ID)) > maxRecordBytes {
 			c.add([]any{"accounts", i, "id"}, fmt.Sprintf("the limits along the path of account %q are too many for one record", doc.Accounts[i].ID), "give the accounts above it plans with fewer limits")
 		}
 	}
@@ -293,17 +293,17 @@ func editDistanceOne(a, b string) bool {
 // account's root decides its place in the ledger.
 func CheckMove(before *Document, closed map[string]string, next *Document) error {
 	c := &collector{file: next.file, tree: next.tree}
-	old, now := index{}, indexOf(next)
+	old, now := Index{}, NewIndex(next)
 	if before != nil {
-		old = indexOf(before)
+		old = NewIndex(before)
 	}
 	for i := range next.Accounts {
 		id := next.Accounts[i].ID
 		from, known := closed[id]
 		if _, ok := old.accounts[id]; ok {
-			from, known = old.root(id), true
+			from, known = old.Root(id), true
 		}
-		if to := now.root(id); known && from != to {
+		if to := now.Root(id); known && from != to {
 			c.add([]any{"accounts", i, "parent"}, fmt.Sprintf("the account %q would move from the root %q to %q", id, from, to),
 				"the root of an account never changes: leave it, and open an account of another name under the new root")
 		}

@@ -1,4 +1,4 @@
-package plans
+package planfile
 
 import (
 	"encoding/json"
@@ -279,7 +279,7 @@ func FuzzParse(f *testing.F) {
 		if err := Check(doc); err != nil {
 			t.Fatalf("it was read, but does not pass: %v", err)
 		}
-		if Version(doc) != Version(doc.canonical()) {
+		if Version(doc) != Version(doc.Canonical()) {
 			t.Fatal("the canonical form has another version")
 		}
 	})
