@@ -11,49 +11,7 @@ import (
 	"github.com/ClickHouse/clickhouse-go/v2"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
-	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
-
-// callRow is a call as clickhouse-go's own batch insert takes it.
-type callRow struct {
-	Account         string           `ch:"account"`
-	Time            time.Time        `ch:"time"`
-	Sequence        uint64           `ch:"sequence"`
-	Row             uint16           `ch:"row"`
-	StreamTime      time.Time        `ch:"stream_time"`
-	Shard           uint16           `ch:"shard"`
-	Producer        string           `ch:"producer"`
-	Frame           uint64           `ch:"frame"`
-	Gateway         string           `ch:"gateway"`
-	KeyID           string           `ch:"key_id"`
-	RequestID       string           `ch:"request_id"`
-	TraceID         string           `ch:"trace_id"`
-	SpanID          string           `ch:"span_id"`
-	TraceFlags      uint8            `ch:"trace_flags"`
-	Method          string           `ch:"method"`
-	Route           string           `ch:"route"`
-	Model           string           `ch:"model"`
-	Region          string           `ch:"region"`
-	Status          uint16           `ch:"status"`
-	Code            string           `ch:"code"`
-	DecisionID      string           `ch:"decision_id"`
-	Duration        uint64           `ch:"duration_micros"`
-	Flags           uint32           `ch:"flags"`
-	Late            uint8            `ch:"late"`
-	Source          string           `ch:"source"`
-	EventID         string           `ch:"event_id"`
-	PriceVersion    string           `ch:"price_version"`
-	Currency        string           `ch:"currency"`
-	Known           uint32           `ch:"known"`
-	Calls           int64            `ch:"calls"`
-	InputTokens     int64            `ch:"input_tokens"`
-	OutputTokens    int64            `ch:"output_tokens"`
-	CachedTokens    int64            `ch:"cached_input_tokens"`
-	ReasoningTokens int64            `ch:"reasoning_tokens"`
-	Cost            int64            `ch:"cost"`
-	Bytes           int64            `ch:"bytes"`
-	Custom          map[string]int64 `ch:"custom"`
-}
 
 func rowsOf(tb testing.TB, frames []trafficFrame) []callRow {
 	tb.Helper()
@@ -64,30 +22,10 @@ func rowsOf(tb testing.TB, frames []trafficFrame) []callRow {
 			tb.Fatal(err)
 		}
 		for i := range f.N {
-			c := f.Call(i)
-			r := callRow{
-				Account: c.Account, Time: c.Time.Time(), Sequence: fr.entry.Sequence, Row: uint16(i), StreamTime: fr.entry.Time.Time(), Shard: uint16(f.Shard),
-				Producer: f.Producer.String(), Frame: f.Number, Gateway: f.Gateway, KeyID: c.KeyID, RequestID: c.RequestID, TraceID: string(c.TraceID[:]), SpanID: string(c.SpanID[:]),
-				TraceFlags: c.TraceFlags, Method: c.Method, Route: c.Route, Model: c.Model, Region: c.Region, Status: c.Status, Code: string(c.Code), DecisionID: c.DecisionID,
-				Duration: uint64(c.Duration), Flags: uint32(c.Flags), Source: c.Source, EventID: c.EventID, PriceVersion: c.PriceVersion, Currency: c.Currency, Custom: map[string]int64{},
-			}
-			for m := range usage.BuiltIn(usage.NumBuiltIn) {
-				if v, ok := c.Quantities.BuiltIn(m); ok {
-					r.Known |= 1 << m
-					*[]*int64{&r.Calls, &r.InputTokens, &r.OutputTokens, &r.CachedTokens, &r.ReasoningTokens, &r.Cost, &r.Bytes}[m] = v
-				}
-			}
-			out = append(out, r)
+			out = append(out, plainRow(&f, i, fr.entry))
 		}
 	}
 	return out
-}
-
-// appendRow is clickhouse-go's faster row form.
-func appendRow(b interface{ Append(...any) error }, r *callRow) error {
-	return b.Append(r.Account, r.Time, r.Sequence, r.Row, r.StreamTime, r.Shard, r.Producer, r.Frame, r.Gateway, r.KeyID, r.RequestID, r.TraceID, r.SpanID, r.TraceFlags,
-		r.Method, r.Route, r.Model, r.Region, r.Status, r.Code, r.DecisionID, r.Duration, r.Flags, r.Late, r.Source, r.EventID, r.PriceVersion, r.Currency, r.Known,
-		r.Calls, r.InputTokens, r.OutputTokens, r.CachedTokens, r.ReasoningTokens, r.Cost, r.Bytes, r.Custom)
 }
 
 // BenchmarkInsert puts the historian's way of inserting, from decoded frames to

@@ -23,6 +23,7 @@ import (
 type cli struct {
 	Up         upCmd         `cmd:"" help:"Run everything in this process, with NATS and ClickHouse embedded unless they are given."`
 	Replay     replayCmd     `cmd:"" help:"Drive recorded traffic through a gateway and check that nothing is lost or doubled."`
+	Bench      benchCmd      `cmd:"" help:"Measure throughput and latency beside the raw limits."`
 	Apply      applyCmd      `cmd:"" help:"Show what a plans file would change, and apply it."`
 	Engine     engineCmd     `cmd:"" help:"The embedded ClickHouse engine."`
 	NATS       natsCmd       `cmd:"" name:"nats" help:"Run the embedded NATS server alone."`

@@ -55,7 +55,7 @@ func publish(ctx context.Context, js jetstream.JetStream, subject func(shard uin
 // publish to the last decoded frame.
 func bareJetStream(ctx context.Context, js jetstream.JetStream, frames []encoded) (float64, error) {
 	name := "BENCH_" + ksuid.New().String()
-	stream, err := js.CreateStream(ctx, jetstream.StreamConfig{Name: name, Subjects: []string{name + ".*"}, Storage: jetstream.FileStorage, Discard: jetstream.DiscardNew, MaxBytes: 8 << 30, Duplicates: 100 * time.Millisecond})
+	stream, err := js.CreateStream(ctx, jetstream.StreamConfig{Name: name, Subjects: []string{name + ".*"}, Storage: jetstream.FileStorage, Duplicates: 100 * time.Millisecond})
 	if err != nil {
 		return 0, fmt.Errorf("create stream: %w", err)
 	}

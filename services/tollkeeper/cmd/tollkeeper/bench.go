@@ -1,0 +1,32 @@
+package main
+
+import (
+	"context"
+	"os"
+
+	"github.com/tollkeeper/tollkeeper/services/internal/config"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper"
+)
+
+type benchCmd struct {
+	Rounds    int    `default:"5" help:"Rounds a figure; the median is printed."`
+	Calls     int    `default:"2000000" help:"Calls of a throughput round."`
+	Accounts  int    `default:"100000" help:"Accounts, drawn from a zipf distribution."`
+	Crossings int    `default:"200" help:"Crossings of a limit that are timed, idle and under load each."`
+	Shards    uint32 `help:"Shards; 0 is the default for one machine."`
+	Seed      uint64 `default:"402" help:"Seed of the calls."`
+	EngineDir string `name:"engine-dir" env:"TOLLKEEPER_ENGINE_DIR" type:"path" help:"Where the ClickHouse engine is installed; the user's cache when empty."`
+	LogLevel  string `name:"log-level" env:"TOLLKEEPER_LOG_LEVEL" default:"warn" help:"trace, debug, info, warn or error."`
+	LogFormat string `name:"log-format" env:"TOLLKEEPER_LOG_FORMAT" default:"auto" help:"auto, console or json."`
+}
+
+func (c *benchCmd) Run(ctx context.Context) error {
+	log, err := config.Log{LogLevel: c.LogLevel, LogFormat: c.LogFormat}.Logger("bench")
+	if err != nil {
+		return err
+	}
+	return tollkeeper.Bench(ctx, tollkeeper.BenchOptions{
+		Rounds: c.Rounds, Calls: c.Calls, Accounts: c.Accounts, Crossings: c.Crossings, Shards: c.Shards, Seed: c.Seed,
+		EngineDir: c.EngineDir, Logger: log, Out: os.Stdout,
+	})
+}
