@@ -1,12 +1,11 @@
 package console
 
 import (
-	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -16,6 +15,11 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/health"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/series"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/views"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
@@ -25,8 +29,6 @@ import (
 const (
 	defaultPage  = 100
 	maxPage      = 1000
-	maxSteps     = 2000
-	historyTop   = 10
 	askedUsage   = 200
 	plansMaxBody = 16 << 20
 )
@@ -34,7 +36,7 @@ const (
 func (c *console) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/", telemetry.NewHandler(telemetry.HandlerOptions{Gatherer: c.o.Registry, Readiness: c.o.Readiness}))
-	page := pageHandler(c.o.Web)
+	page := front.Page(c.o.Web)
 	mux.Handle("GET /{$}", page)
 	mux.Handle("GET /assets/", page)
 	mux.Handle("GET /favicon.svg", page)
@@ -48,10 +50,10 @@ func (c *console) handler() http.Handler {
 	mux.HandleFunc("GET /v1/history/calls", c.getCallHistory)
 	mux.HandleFunc("GET /v1/alerts", c.getAlerts)
 	mux.HandleFunc("GET /v1/deadletters", c.getDeadLetters)
-	mux.HandleFunc("GET /v1/health", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, c.health(time.Now())) })
-	mux.HandleFunc(livePattern, c.handleLive)
+	mux.HandleFunc("GET /v1/health", func(w http.ResponseWriter, _ *http.Request) { front.WriteJSON(w, c.health(time.Now())) })
+	mux.HandleFunc(front.LivePattern, c.handleLive)
 	mux.HandleFunc("/v1/", func(w http.ResponseWriter, r *http.Request) {
-		problem{Status: http.StatusNotFound, Code: codeNotFound, Detail: fmt.Sprintf("there is no %s %s: schemas/openapi.yaml lists what there is", r.Method, r.URL.Path)}.write(w)
+		front.Problem{Status: http.StatusNotFound, Code: front.CodeNotFound, Detail: fmt.Sprintf("there is no %s %s: schemas/openapi.yaml lists what there is", r.Method, r.URL.Path)}.Write(w)
 	})
 	return mux
 }
@@ -100,12 +102,12 @@ func (c *console) line(b *book, id string, now usage.Micros) (accountLine, bool)
 func (c *console) getAccounts(w http.ResponseWriter, r *http.Request) {
 	n, err := pageSize(r, defaultPage)
 	if err != nil {
-		badRequest(err.Error()).write(w)
+		front.BadRequest(err.Error()).Write(w)
 		return
 	}
 	b, err := c.book(r.Context())
 	if err != nil {
-		unavailable("the plans can't be read: " + err.Error()).write(w)
+		front.Unavailable("the plans can't be read: " + err.Error()).Write(w)
 		return
 	}
 	query := r.URL.Query()
@@ -134,7 +136,7 @@ func (c *console) getAccounts(w http.ResponseWriter, r *http.Request) {
 		}
 		answer.Accounts = append(answer.Accounts, l)
 	}
-	writeJSON(w, answer)
+	front.WriteJSON(w, answer)
 }
 
 // keyLine is a key without its hash.
@@ -146,7 +148,7 @@ func (c *console) getAccount(w http.ResponseWriter, r *http.Request) {
 	id := r.PathValue("id")
 	b, err := c.book(r.Context())
 	if err != nil {
-		unavailable("the plans can't be read: " + err.Error()).write(w)
+		front.Unavailable("the plans can't be read: " + err.Error()).Write(w)
 		return
 	}
 	now := micros(time.Now())
@@ -158,12 +160,12 @@ func (c *console) getAccount(w http.ResponseWriter, r *http.Request) {
 	answer := struct {
 		accountLine
 		// Known says that the plans name it.
-		Known     bool           `json:"known"`
-		Path      []string       `json:"path"`
-		KeyIDs    []keyLine      `json:"key_ids"`
-		Usage     *accountAnswer `json:"usage"`
-		UsageWhy  string         `json:"usage_error,omitempty"`
-		Decisions []decisionLine `json:"decisions"`
+		Known     bool              `json:"known"`
+		Path      []string          `json:"path"`
+		KeyIDs    []keyLine         `json:"key_ids"`
+		Usage     *counters.Account `json:"usage"`
+		UsageWhy  string            `json:"usage_error,omitempty"`
+		Decisions []decisionLine    `json:"decisions"`
 	}{accountLine: l, Known: known, Path: []string{id}, KeyIDs: []keyLine{}, Decisions: []decisionLine{}}
 	if known {
 		answer.Path = b.index.Path(id)
@@ -172,14 +174,14 @@ func (c *console) getAccount(w http.ResponseWriter, r *http.Request) {
 			answer.KeyIDs = append(answer.KeyIDs, keyLine{k.ID})
 		}
 	}
-	reply, err := c.askShard(r.Context(), l.Shard, ledger.UsageRequest{Accounts: []string{id}})
+	reply, err := c.counters.Shard(r.Context(), l.Shard, ledger.UsageRequest{Accounts: []string{id}})
 	switch {
 	case err != nil:
 		answer.UsageWhy = err.Error()
 	default:
 		for _, u := range reply.Accounts {
 			if u.ID == id {
-				answer.Usage = &accountAnswer{l.Shard, tidy(u)}
+				answer.Usage = &counters.Account{Shard: l.Shard, AccountUsage: counters.Tidy(u)}
 			}
 		}
 	}
@@ -189,32 +191,32 @@ func (c *console) getAccount(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if !known && answer.Usage == nil && answer.UsageWhy == "" && len(answer.Decisions) == 0 {
-		problem{Status: http.StatusNotFound, Code: codeNotFound, Detail: fmt.Sprintf("neither the plans nor a call name the account %q", id)}.write(w)
+		front.Problem{Status: http.StatusNotFound, Code: front.CodeNotFound, Detail: fmt.Sprintf("neither the plans nor a call name the account %q", id)}.Write(w)
 		return
 	}
-	writeJSON(w, answer)
+	front.WriteJSON(w, answer)
 }
 
 func (c *console) getUsage(w http.ResponseWriter, r *http.Request) {
 	top, err := intParam(r, "top", 20, 1, ledger.MaxUsageAccounts)
 	if err != nil {
-		badRequest(err.Error()).write(w)
+		front.BadRequest(err.Error()).Write(w)
 		return
 	}
 	ids := r.URL.Query()["account"]
 	if len(ids) > askedUsage {
-		badRequest(fmt.Sprintf("%d accounts are asked for, at most %d are possible", len(ids), askedUsage)).write(w)
+		front.BadRequest(fmt.Sprintf("%d accounts are asked for, at most %d are possible", len(ids), askedUsage)).Write(w)
 		return
 	}
 	if len(ids) == 0 {
-		answer := c.askAll(r.Context(), ledger.UsageRequest{Top: top})
+		answer := c.counters.All(r.Context(), ledger.UsageRequest{Top: top})
 		answer.Accounts = answer.Accounts[:min(top, len(answer.Accounts))]
-		writeJSON(w, answer)
+		front.WriteJSON(w, answer)
 		return
 	}
 	b, err := c.book(r.Context())
 	if err != nil {
-		unavailable("the plans can't be read: " + err.Error()).write(w)
+		front.Unavailable("the plans can't be read: " + err.Error()).Write(w)
 		return
 	}
 	byShard := map[uint32][]string{}
@@ -222,7 +224,7 @@ func (c *console) getUsage(w http.ResponseWriter, r *http.Request) {
 		s := ledger.ShardOf(b.index.Root(id), c.shards)
 		byShard[s] = append(byShard[s], id)
 	}
-	writeJSON(w, c.askShards(r.Context(), func(s uint32) (ledger.UsageRequest, bool) {
+	front.WriteJSON(w, c.counters.Each(r.Context(), func(s uint32) (ledger.UsageRequest, bool) {
 		return ledger.UsageRequest{Accounts: byShard[s]}, len(byShard[s]) > 0
 	}))
 }
@@ -230,14 +232,14 @@ func (c *console) getUsage(w http.ResponseWriter, r *http.Request) {
 func (c *console) getPlans(w http.ResponseWriter, r *http.Request) {
 	b, err := c.book(r.Context())
 	if err != nil {
-		unavailable("the plans can't be read: " + err.Error()).write(w)
+		front.Unavailable("the plans can't be read: " + err.Error()).Write(w)
 		return
 	}
 	w.Header().Set("Vary", "Accept")
 	if strings.Contains(r.Header.Get("Accept"), "yaml") {
 		data, err := yaml.MarshalWithOptions(b.applied.Document, yaml.UseJSONMarshaler())
 		if err != nil {
-			unavailable("the plans can't be written as YAML: " + err.Error()).write(w)
+			front.Unavailable("the plans can't be written as YAML: " + err.Error()).Write(w)
 			return
 		}
 		w.Header().Set("Content-Type", "application/yaml")
@@ -250,7 +252,7 @@ func (c *console) getPlans(w http.ResponseWriter, r *http.Request) {
 	if list == nil {
 		list = []plans.Plan{}
 	}
-	writeJSON(w, struct {
+	front.WriteJSON(w, struct {
 		Version      string       `json:"version"`
 		PlansVersion string       `json:"plans_version"`
 		Author       string       `json:"author"`
@@ -266,12 +268,12 @@ const applyTimeout = 5 * time.Minute
 
 func (c *console) putPlans(w http.ResponseWriter, r *http.Request) {
 	name := "plans.yaml"
-	switch mediaType(r) {
+	switch front.MediaType(r) {
 	case "application/yaml":
 	case "application/json":
 		name = "plans.json"
 	default:
-		problem{Status: http.StatusUnsupportedMediaType, Code: codeMediaType, Detail: "send the plans with Content-Type application/yaml or application/json"}.write(w)
+		front.Problem{Status: http.StatusUnsupportedMediaType, Code: front.CodeMediaType, Detail: "send the plans with Content-Type application/yaml or application/json"}.Write(w)
 		return
 	}
 	dryRun := false
@@ -280,7 +282,7 @@ func (c *console) putPlans(w http.ResponseWriter, r *http.Request) {
 	case "true":
 		dryRun = true
 	default:
-		badRequest("dry_run is true or false").write(w)
+		front.BadRequest("dry_run is true or false").Write(w)
 		return
 	}
 	author := r.URL.Query().Get("author")
@@ -288,26 +290,26 @@ func (c *console) putPlans(w http.ResponseWriter, r *http.Request) {
 		author = "console"
 	}
 	if len(author) > usage.MaxIDBytes {
-		badRequest(fmt.Sprintf("author has at most %d bytes", usage.MaxIDBytes)).write(w)
+		front.BadRequest(fmt.Sprintf("author has at most %d bytes", usage.MaxIDBytes)).Write(w)
 		return
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, plansMaxBody))
 	if err != nil {
 		var big *http.MaxBytesError
 		if errors.As(err, &big) {
-			problem{Status: http.StatusRequestEntityTooLarge, Code: codeTooLarge, Detail: fmt.Sprintf("the plans have more than %d bytes: apply them with tollkeeper apply", plansMaxBody)}.write(w)
+			front.Problem{Status: http.StatusRequestEntityTooLarge, Code: front.CodeTooLarge, Detail: fmt.Sprintf("the plans have more than %d bytes: apply them with tollkeeper apply", plansMaxBody)}.Write(w)
 			return
 		}
-		badRequest("the body could not be read").write(w)
+		front.BadRequest("the body could not be read").Write(w)
 		return
 	}
 	doc, err := plans.Parse(name, body)
 	if err != nil {
-		plansProblem(err).write(w)
+		plansProblem(err).Write(w)
 		return
 	}
 	// A client that goes away must not leave half of it undone until the next.
-	ctx, cancel := contextWithTimeout(r, applyTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), applyTimeout)
 	defer cancel()
 	var diff plans.Diff
 	if dryRun {
@@ -316,7 +318,7 @@ func (c *console) putPlans(w http.ResponseWriter, r *http.Request) {
 		diff, err = c.applier.Apply(ctx, doc, author)
 	}
 	if err != nil {
-		plansProblem(err).write(w)
+		plansProblem(err).Write(w)
 		return
 	}
 	if !dryRun {
@@ -325,25 +327,25 @@ func (c *console) putPlans(w http.ResponseWriter, r *http.Request) {
 		c.state.bookAt = time.Time{}
 		c.state.mu.Unlock()
 	}
-	writeJSON(w, struct {
+	front.WriteJSON(w, struct {
 		DryRun bool `json:"dry_run"`
 		plans.Diff
 		Text string `json:"text"`
 	}{dryRun, diff, diff.String()})
 }
 
-func plansProblem(err error) problem {
+func plansProblem(err error) front.Problem {
 	var bad *plans.Error
 	var busy *plans.BusyError
 	switch {
 	case errors.As(err, &bad):
-		return problem{Status: http.StatusUnprocessableEntity, Code: codeBadPlans, Title: "The plans can't be used", Detail: "nothing was changed; " + bad.Problems[0].String(), Problems: bad.Problems, More: bad.More}
+		return front.Problem{Status: http.StatusUnprocessableEntity, Code: front.CodeBadPlans, Title: "The plans can't be used", Detail: "nothing was changed; " + bad.Problems[0].String(), Problems: bad.Problems, More: bad.More}
 	case errors.As(err, &busy):
-		return problem{Status: http.StatusConflict, Code: codeBusy, Detail: err.Error()}
+		return front.Problem{Status: http.StatusConflict, Code: front.CodeBusy, Detail: err.Error()}
 	case errors.Is(err, plans.ErrConflict):
-		return problem{Status: http.StatusConflict, Code: codeConflict, Detail: err.Error()}
+		return front.Problem{Status: http.StatusConflict, Code: front.CodeConflict, Detail: err.Error()}
 	}
-	return unavailable("the plans may be applied in part, apply them again: " + err.Error())
+	return front.Unavailable("the plans may be applied in part, apply them again: " + err.Error())
 }
 
 // decisionLine is a decision.
@@ -374,17 +376,17 @@ type decisionLine struct {
 func (c *console) getDecisions(w http.ResponseWriter, r *http.Request) {
 	n, err := pageSize(r, defaultPage)
 	if err != nil {
-		badRequest(err.Error()).write(w)
+		front.BadRequest(err.Error()).Write(w)
 		return
 	}
 	verdict, ok := verdictParam(r)
 	if !ok {
-		badRequest("verdict is allow, warn or deny").write(w)
+		front.BadRequest("verdict is allow, warn or deny").Write(w)
 		return
 	}
 	loaded, stale := c.state.decisions.Status()
 	if !loaded {
-		unavailable("the decisions were not read yet").write(w)
+		front.Unavailable("the decisions were not read yet").Write(w)
 		return
 	}
 	now := micros(time.Now())
@@ -403,7 +405,7 @@ func (c *console) getDecisions(w http.ResponseWriter, r *http.Request) {
 	for i := range page {
 		answer.Decisions = append(answer.Decisions, lineOf(&page[i], now))
 	}
-	writeJSON(w, answer)
+	front.WriteJSON(w, answer)
 }
 
 func verdictParam(r *http.Request) (string, bool) {
@@ -417,28 +419,28 @@ func verdictParam(r *http.Request) (string, bool) {
 func (c *console) getDecisionHistory(w http.ResponseWriter, r *http.Request) {
 	n, err := pageSize(r, defaultPage)
 	if err != nil {
-		badRequest(err.Error()).write(w)
+		front.BadRequest(err.Error()).Write(w)
 		return
 	}
 	verdict, ok := verdictParam(r)
 	if !ok {
-		badRequest("verdict is allow, warn or deny").write(w)
+		front.BadRequest("verdict is allow, warn or deny").Write(w)
 		return
 	}
 	var before uint64
 	if s := r.URL.Query().Get("cursor"); s != "" {
 		if before, err = strconv.ParseUint(s, 10, 64); err != nil {
-			badRequest("cursor is the next_cursor of the page before").write(w)
+			front.BadRequest("cursor is the next_cursor of the page before").Write(w)
 			return
 		}
 	}
 	if c.o.History == nil {
-		unavailable("the console has no address of ClickHouse").write(w)
+		front.Unavailable("the console has no address of ClickHouse").Write(w)
 		return
 	}
 	found, err := c.o.History.Decisions(r.Context(), history.DecisionsQuery{Account: r.URL.Query().Get("account"), Verdict: verdict, Before: before, Limit: n})
 	if err != nil {
-		unavailable("ClickHouse does not answer: " + firstSentence(err.Error())).write(w)
+		front.Unavailable("ClickHouse does not answer: " + health.FirstSentence(err.Error())).Write(w)
 		return
 	}
 	answer := struct {
@@ -454,16 +456,16 @@ func (c *console) getDecisionHistory(w http.ResponseWriter, r *http.Request) {
 	if len(found) == n {
 		answer.Next = strconv.FormatUint(found[n-1].Sequence, 10)
 	}
-	writeJSON(w, answer)
+	front.WriteJSON(w, answer)
 }
 
 func (c *console) getAlerts(w http.ResponseWriter, r *http.Request) {
 	n, err := pageSize(r, defaultPage)
 	if err != nil {
-		badRequest(err.Error()).write(w)
+		front.BadRequest(err.Error()).Write(w)
 		return
 	}
-	writeJSON(w, struct {
+	front.WriteJSON(w, struct {
 		Episodes []usage.Alert `json:"episodes"`
 	}{c.state.alerts.Newest(n)})
 }
@@ -471,14 +473,14 @@ func (c *console) getAlerts(w http.ResponseWriter, r *http.Request) {
 func (c *console) getDeadLetters(w http.ResponseWriter, r *http.Request) {
 	n, err := pageSize(r, 50)
 	if err != nil {
-		badRequest(err.Error()).write(w)
+		front.BadRequest(err.Error()).Write(w)
 		return
 	}
 	letters, counted, reasons := c.state.dead.Newest(n)
 	c.state.mu.Lock()
 	total := c.state.watch.deadTotal
 	c.state.mu.Unlock()
-	writeJSON(w, struct {
+	front.WriteJSON(w, struct {
 		// Total that are kept, Counted of them by reason (the newest).
 		Total   uint64        `json:"total"`
 		Counted int64         `json:"counted"`
@@ -487,143 +489,34 @@ func (c *console) getDeadLetters(w http.ResponseWriter, r *http.Request) {
 	}{total, counted, reasons, letters})
 }
 
-// callSeries is one line of the history chart; its lists have a value a step.
-type callSeries struct {
-	Name   string  `json:"name"`
-	Other  bool    `json:"other"`
-	Admit  []int64 `json:"admitted"`
-	Refuse []int64 `json:"refused"`
-	Input  []int64 `json:"input_tokens"`
-	Output []int64 `json:"output_tokens"`
-}
-
 func (c *console) getCallHistory(w http.ResponseWriter, r *http.Request) {
-	q, p := callsQuery(r, time.Now())
-	if p != nil {
-		p.write(w)
+	q, err := series.Query(r.URL.Query(), time.Now())
+	if err != nil {
+		front.BadRequest(err.Error()).Write(w)
 		return
 	}
 	if c.o.History == nil {
-		unavailable("the console has no address of ClickHouse").write(w)
+		front.Unavailable("the console has no address of ClickHouse").Write(w)
 		return
 	}
 	points, err := c.o.History.Calls(r.Context(), q)
 	if err != nil {
-		unavailable("ClickHouse does not answer: " + firstSentence(err.Error())).write(w)
+		front.Unavailable("ClickHouse does not answer: " + health.FirstSentence(err.Error())).Write(w)
 		return
 	}
 	steps := int((q.To.Sub(q.From) + q.Step - 1) / q.Step)
-	writeJSON(w, struct {
-		From   int64         `json:"from_unix_seconds"`
-		Step   int64         `json:"step_seconds"`
-		Steps  int           `json:"steps"`
-		Group  history.Group `json:"group"`
-		Series []callSeries  `json:"series"`
-	}{q.From.Unix(), int64(q.Step / time.Second), steps, q.Group, dense(points, steps)})
-}
-
-// callsQuery reads the range: from and to as RFC 3339, step in seconds.
-func callsQuery(r *http.Request, now time.Time) (history.CallsQuery, *problem) {
-	q := history.CallsQuery{To: now, Group: history.ByCode, Account: r.URL.Query().Get("account"), Top: historyTop}
-	bad := func(detail string) *problem { p := badRequest(detail); return &p }
-	values := r.URL.Query()
-	var err error
-	if s := values.Get("to"); s != "" {
-		if q.To, err = time.Parse(time.RFC3339, s); err != nil {
-			return q, bad("to is a time like 2026-01-02T15:04:05Z")
-		}
-	}
-	q.From = q.To.Add(-15 * time.Minute)
-	if s := values.Get("from"); s != "" {
-		if q.From, err = time.Parse(time.RFC3339, s); err != nil {
-			return q, bad("from is a time like 2026-01-02T15:04:05Z")
-		}
-	}
-	if q.From.Unix() < 0 || !q.From.Before(q.To) || q.To.Sub(q.From) > 400*24*time.Hour {
-		return q, bad("from must be before to, by at most 400 days, and after 1970")
-	}
-	switch g := history.Group(values.Get("group")); g {
-	case "":
-	case history.ByCode, history.ByAccount, history.ByModel:
-		q.Group = g
-	default:
-		return q, bad("group is code, account or model")
-	}
-	span := q.To.Sub(q.From)
-	q.Step = stepFor(span)
-	if s := values.Get("step"); s != "" {
-		n, err := strconv.ParseInt(s, 10, 32)
-		if err != nil || n < 1 {
-			return q, bad("step is a number of seconds from 1 on")
-		}
-		q.Step = time.Duration(n) * time.Second
-	}
-	if span/q.Step > maxSteps {
-		return q, bad(fmt.Sprintf("that makes more than %d steps: choose a larger step or a shorter range", maxSteps))
-	}
-	// Steps begin at multiples of the step, so that the same moment stands in
-	// the same step of every answer.
-	q.From = q.From.Truncate(q.Step)
-	if t := q.To.Truncate(q.Step); t.Before(q.To) {
-		q.To = t.Add(q.Step)
-	}
-	return q, nil
-}
-
-// stepFor gives about 150 to 200 steps.
-func stepFor(span time.Duration) time.Duration {
-	for _, s := range []time.Duration{
-		time.Second, 5 * time.Second, 10 * time.Second, 30 * time.Second, time.Minute, 2 * time.Minute, 5 * time.Minute, 10 * time.Minute,
-		30 * time.Minute, time.Hour, 3 * time.Hour, 6 * time.Hour,
-	} {
-		if span/s <= 200 {
-			return s
-		}
-	}
-	return 24 * time.Hour
-}
-
-// dense makes a list with a value for every step of every group: admitted
-// first, then by name, the others last.
-func dense(points []history.CallsPoint, steps int) []callSeries {
-	type key struct {
-		name  string
-		other bool
-	}
-	at := map[key]int{}
-	out := []callSeries{}
-	for _, p := range points {
-		if p.Step < 0 || p.Step >= steps {
-			continue
-		}
-		k := key{p.Name, p.Other}
-		i, ok := at[k]
-		if !ok {
-			i = len(out)
-			at[k] = i
-			out = append(out, callSeries{Name: p.Name, Other: p.Other, Admit: make([]int64, steps), Refuse: make([]int64, steps), Input: make([]int64, steps), Output: make([]int64, steps)})
-		}
-		s := &out[i]
-		s.Admit[p.Step] += p.Admitted
-		s.Refuse[p.Step] += p.Refused
-		s.Input[p.Step] += p.InputTokens
-		s.Output[p.Step] += p.OutputTokens
-	}
-	slices.SortFunc(out, func(a, b callSeries) int {
-		if a.Other != b.Other {
-			if a.Other {
-				return 1
-			}
-			return -1
-		}
-		return cmp.Compare(a.Name, b.Name)
-	})
-	return out
+	front.WriteJSON(w, struct {
+		From   int64          `json:"from_unix_seconds"`
+		Step   int64          `json:"step_seconds"`
+		Steps  int            `json:"steps"`
+		Group  history.Group  `json:"group"`
+		Series []series.Calls `json:"series"`
+	}{q.From.Unix(), int64(q.Step / time.Second), steps, q.Group, series.Dense(points, steps)})
 }
 
 func lineOf(d *usage.Decision, now usage.Micros) decisionLine {
 	return decisionLine{
-		ID: d.ID, Account: d.Account, LimitID: d.LimitID, Meter: string(d.Meter), Verdict: d.Verdict.String(), Effective: effective(d, now),
+		ID: d.ID, Account: d.Account, LimitID: d.LimitID, Meter: string(d.Meter), Verdict: d.Verdict.String(), Effective: views.Effective(d, now).String(),
 		Code: string(d.Code), Revision: d.Revision, Shard: d.Shard, Used: d.Used, Amount: d.Amount, Window: string(d.Window),
 		PeriodStart: d.PeriodStart, PeriodEnd: d.PeriodEnd, PlanVersion: d.PlanVersion, DecidedAt: d.DecidedAt, Cause: d.Cause, ActionURL: d.ActionURL,
 	}

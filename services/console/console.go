@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/http"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -19,6 +20,9 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/tail"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
@@ -79,25 +83,18 @@ type Options struct {
 	Ready func(net.Addr)
 }
 
-// Part states.
-const (
-	StateOK      = "ok"
-	StateWaiting = "waiting" // it is there, and behind or quiet
-	StateDown    = "down"
-	StateUnknown = "unknown" // nobody has said
-)
-
 type console struct {
-	o       Options
-	nc      *nats.Conn
-	js      jetstream.JetStream
-	shards  uint32
-	applier *plans.Applier
-	tail    *tail
-	state   *state
-	metrics *metrics
-	log     zerolog.Logger
-	done    context.Context // ends the streams
+	o        Options
+	nc       *nats.Conn
+	js       jetstream.JetStream
+	shards   uint32
+	counters *counters.Client
+	applier  *plans.Applier
+	tail     *tail.Tail
+	state    *state
+	metrics  *front.Metrics
+	log      zerolog.Logger
+	done     context.Context // ends the streams
 }
 
 // Run serves until ctx is done and returns nil after a clean stop. It waits for
@@ -132,7 +129,7 @@ func Run(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	m, err := newMetrics(o.Registry)
+	m, err := front.NewMetrics(o.Registry)
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
@@ -153,13 +150,13 @@ func Run(ctx context.Context, o Options) error {
 		o.History = late
 		group.Go(func() error { return late.run(ctx, o.ClickHouse) })
 	}
-	gate := &lateHandler{}
+	gate := &front.LateHandler{}
 	_, _, loopback, err := telemetry.CheckAddr(listener.Addr().String())
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
-	guard := &guard{token: o.Token, loopback: loopback, metrics: m}
-	gate.set(guard.wrap(waitingHandler(o)))
+	guard := &front.Guard{Token: o.Token, Loopback: loopback, Metrics: m}
+	gate.Set(guard.Wrap(waitingHandler(o)))
 	group.Go(func() error {
 		return telemetry.Serve(ctx, telemetry.ServeOptions{Flag: o.Flag, Listener: listener, Handler: gate, Authenticates: true, Ready: o.Ready})
 	})
@@ -186,11 +183,11 @@ func Run(ctx context.Context, o Options) error {
 		}
 		c := &console{
 			o: o, nc: nc, js: js, shards: geometry.Shards, metrics: m, log: o.Logger, done: ctx,
-			applier: &plans.Applier{JS: js, NC: nc},
+			counters: &counters.Client{NC: nc, Shards: geometry.Shards}, applier: &plans.Applier{JS: js, NC: nc},
 		}
 		c.state = newState()
-		c.tail = newTail(c.state, o.Logger)
-		gate.set(guard.wrap(c.handler()))
+		c.tail = tail.New(o.Logger)
+		gate.Set(guard.Wrap(c.handler()))
 		ready.OK()
 		return c.run(ctx)
 	})
@@ -232,7 +229,7 @@ func (c *console) run(ctx context.Context) error {
 	defer func() { _ = sub.Unsubscribe() }() // the connection may be gone, and with it the subscription
 	mirror := ledger.NewMirror(c.nc, c.js, ledger.MirrorOptions{Bucket: ledger.DecisionsBucket}, &c.state.decisions)
 	group.Go(func() error { return mirror.Run(ctx) })
-	group.Go(func() error { return c.tail.run(ctx, c.js) })
+	group.Go(func() error { return c.tail.Run(ctx, c.js) })
 	group.Go(func() error {
 		return c.follow(ctx, ledger.AlertsStream, alertsRead, func(m ledger.Message) {
 			if err := c.state.alerts.Hear(m.Data); err != nil {
@@ -296,3 +293,17 @@ func (c *console) startOf(ctx context.Context, name string, back uint64, next *u
 }
 
 func micros(t time.Time) usage.Micros { return usage.At(t) }
+
+// waitingHandler answers while NATS was not reached yet.
+func waitingHandler(o Options) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("/", telemetry.NewHandler(telemetry.HandlerOptions{Gatherer: o.Registry, Readiness: o.Readiness}))
+	mux.HandleFunc("/v1/", func(w http.ResponseWriter, _ *http.Request) {
+		front.Unavailable("the console has not reached NATS yet: /readyz says why").Write(w)
+	})
+	page := front.Page(o.Web)
+	mux.Handle("GET /{$}", page)
+	mux.Handle("GET /assets/", page)
+	mux.Handle("GET /favicon.svg", page)
+	return mux
+}

@@ -22,6 +22,10 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/health"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/series"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
@@ -137,9 +141,9 @@ func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
 
 	// Beacons, dead letters and alerts arrive by themselves.
 	w.until("everything was heard", func() bool {
-		hl := get[health](t, base+"/v1/health")
+		hl := get[health.Health](t, base+"/v1/health")
 		dead := get[struct{ Total uint64 }](t, base+"/v1/deadletters")
-		return len(hl.Shards) == testShards && aggregatorPart(hl.Shards).State == StateOK && hl.Historian.Known && dead.Total == 1
+		return len(hl.Shards) == testShards && hl.Parts[1].State == health.StateOK && hl.Historian.Known && dead.Total == 1
 	})
 
 	var accounts struct {
@@ -156,7 +160,7 @@ func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
 	}
 	var account struct {
 		Path      []string
-		Usage     *accountAnswer
+		Usage     *counters.Account
 		Decisions []decisionLine
 	}
 	decode(t, c.do(exchange{path: "/v1/accounts/acme%2Fsearch"}), &account)
@@ -169,12 +173,12 @@ func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
 	c.do(exchange{path: "/v1/accounts/nobody", status: 404})
 	c.do(exchange{path: "/v1/accounts?limit=0", status: 400})
 
-	var u usageAnswer
+	var u counters.Answer
 	decode(t, c.do(exchange{path: "/v1/usage"}), &u)
 	if !u.Complete || u.Total.Admitted != 2 || u.Total.Refused != 1 || u.Total.Meters[usage.OutputTokens] != 25 {
 		t.Errorf("usage: %+v", u)
 	}
-	u = usageAnswer{}
+	u = counters.Answer{}
 	decode(t, c.do(exchange{path: "/v1/usage?account=hooli&account=acme/search"}), &u)
 	if len(u.Accounts) != 2 || u.Total.Admitted != 2 {
 		t.Errorf("usage of two: %+v", u)
@@ -207,17 +211,17 @@ func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
 
 	var calls struct {
 		Steps  int
-		Series []callSeries
+		Series []series.Calls
 	}
 	decode(t, c.do(exchange{path: "/v1/history/calls?from=2026-01-01T00:00:07Z&to=2026-01-01T00:02:00Z&step=60&group=model"}), &calls)
-	if want := []callSeries{
-		{Name: "", Admit: []int64{3, 0}, Refuse: []int64{0, 0}, Input: []int64{7, 0}, Output: []int64{0, 0}},
-		{Name: "QUOTA_EXCEEDED", Admit: []int64{0, 0}, Refuse: []int64{0, 2}, Input: []int64{0, 0}, Output: []int64{0, 0}},
-		{Name: "", Other: true, Admit: []int64{0, 0}, Refuse: []int64{0, 1}, Input: []int64{0, 0}, Output: []int64{0, 0}},
+	if want := []series.Calls{
+		{Name: "", Admitted: []int64{3, 0}, Refused: []int64{0, 0}, Input: []int64{7, 0}, Output: []int64{0, 0}},
+		{Name: "QUOTA_EXCEEDED", Admitted: []int64{0, 0}, Refused: []int64{0, 2}, Input: []int64{0, 0}, Output: []int64{0, 0}},
+		{Name: "", Other: true, Admitted: []int64{0, 0}, Refused: []int64{0, 1}, Input: []int64{0, 0}, Output: []int64{0, 0}},
 	}; cmp.Diff(want, calls.Series) != "" || calls.Steps != 2 {
 		t.Errorf("history: %d steps, %s", calls.Steps, cmp.Diff(want, calls.Series))
 	}
-	if h.asked.From.Second() != 0 || h.asked.Group != history.ByModel || h.asked.Top != historyTop {
+	if h.asked.From.Second() != 0 || h.asked.Group != history.ByModel || h.asked.Top != series.Top {
 		t.Errorf("asked %+v", h.asked)
 	}
 	for _, bad := range []string{"from=yesterday", "group=shoe", "step=0", "from=2020-01-01T00:00:00Z&step=1", "from=2026-01-02T00:00:00Z&to=2026-01-01T00:00:00Z"} {
@@ -232,7 +236,7 @@ func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
 	if len(dead.Newest) != 1 || dead.Newest[0].Reason != usage.ReasonMalformed || dead.Newest[0].Origin != "gateway-1" {
 		t.Errorf("dead letters: %+v", dead)
 	}
-	var hl health
+	var hl health.Health
 	decode(t, c.do(exchange{path: "/v1/health"}), &hl)
 	states := map[string]string{}
 	for _, p := range hl.Parts {
@@ -295,7 +299,7 @@ func TestPlansAreAppliedOverHTTP(t *testing.T) {
 		t.Errorf("applied %s, planned %s", applied, d.To)
 	}
 
-	var bad problem
+	var bad front.Problem
 	decode(t, c.do(exchange{method: "PUT", path: "/v1/plans", header: yamlHeader, status: 422, body: strings.Replace(first, "amount: 5", "amount: -5", 1)}), &bad)
 	if want := []plans.Problem{{File: "plans.yaml", Line: 2, Column: 72, Pointer: "/plans/0/limits/0/amount", Reason: "amount is below 1", Do: "write a number from 1 on"}}; cmp.Diff(want, bad.Problems) != "" {
 		t.Error(cmp.Diff(want, bad.Problems))
@@ -349,46 +353,6 @@ func TestAnotherSiteCanChangeNothing(t *testing.T) {
 				t.Errorf("%s, want %d", res.Status, h.status)
 			}
 		})
-	}
-}
-
-func TestTheToken(t *testing.T) {
-	t.Parallel()
-	ask := func(g *guard, method, path, token string) int {
-		req, err := http.NewRequest(method, "http://console.example"+path, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if token != "" {
-			req.Header.Set("Authorization", "Bearer "+token)
-		}
-		if p, refused := g.refuse(req); refused {
-			return p.Status
-		}
-		return 200
-	}
-	open, local := &guard{token: "s3cret"}, &guard{token: "s3cret", loopback: true}
-	for _, c := range []struct {
-		g                   *guard
-		method, path, token string
-		want                int
-	}{
-		{open, "GET", "/v1/usage", "", 401},
-		{open, "GET", "/v1/usage", "wrong", 401},
-		{open, "GET", "/v1/usage", "s3cret", 200},
-		{open, "GET", "/metrics", "", 401},
-		{open, "GET", "/readyz", "", 401},
-		{open, "GET", "/healthz", "", 200},
-		{open, "GET", "/", "", 200},
-		{open, "PUT", "/v1/plans", "", 401},
-		{open, "PUT", "/v1/plans", "s3cret", 200},
-		{local, "GET", "/v1/usage", "", 200},
-		{local, "PUT", "/v1/plans", "", 401},
-		{local, "PUT", "/v1/plans", "s3cret", 200},
-	} {
-		if got := ask(c.g, c.method, c.path, c.token); got != c.want {
-			t.Errorf("%s %s with token %q (loopback %v): %d, want %d", c.method, c.path, c.token, c.g.loopback, got, c.want)
-		}
 	}
 }
 
@@ -547,16 +511,16 @@ func TestWithoutAnAggregatorTheAnswerSaysSo(t *testing.T) {
 	w := newWorld(t)
 	w.apply(demoPlans())
 	base := w.start(Options{})
-	u := get[usageAnswer](t, base+"/v1/usage")
+	u := get[counters.Answer](t, base+"/v1/usage")
 	if u.Complete || !strings.Contains(u.Shards[0].Error, "is an aggregator running?") {
 		t.Errorf("got %+v", u)
 	}
-	h := get[health](t, base+"/v1/health")
-	if h.State != StateDown || h.Shards[0].BeaconAge != -1 {
+	h := get[health.Health](t, base+"/v1/health")
+	if h.State != health.StateDown || h.Shards[0].BeaconAge != -1 {
 		t.Errorf("got %+v", h)
 	}
 	account := get[struct {
-		Usage *accountAnswer
+		Usage *counters.Account
 		Why   string `json:"usage_error"`
 	}](t, base+"/v1/accounts/"+url.PathEscape("acme/search"))
 	if account.Usage != nil || account.Why == "" {

@@ -14,11 +14,13 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/health"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/live"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/tail"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/views"
 )
-
-const livePattern = "GET /v1/live"
 
 const (
 	liveEvery    = time.Second
@@ -93,7 +95,7 @@ type liveMessage struct {
 	Dead      liveDead       `json:"dead_letters"`
 	Decisions liveDecisions  `json:"decisions"`
 	Lag       liveLag        `json:"lag"`
-	Health    []part         `json:"health"`
+	Health    []health.Part  `json:"health"`
 	State     string         `json:"state"`
 }
 
@@ -175,7 +177,7 @@ func (c *console) produce(ctx context.Context) error {
 		case <-c.state.hub.wake:
 		}
 		n := c.state.hub.size()
-		c.metrics.streams.Set(float64(n))
+		c.metrics.Streams.Set(float64(n))
 		if n == 0 {
 			continue
 		}
@@ -198,12 +200,12 @@ type producer struct {
 func (p *producer) message(ctx context.Context, c *console) (recent, reset []byte, err error) {
 	now := time.Now()
 	at := micros(now)
-	v := c.tail.view(at, live.Window, liveTop, liveRefusals)
+	v := c.tail.View(at, live.Window, liveTop, liveRefusals)
 	h := c.health(now)
 	m := liveMessage{
-		At: at, Sequence: v.sequence, Reset: true, Seconds: v.seconds, Refusals: v.refusals,
+		At: at, Sequence: v.Sequence, Reset: true, Seconds: v.Seconds, Refusals: v.Refusals,
 		Alerts: c.state.alerts.Newest(liveAlerts), Health: h.Parts, State: h.State,
-		Lag: liveLag{TailEntries: v.pending, SkippedEntries: v.skipped, HistoryEntries: h.Historian.Behind, HistoryKnown: h.Historian.Known},
+		Lag: liveLag{TailEntries: v.Pending, SkippedEntries: v.Skipped, HistoryEntries: h.Historian.Behind, HistoryKnown: h.Historian.Known},
 	}
 	for _, s := range h.Shards {
 		m.Lag.CountedSeconds = max(m.Lag.CountedSeconds, s.LagSeconds)
@@ -224,7 +226,7 @@ func (p *producer) message(ctx context.Context, c *console) (recent, reset []byt
 
 // accounts returns the busiest accounts with those above them, and how their
 // limits stand.
-func (p *producer) accounts(ctx context.Context, c *console, v view, at usage.Micros) []topAccount {
+func (p *producer) accounts(ctx context.Context, c *console, v tail.View, at usage.Micros) []topAccount {
 	ctx, cancel := context.WithTimeout(ctx, 800*time.Millisecond)
 	defer cancel()
 	var order []string
@@ -236,12 +238,12 @@ func (p *producer) accounts(ctx context.Context, c *console, v view, at usage.Mi
 		}
 	}
 	b, err := c.book(ctx)
-	for _, a := range v.busiest {
+	for _, a := range v.Busiest {
 		busy[a.Account] = a
 		add(a.Account, a.Shard)
 	}
 	if err == nil {
-		for _, a := range v.busiest {
+		for _, a := range v.Busiest {
 			for _, id := range b.index.Path(a.Account) {
 				add(id, a.Shard)
 				if id != a.Account { // what is above sums those below
@@ -280,12 +282,12 @@ func (p *producer) accounts(ctx context.Context, c *console, v view, at usage.Mi
 	var mu sync.Mutex
 	found := map[string]ledger.AccountUsage{}
 	group := errgroup.Group{}
-	group.SetLimit(askParallel)
+	group.SetLimit(counters.Parallel)
 	for s, ids := range byShard {
 		group.Go(func() error {
 			// A shard that does not answer leaves its accounts without
 			// limits; the health says so.
-			reply, err := c.askShard(ctx, s, ledger.UsageRequest{Accounts: ids})
+			reply, err := c.counters.Shard(ctx, s, ledger.UsageRequest{Accounts: ids})
 			if err != nil {
 				return nil
 			}
@@ -321,7 +323,7 @@ func (p *producer) accounts(ctx context.Context, c *console, v view, at usage.Mi
 // askTop asks all shards for the accounts with the most calls ever.
 func (p *producer) askTop(ctx context.Context, c *console) {
 	p.topAt = time.Now()
-	u := c.askAll(ctx, ledger.UsageRequest{Top: liveTop})
+	u := c.counters.All(ctx, ledger.UsageRequest{Top: liveTop})
 	p.top, p.known = nil, map[string]uint32{}
 	for i, a := range u.Accounts {
 		if i == liveTop {
@@ -336,7 +338,7 @@ func (p *producer) askTop(ctx context.Context, c *console) {
 func (c *console) handleLive(w http.ResponseWriter, r *http.Request) {
 	ch, ok := c.state.hub.join(c.o.MaxStreams)
 	if !ok {
-		problem{Status: http.StatusServiceUnavailable, Code: codeTooMany, Detail: fmt.Sprintf("%d clients follow already: close one, or raise the bound", c.o.MaxStreams)}.write(w)
+		front.Problem{Status: http.StatusServiceUnavailable, Code: front.CodeTooMany, Detail: fmt.Sprintf("%d clients follow already: close one, or raise the bound", c.o.MaxStreams)}.Write(w)
 		return
 	}
 	defer c.state.hub.leave(ch)

@@ -1,16 +1,9 @@
 package console
 
 import (
-	"context"
 	"embed"
 	"fmt"
 	"io/fs"
-	"net/http"
-	"strings"
-	"time"
-
-	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/services/console/internal/views"
 )
 
 //go:embed all:web/dist
@@ -22,40 +15,4 @@ func embeddedPage() (fs.FS, error) {
 		return nil, fmt.Errorf("console: %w", err)
 	}
 	return web, nil
-}
-
-// notBuilt is what stands in for a page that was not built.
-const notBuilt = `<!doctype html><html lang="en"><meta charset="utf-8"><title>Tollkeeper</title>
-<body style="font:16px/1.5 system-ui;margin:10vh auto;max-width:36rem;padding:0 1rem">
-<h1>The page was not built</h1>
-<p>This program was compiled before the page was. Run <code>go tool task setup</code> and build it again.</p>
-<p>The API is there nevertheless, under <code>/v1/</code>.</p>
-`
-
-// pageHandler serves the built page; assets have their content's hash in their
-// names and may be kept for ever.
-func pageHandler(web fs.FS) http.Handler {
-	files := http.FileServerFS(web)
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/" {
-			w.Header().Set("Cache-Control", "no-cache")
-			if _, err := fs.Stat(web, "index.html"); err != nil {
-				w.Header().Set("Content-Type", "text/html; charset=utf-8")
-				w.WriteHeader(http.StatusServiceUnavailable)
-				// An error here is the client's going away.
-				_, _ = w.Write([]byte(notBuilt))
-				return
-			}
-		} else if strings.HasPrefix(r.URL.Path, "/assets/") {
-			w.Header().Set("Cache-Control", "public, max-age=31536000, immutable")
-		}
-		files.ServeHTTP(w, r)
-	})
-}
-
-func effective(d *usage.Decision, now usage.Micros) string { return views.Effective(d, now).String() }
-
-// contextWithTimeout outlives the client's connection, not the timeout.
-func contextWithTimeout(r *http.Request, d time.Duration) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(r.Context()), d)
 }

@@ -1,4 +1,4 @@
-package console
+package front
 
 import (
 	"fmt"
@@ -9,14 +9,20 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-type metrics struct {
+// LivePattern is the route of the live view, which never ends.
+const LivePattern = "GET /v1/live"
+
+// Metrics of the console.
+type Metrics struct {
 	requests *prometheus.CounterVec
 	seconds  *prometheus.HistogramVec
-	streams  prometheus.Gauge
+	// Streams is how many clients follow the live view.
+	Streams prometheus.Gauge
 }
 
-func newMetrics(r prometheus.Registerer) (*metrics, error) {
-	m := &metrics{
+// NewMetrics registers them.
+func NewMetrics(r prometheus.Registerer) (*Metrics, error) {
+	m := &Metrics{
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "tollkeeper_console_requests_total", Help: "Requests to the console, by route and status.",
 		}, []string{"route", "status"}),
@@ -24,9 +30,9 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			Name: "tollkeeper_console_request_seconds", Help: "Duration of requests to the console, streams left out.",
 			Buckets: []float64{.001, .005, .02, .1, .5, 2, 10},
 		}, []string{"route"}),
-		streams: prometheus.NewGauge(prometheus.GaugeOpts{Name: "tollkeeper_console_live_streams", Help: "Clients that follow /v1/live."}),
+		Streams: prometheus.NewGauge(prometheus.GaugeOpts{Name: "tollkeeper_console_live_streams", Help: "Clients that follow /v1/live."}),
 	}
-	for _, c := range []prometheus.Collector{m.requests, m.seconds, m.streams} {
+	for _, c := range []prometheus.Collector{m.requests, m.seconds, m.Streams} {
 		if err := r.Register(c); err != nil {
 			return nil, fmt.Errorf("console: %w", err)
 		}
@@ -34,14 +40,14 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	return m, nil
 }
 
-// observe counts a request under the pattern that matched, which is one of a few.
-func (m *metrics) observe(r *http.Request, status int, took time.Duration) {
+// Observe counts a request under the pattern that matched, which is one of a few.
+func (m *Metrics) Observe(r *http.Request, status int, took time.Duration) {
 	route := r.Pattern
 	if route == "" {
 		route = "refused"
 	}
 	m.requests.WithLabelValues(route, strconv.Itoa(status)).Inc()
-	if route != livePattern {
+	if route != LivePattern {
 		m.seconds.WithLabelValues(route).Observe(took.Seconds())
 	}
 }

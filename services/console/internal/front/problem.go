@@ -1,4 +1,4 @@
-package console
+package front
 
 import (
 	"encoding/json"
@@ -7,8 +7,8 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 )
 
-// problem is an RFC 9457 body.
-type problem struct {
+// Problem is an RFC 9457 body.
+type Problem struct {
 	Type   string `json:"type"`
 	Title  string `json:"title"`
 	Status int    `json:"status"`
@@ -22,20 +22,21 @@ type problem struct {
 
 // Codes of problems.
 const (
-	codeBadRequest  = "BAD_REQUEST"
-	codeNotFound    = "NOT_FOUND"
-	codeForbidden   = "FORBIDDEN"
-	codeUnauthed    = "UNAUTHORIZED"
-	codeMediaType   = "UNSUPPORTED_MEDIA_TYPE"
-	codeTooLarge    = "TOO_LARGE"
-	codeBadPlans    = "INVALID_PLANS"
-	codeConflict    = "CONFLICT"
-	codeBusy        = "BUSY"
-	codeUnavailable = "UNAVAILABLE"
-	codeTooMany     = "TOO_MANY_STREAMS"
+	CodeBadRequest  = "BAD_REQUEST"
+	CodeNotFound    = "NOT_FOUND"
+	CodeForbidden   = "FORBIDDEN"
+	CodeUnauthed    = "UNAUTHORIZED"
+	CodeMediaType   = "UNSUPPORTED_MEDIA_TYPE"
+	CodeTooLarge    = "TOO_LARGE"
+	CodeBadPlans    = "INVALID_PLANS"
+	CodeConflict    = "CONFLICT"
+	CodeBusy        = "BUSY"
+	CodeUnavailable = "UNAVAILABLE"
+	CodeTooMany     = "TOO_MANY_STREAMS"
 )
 
-func (p problem) write(w http.ResponseWriter) {
+// Write answers with the problem.
+func (p Problem) Write(w http.ResponseWriter) {
 	p.Type = "about:blank"
 	if p.Title == "" {
 		p.Title = http.StatusText(p.Status)
@@ -43,7 +44,8 @@ func (p problem) write(w http.ResponseWriter) {
 	writeBody(w, p.Status, "application/problem+json", p)
 }
 
-func writeJSON(w http.ResponseWriter, v any) {
+// WriteJSON answers with a value.
+func WriteJSON(w http.ResponseWriter, v any) {
 	writeBody(w, http.StatusOK, "application/json", v)
 }
 
@@ -60,10 +62,12 @@ func writeBody(w http.ResponseWriter, status int, contentType string, v any) {
 	_, _ = w.Write(append(data, '\n'))
 }
 
-func badRequest(detail string) problem {
-	return problem{Status: http.StatusBadRequest, Code: codeBadRequest, Detail: detail}
+// BadRequest is the problem of a request that can't be meant.
+func BadRequest(detail string) Problem {
+	return Problem{Status: http.StatusBadRequest, Code: CodeBadRequest, Detail: detail}
 }
 
-func unavailable(detail string) problem {
-	return problem{Status: http.StatusServiceUnavailable, Code: codeUnavailable, Detail: detail}
+// Unavailable is the problem of a part that is away.
+func Unavailable(detail string) Problem {
+	return Problem{Status: http.StatusServiceUnavailable, Code: CodeUnavailable, Detail: detail}
 }

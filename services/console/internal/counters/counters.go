@@ -1,4 +1,5 @@
-package console
+// Package counters asks the owners of shards for what they have counted.
+package counters
 
 import (
 	"cmp"
@@ -17,20 +18,28 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
-const (
-	askParallel = 16
-	askTimeout  = 2 * time.Second
-)
+// Parallel bounds the questions in flight.
+const Parallel = 16
 
-// askShard asks the owner of a shard for counters.
-func (c *console) askShard(ctx context.Context, shard uint32, q ledger.UsageRequest) (ledger.UsageReply, error) {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+// timeout of one question.
+const timeout = 2 * time.Second
+
+// Client asks. Safe for concurrent use.
+type Client struct {
+	NC *nats.Conn
+	// Shards of the ledger.
+	Shards uint32
+}
+
+// Shard asks the owner of a shard for counters.
+func (c *Client) Shard(ctx context.Context, shard uint32, q ledger.UsageRequest) (ledger.UsageReply, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	data, err := json.Marshal(q)
 	if err != nil {
 		return ledger.UsageReply{}, fmt.Errorf("ask shard %d: %w", shard, err)
 	}
-	msg, err := c.nc.RequestWithContext(ctx, ledger.UsageSubject(shard), data)
+	msg, err := c.NC.RequestWithContext(ctx, ledger.UsageSubject(shard), data)
 	if errors.Is(err, nats.ErrNoResponders) {
 		return ledger.UsageReply{}, fmt.Errorf("nobody owns shard %d: is an aggregator running?", shard)
 	}
@@ -48,8 +57,8 @@ func (c *console) askShard(ctx context.Context, shard uint32, q ledger.UsageRequ
 	return reply, nil
 }
 
-// shardAnswer is how a shard answered.
-type shardAnswer struct {
+// ShardAnswer is how a shard answered.
+type ShardAnswer struct {
 	Shard       uint32       `json:"shard"`
 	OK          bool         `json:"ok"`
 	Error       string       `json:"error,omitempty"`
@@ -61,43 +70,43 @@ type shardAnswer struct {
 	Accounts    int          `json:"account_count"`
 }
 
-// accountAnswer is an account of a shard.
-type accountAnswer struct {
+// Account is an account of a shard.
+type Account struct {
 	Shard uint32 `json:"shard"`
 	ledger.AccountUsage
 }
 
-// usageAnswer is the counters of all shards.
-type usageAnswer struct {
+// Answer is the counters of all shards.
+type Answer struct {
 	// Complete says that every shard answered.
-	Complete bool            `json:"complete"`
-	Total    ledger.Totals   `json:"total"`
-	Accounts []accountAnswer `json:"accounts"`
-	Count    int             `json:"account_count"`
-	Shards   []shardAnswer   `json:"shards"`
+	Complete bool          `json:"complete"`
+	Total    ledger.Totals `json:"total"`
+	Accounts []Account     `json:"accounts"`
+	Count    int           `json:"account_count"`
+	Shards   []ShardAnswer `json:"shards"`
 }
 
-// askAll asks every shard, and sums.
-func (c *console) askAll(ctx context.Context, q ledger.UsageRequest) usageAnswer {
-	return c.askShards(ctx, func(uint32) (ledger.UsageRequest, bool) { return q, true })
+// All asks every shard, and sums.
+func (c *Client) All(ctx context.Context, q ledger.UsageRequest) Answer {
+	return c.Each(ctx, func(uint32) (ledger.UsageRequest, bool) { return q, true })
 }
 
-// askShards asks each shard what ask says.
-func (c *console) askShards(ctx context.Context, ask func(shard uint32) (ledger.UsageRequest, bool)) usageAnswer {
-	out := usageAnswer{Complete: true, Shards: make([]shardAnswer, c.shards), Accounts: []accountAnswer{}, Total: ledger.Totals{Meters: map[usage.Meter]int64{}}}
+// Each asks each shard what ask says.
+func (c *Client) Each(ctx context.Context, ask func(shard uint32) (ledger.UsageRequest, bool)) Answer {
+	out := Answer{Complete: true, Shards: make([]ShardAnswer, c.Shards), Accounts: []Account{}, Total: ledger.Totals{Meters: map[usage.Meter]int64{}}}
 	var mu sync.Mutex
 	var group errgroup.Group
-	group.SetLimit(askParallel)
-	for s := range c.shards {
+	group.SetLimit(Parallel)
+	for s := range c.Shards {
 		q, wanted := ask(s)
 		if !wanted {
 			q = ledger.UsageRequest{} // no accounts, only the totals
 		}
 		group.Go(func() error {
-			reply, err := c.askShard(ctx, s, q)
+			reply, err := c.Shard(ctx, s, q)
 			mu.Lock()
 			defer mu.Unlock()
-			a := shardAnswer{Shard: s, OK: err == nil}
+			a := ShardAnswer{Shard: s, OK: err == nil}
 			if err != nil {
 				a.Error = err.Error()
 				out.Complete = false
@@ -110,7 +119,7 @@ func (c *console) askShards(ctx context.Context, ask func(shard uint32) (ledger.
 					out.Total.Meters[m] += v
 				}
 				for _, u := range reply.Accounts {
-					out.Accounts = append(out.Accounts, accountAnswer{s, tidy(u)})
+					out.Accounts = append(out.Accounts, Account{s, Tidy(u)})
 				}
 			}
 			out.Shards[s] = a
@@ -118,14 +127,14 @@ func (c *console) askShards(ctx context.Context, ask func(shard uint32) (ledger.
 		})
 	}
 	_ = group.Wait() // its functions return nil
-	slices.SortFunc(out.Accounts, func(x, y accountAnswer) int {
+	slices.SortFunc(out.Accounts, func(x, y Account) int {
 		return cmp.Or(cmp.Compare(y.Totals.Admitted, x.Totals.Admitted), cmp.Compare(x.ID, y.ID))
 	})
 	return out
 }
 
-// tidy gives empty lists where there may be none.
-func tidy(u ledger.AccountUsage) ledger.AccountUsage {
+// Tidy gives empty lists where there may be none.
+func Tidy(u ledger.AccountUsage) ledger.AccountUsage {
 	if u.Limits == nil {
 		u.Limits = []ledger.LimitUsage{}
 	}

@@ -1,4 +1,6 @@
-package console
+// Package front is what stands before the console's answers: who may ask, how
+// an error is told, how the page is served, what is measured.
+package front
 
 import (
 	"crypto/sha256"
@@ -9,18 +11,20 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
-
-	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 
-// guard decides who may do what before a handler sees the request.
-type guard struct {
-	token    string
-	loopback bool // only this machine can connect
-	metrics  *metrics
+// Guard decides who may do what before a handler sees the request.
+type Guard struct {
+	// Token, if set, is the bearer token.
+	Token string
+	// Loopback says that only this machine can connect.
+	Loopback bool
+	// Metrics hears of every request; nil is allowed.
+	Metrics *Metrics
 }
 
-func (g *guard) wrap(next http.Handler) http.Handler {
+// Wrap puts the guard before a handler.
+func (g *Guard) Wrap(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h.Set("X-Content-Type-Options", "nosniff")
@@ -34,40 +38,40 @@ func (g *guard) wrap(next http.Handler) http.Handler {
 			if p.Status == http.StatusUnauthorized {
 				h.Set("WWW-Authenticate", `Bearer realm="tollkeeper"`)
 			}
-			p.write(rec)
+			p.Write(rec)
 		} else {
 			next.ServeHTTP(rec, r)
 		}
-		if g.metrics != nil {
-			g.metrics.observe(r, rec.status, time.Since(begin))
+		if g.Metrics != nil {
+			g.Metrics.Observe(r, rec.status, time.Since(begin))
 		}
 	})
 }
 
 // refuse returns why a request is not let through.
-func (g *guard) refuse(r *http.Request) (problem, bool) {
+func (g *Guard) refuse(r *http.Request) (Problem, bool) {
 	if r.URL.Path == "/healthz" {
-		return problem{}, false
+		return Problem{}, false
 	}
 	// Without a token the address is all that protects: another site's name
 	// that was made to point here must not reach us.
-	if g.token == "" && !loopbackHost(r.Host) {
-		return problem{Status: http.StatusForbidden, Code: codeForbidden, Detail: "the Host header names another machine: use the loopback address, or configure a token"}, true
+	if g.Token == "" && !loopbackHost(r.Host) {
+		return Problem{Status: http.StatusForbidden, Code: CodeForbidden, Detail: "the Host header names another machine: use the loopback address, or configure a token"}, true
 	}
 	reading := r.Method == http.MethodGet || r.Method == http.MethodHead
-	if reading && (g.loopback || g.token == "") {
-		return problem{}, false
+	if reading && (g.Loopback || g.Token == "") {
+		return Problem{}, false
 	}
 	if reading && !guarded(r.URL.Path) {
-		return problem{}, false // the page itself holds no secret, and asks for the token
+		return Problem{}, false // the page itself holds no secret, and asks for the token
 	}
 	if !reading && crossSite(r) {
-		return problem{Status: http.StatusForbidden, Code: codeForbidden, Detail: "the request comes from another site"}, true
+		return Problem{Status: http.StatusForbidden, Code: CodeForbidden, Detail: "the request comes from another site"}, true
 	}
-	if g.token != "" && !bearer(r, g.token) {
-		return problem{Status: http.StatusUnauthorized, Code: codeUnauthed, Detail: "a bearer token is needed: send the header Authorization: Bearer TOKEN"}, true
+	if g.Token != "" && !bearer(r, g.Token) {
+		return Problem{Status: http.StatusUnauthorized, Code: CodeUnauthed, Detail: "a bearer token is needed: send the header Authorization: Bearer TOKEN"}, true
 	}
-	return problem{}, false
+	return Problem{}, false
 }
 
 func guarded(path string) bool {
@@ -108,8 +112,8 @@ func bearer(r *http.Request, token string) bool {
 	return strings.EqualFold(scheme, "Bearer") && subtle.ConstantTimeCompare(want[:], got[:]) == 1
 }
 
-// mediaType returns the request's type without parameters.
-func mediaType(r *http.Request) string {
+// MediaType returns the request's type without parameters.
+func MediaType(r *http.Request) string {
 	t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil {
 		return ""
@@ -131,25 +135,13 @@ func (r *recorder) WriteHeader(status int) {
 // Unwrap lets http.ResponseController reach the connection.
 func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
 
-// lateHandler is a handler that is replaced once NATS is there.
-type lateHandler struct{ h atomic.Pointer[http.Handler] }
+// LateHandler is a handler that is replaced once NATS is there.
+type LateHandler struct{ h atomic.Pointer[http.Handler] }
 
-func (l *lateHandler) set(h http.Handler) { l.h.Store(&h) }
+// Set replaces the handler; it is called before the first request, too.
+func (l *LateHandler) Set(h http.Handler) { l.h.Store(&h) }
 
-func (l *lateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+// ServeHTTP implements http.Handler.
+func (l *LateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	(*l.h.Load()).ServeHTTP(w, r)
-}
-
-// waitingHandler answers while NATS was not reached yet.
-func waitingHandler(o Options) http.Handler {
-	mux := http.NewServeMux()
-	mux.Handle("/", telemetry.NewHandler(telemetry.HandlerOptions{Gatherer: o.Registry, Readiness: o.Readiness}))
-	mux.HandleFunc("/v1/", func(w http.ResponseWriter, _ *http.Request) {
-		unavailable("the console has not reached NATS yet: /readyz says why").write(w)
-	})
-	page := pageHandler(o.Web)
-	mux.Handle("GET /{$}", page)
-	mux.Handle("GET /assets/", page)
-	mux.Handle("GET /favicon.svg", page)
-	return mux
 }

@@ -1,4 +1,5 @@
-package console
+// Package tail follows the end of the ledger once for all who want to see it.
+package tail
 
 import (
 	"context"
@@ -25,10 +26,9 @@ const (
 
 var errBehind = errors.New("too far behind")
 
-// tail follows the end of the ledger once for all clients.
-type tail struct {
-	state *state
-	log   zerolog.Logger
+// Tail is the end of the ledger. Safe for concurrent use.
+type Tail struct {
+	log zerolog.Logger
 
 	mu      sync.Mutex
 	fold    live.Fold
@@ -40,11 +40,13 @@ type tail struct {
 	err     error // of the last interruption; nil while reading
 }
 
-func newTail(s *state, log zerolog.Logger) *tail {
-	return &tail{state: s, log: log, shards: map[uint32]uint64{}}
+// New returns a tail; Run starts it.
+func New(log zerolog.Logger) *Tail {
+	return &Tail{log: log, shards: map[uint32]uint64{}}
 }
 
-func (t *tail) run(ctx context.Context, js jetstream.JetStream) error {
+// Run follows until ctx is done, then returns nil.
+func (t *Tail) Run(ctx context.Context, js jetstream.JetStream) error {
 	back := uint64(tailBack)
 	for ctx.Err() == nil {
 		from, err := endOf(ctx, js, back)
@@ -87,13 +89,13 @@ func endOf(ctx context.Context, js jetstream.JetStream, back uint64) (uint64, er
 	return from, nil
 }
 
-func (t *tail) note(err error) {
+func (t *Tail) note(err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.err = err
 }
 
-func (t *tail) handle(f *ledger.Frame, m ledger.Message) error {
+func (t *Tail) handle(f *ledger.Frame, m ledger.Message) error {
 	kind, shard, err := ledger.ParseSubject(m.Subject)
 	if err == nil && kind == ledger.KindCalls {
 		err = ledger.DecodeCalls(f, m.Subject, m.Header, m.Data)
@@ -120,31 +122,33 @@ func (t *tail) handle(f *ledger.Frame, m ledger.Message) error {
 	return nil
 }
 
-// view is a copy of what the tail knows at a time.
-type view struct {
-	seconds  []live.Second
-	busiest  []live.Busy
-	refusals []live.Refusal
-	gateways []live.Gateway
-	shards   map[uint32]uint64
-	sequence uint64
-	calls    uint64
-	streamAt usage.Micros
-	pending  uint64
-	skipped  uint64
-	err      error
+// View is a copy of what the tail knows at a time.
+type View struct {
+	Seconds  []live.Second
+	Busiest  []live.Busy
+	Refusals []live.Refusal
+	Gateways []live.Gateway
+	Shards   map[uint32]uint64
+	Sequence uint64
+	Calls    uint64
+	StreamAt usage.Micros
+	Pending  uint64
+	Skipped  uint64
+	Err      error
 }
 
-func (t *tail) view(now usage.Micros, seconds, busiest, refusals int) view {
+// View returns what is known at a time: the newest seconds, accounts and refusals,
+// as many as are asked for.
+func (t *Tail) View(now usage.Micros, seconds, busiest, refusals int) View {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	v := view{
-		seconds: t.fold.Seconds(now, seconds), busiest: t.fold.Busiest(now, busiest), refusals: t.fold.Refusals(refusals),
-		gateways: t.fold.Gateways(), shards: make(map[uint32]uint64, len(t.shards)), calls: t.calls, pending: t.pending, skipped: t.skipped, err: t.err,
+	v := View{
+		Seconds: t.fold.Seconds(now, seconds), Busiest: t.fold.Busiest(now, busiest), Refusals: t.fold.Refusals(refusals),
+		Gateways: t.fold.Gateways(), Shards: make(map[uint32]uint64, len(t.shards)), Calls: t.calls, Pending: t.pending, Skipped: t.skipped, Err: t.err,
 	}
-	v.sequence, v.streamAt = t.fold.Position()
+	v.Sequence, v.StreamAt = t.fold.Position()
 	for s, e := range t.shards {
-		v.shards[s] = e
+		v.Shards[s] = e
 	}
 	return v
 }
