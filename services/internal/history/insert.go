@@ -152,7 +152,12 @@ func (s *sender) insert(ctx context.Context, t target, token string, in proto.In
 		}
 		s.client = c
 	}
-	err := s.client.Do(ctx, ch.Query{
+	// The driver notices that ctx has ended when the server says something, or
+	// after insertSilence: a server that hangs would hold up a stop for as long.
+	client := s.client
+	stop := context.AfterFunc(ctx, func() { _ = client.Close() })
+	defer stop()
+	err := client.Do(ctx, ch.Query{
 		Body:  in.Into(t.String()),
 		Input: in,
 		Settings: []ch.Setting{
@@ -165,7 +170,7 @@ func (s *sender) insert(ctx context.Context, t target, token string, in proto.In
 	if err != nil {
 		// What the server still has to say to this query must not be taken
 		// for the answer to the next.
-		if cerr := s.client.Close(); cerr != nil && !errors.Is(cerr, ch.ErrClosed) && !errors.Is(cerr, net.ErrClosed) {
+		if cerr := client.Close(); cerr != nil && !errors.Is(cerr, ch.ErrClosed) && !errors.Is(cerr, net.ErrClosed) {
 			err = errors.Join(err, cerr)
 		}
 		s.client = nil
