@@ -23,11 +23,9 @@ var large = map[string]struct {
 	"pkg/gate/outbox":                   {2300, "sender, disk and bounds of one queue; its state machines are packages of their own below it"},
 	"pkg/ledger":                        {3500, "the wire is known in one place; half of it is one codec: a writer and a distrustful reader"},
 	"pkg/quota":                         {2600, "one state machine: counters, decisions and their snapshot fold the same state"},
-	"services/console":                  {2600, "one HTTP API over one state"},
 	"services/historian":                {2000, "one lane from ledger to table, with its journal"},
 	"services/internal/embedclickhouse": {2300, "installing, configuring and supervising one foreign process"},
 	"services/internal/history":         {2900, "the only package that may know the ClickHouse driver holds all that needs it"},
-	"services/internal/plans":           {2800, "one document: parsed with positions, checked, compared, applied"},
 }
 
 const maxLines = 1500
