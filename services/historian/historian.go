@@ -168,10 +168,29 @@ func work(ctx context.Context, o Options, s seams, m *metrics) (err error) {
 		return stopped(ctx, err)
 	}
 	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return watch(ctx, h) })
 	for _, l := range lanes(o, s, m, js, h, components) {
 		group.Go(func() error { return l.run(ctx) })
 	}
 	return group.Wait()
+}
+
+// watchEvery is how often ClickHouse is asked whether it is there: without calls
+// nobody else would find out.
+const watchEvery = 2 * time.Second
+
+// watch asks until ctx is done; the answers go to /readyz and the log.
+func watch(ctx context.Context, h *history.History) error {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			_ = h.Ping(ctx) // has told readiness
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 // stopped turns what a stop interrupted into a clean end.

@@ -9,17 +9,22 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
 // boundary is the durable word on a lane's newest block. It stands before the
 // block is sent; that the next one stands means that this one is in the history,
 // and so does Done.
 type boundary struct {
-	From  uint64 `json:"from"`
-	To    uint64 `json:"to"`
-	Rows  int    `json:"rows"`
-	Token string `json:"token,omitempty"`
-	Done  bool   `json:"done"`
+	From uint64 `json:"from"`
+	To   uint64 `json:"to"`
+	Rows int    `json:"rows"`
+	// At is the stream's time of entry To in Unix microseconds, 0 when the entry
+	// was not seen: a stream that has lost its end and grown again has another
+	// entry there.
+	At    usage.Micros `json:"at_unix_micros,omitempty"`
+	Token string       `json:"token,omitempty"`
+	Done  bool         `json:"done"`
 	// Stream is which stream the positions are of, and Table which table the
 	// rows went to: both may have been made anew.
 	Stream string `json:"stream"`

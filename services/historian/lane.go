@@ -108,6 +108,7 @@ type laneTime struct {
 // sealed is a block on its way to the committer.
 type sealed struct {
 	span
+	at       usage.Micros // the stream's time of its last entry; 0: it was not seen
 	rows     int
 	parts    []part
 	release  func()
@@ -124,7 +125,7 @@ func (l *lane) run(ctx context.Context) error {
 		stands boundary
 		start  uint64
 	)
-	err := l.retry(ctx, "can't begin yet", func(ctx context.Context) (err error) {
+	err := l.retry(ctx, snapshotTimeout, "can't begin yet", func(ctx context.Context) (err error) {
 		stands, start, err = l.begin(ctx)
 		return err
 	})
@@ -156,6 +157,9 @@ func (l *lane) run(ctx context.Context) error {
 // begin finds out where the history stands, and from where the stream has to be
 // read for that: from behind the snapshot's position.
 func (l *lane) begin(ctx context.Context) (stands boundary, position uint64, err error) {
+	whole := ctx // a snapshot may be large; the rest is not
+	ctx, cancel := context.WithTimeout(ctx, tryTimeout)
+	defer cancel()
 	stream, err := l.js.Stream(ctx, l.stream)
 	if err != nil {
 		return stands, 0, fmt.Errorf("stream %s: %w", l.stream, err)
@@ -182,17 +186,20 @@ func (l *lane) begin(ctx context.Context) (stands boundary, position uint64, err
 	case !found:
 		return boundary{From: 1, Done: true}, 0, nil
 	case stands.Stream != l.streamID:
-		return stands, 0, &fatalError{fmt.Errorf("the history was written from another stream %s than this one: empty %s in ClickHouse and purge bucket %s to write it anew, or bring back the stream", l.stream, l.tableNames(), ledger.HistorianBucket)}
+		return stands, 0, &fatalError{fmt.Errorf("the history was written from another stream %s than this one: empty %s in ClickHouse and delete key %s of bucket %s to write it anew, or bring back the stream", l.stream, l.tableNames(), l.name, ledger.HistorianBucket)}
 	case stands.Table != l.tableID && !empty:
 		return stands, 0, &fatalError{fmt.Errorf("%s in ClickHouse are other tables than the history was written to, and have rows: empty them to write the history anew from the ledger", l.tableNames())}
 	case stands.Table != l.tableID:
 		l.log.Warn().Str("lane", l.name).Uint64("position", stands.To).Msg("the tables were made anew: the history is written again from the beginning of the stream")
 		return boundary{From: 1, Done: true}, 0, nil
 	}
+	if err := l.compare(ctx, stream, stands); err != nil {
+		return stands, 0, err
+	}
 	if l.snapshots == nil {
 		return stands, stands.committed(), nil
 	}
-	stored, err := l.snapshots.load(ctx)
+	stored, err := l.snapshots.load(whole)
 	if err != nil {
 		return stands, 0, err
 	}
@@ -211,6 +218,29 @@ func (l *lane) begin(ctx context.Context) (stands boundary, position uint64, err
 		return stands, 0, &fatalError{fmt.Errorf("no snapshot can be used and the ledger begins at %d: what was seen before is not known: %w", info.State.FirstSeq, ledger.ErrPurged)}
 	}
 	return stands, 0, nil
+}
+
+// compare errs when the stream has lost entries that the boundary speaks of: what
+// has their numbers by now would be taken for written.
+func (l *lane) compare(ctx context.Context, stream jetstream.Stream, stands boundary) error {
+	if end := stream.CachedInfo().State.LastSeq; end < stands.To {
+		return &fatalError{fmt.Errorf("stream %s ends at %d, its history at %d: %w: bring the stream back, or empty %s in ClickHouse and delete key %s of bucket %s to write the history anew from what the stream has",
+			l.stream, end, stands.To, ledger.ErrRewound, l.tableNames(), l.name, ledger.HistorianBucket)}
+	}
+	if stands.At == 0 {
+		return nil
+	}
+	m, err := stream.GetMsg(ctx, stands.To)
+	switch {
+	case errors.Is(err, jetstream.ErrMsgNotFound): // purged since
+		return nil
+	case err != nil:
+		return fmt.Errorf("stream %s: %w", l.stream, err)
+	case usage.At(m.Time) != stands.At:
+		return &fatalError{fmt.Errorf("entry %d of stream %s is of %s, the history has one of %s in its place: %w: bring the stream back, or empty %s in ClickHouse and delete key %s of bucket %s to write the history anew from what the stream has",
+			stands.To, l.stream, m.Time.UTC().Format(time.RFC3339Nano), stands.At.Time().Format(time.RFC3339Nano), ledger.ErrRewound, l.tableNames(), l.name, ledger.HistorianBucket)}
+	}
+	return nil
 }
 
 func (l *lane) tableNames() string { return strings.Join(l.into, ", ") }
@@ -238,7 +268,7 @@ func (l *lane) readAll(ctx context.Context, from uint64, out chan<- ledger.Messa
 		// What is gone from a stream of copies is not coming back.
 		l.metrics.purged.WithLabelValues(l.name).Inc()
 		l.log.Error().Err(err).Str("lane", l.name).Msg("entries were gone before they were read: going on behind them")
-		err = l.retry(ctx, "can't read the stream", func(ctx context.Context) error {
+		err = l.retry(ctx, tryTimeout, "can't read the stream", func(ctx context.Context) error {
 			stream, err := l.js.Stream(ctx, l.stream)
 			if err != nil {
 				return fmt.Errorf("stream %s: %w", l.stream, err)
@@ -262,11 +292,14 @@ func (l *lane) build(ctx context.Context, stands boundary, in <-chan ledger.Mess
 		redo = sealed{redo: true, token: stands.Token}
 	}
 	blocks := 0
-	last := uint64(0)
+	last, lastTime := uint64(0), usage.Micros(0)
 	cut := func(s span) error {
 		b := redo
 		redo = sealed{}
 		b.span = s
+		if last == s.to {
+			b.at = lastTime
+		}
 		if !b.redo {
 			b.token = l.token(s)
 		}
@@ -295,9 +328,9 @@ func (l *lane) build(ctx context.Context, stands boundary, in <-chan ledger.Mess
 			if m.Sequence <= last {
 				continue
 			}
-			last = m.Sequence
 			it := l.gather.weigh(m)
 			if m.Sequence <= committed {
+				last, lastTime = m.Sequence, streamTime(m)
 				l.gather.take(m, false)
 				l.sawEntry(m, false)
 				continue
@@ -307,6 +340,7 @@ func (l *lane) build(ctx context.Context, stands boundary, in <-chan ledger.Mess
 					return err
 				}
 			}
+			last, lastTime = m.Sequence, streamTime(m)
 			l.gather.take(m, true)
 			l.sawEntry(m, true)
 			plan.add(it, time.Now())
@@ -361,7 +395,7 @@ func (l *lane) commitAll(ctx context.Context, in <-chan sealed) error {
 				return ctx.Err()
 			}
 		}
-		now := boundary{From: b.from, To: b.to, Rows: b.rows, Token: b.token, Stream: l.streamID, Table: l.tableID}
+		now := boundary{From: b.from, To: b.to, At: b.at, Rows: b.rows, Token: b.token, Stream: l.streamID, Table: l.tableID}
 		if b.rows > 0 {
 			if !b.redo {
 				if err := l.save(ctx, now); err != nil {
@@ -379,7 +413,10 @@ func (l *lane) commitAll(ctx context.Context, in <-chan sealed) error {
 		l.committedUpTo(b.to)
 		if b.snapshot != nil {
 			// Without it a restart only has more to read again.
-			if err := l.snapshots.save(ctx, b.snapshot); err != nil {
+			bounded, cancel := context.WithTimeout(ctx, snapshotTimeout)
+			err := l.snapshots.save(bounded, b.snapshot)
+			cancel()
+			if err != nil {
 				if ctx.Err() != nil {
 					return ctx.Err()
 				}
@@ -394,7 +431,7 @@ func (l *lane) commitAll(ctx context.Context, in <-chan sealed) error {
 
 // save makes a boundary durable, however long that takes.
 func (l *lane) save(ctx context.Context, b boundary) error {
-	return l.retry(ctx, "the block's boundary can't be written", func(ctx context.Context) error { return l.journal.save(ctx, b) })
+	return l.retry(ctx, tryTimeout, "the block's boundary can't be written", func(ctx context.Context) error { return l.journal.save(ctx, b) })
 }
 
 // commit brings a block's parts into their tables, at once and independently of
@@ -478,10 +515,18 @@ func present(ctx context.Context, p part) (bool, error) {
 	return there, err
 }
 
-// retry calls do until it succeeds, fails for good, or ctx is done.
-func (l *lane) retry(ctx context.Context, what string, do func(context.Context) error) error {
+const (
+	// tryTimeout bounds one try of something small.
+	tryTimeout = 10 * time.Second
+	// snapshotTimeout bounds what carries a snapshot, which may be large.
+	snapshotTimeout = time.Minute
+)
+
+// retry calls do until it succeeds, fails for good, or ctx is done; within bounds
+// one try.
+func (l *lane) retry(ctx context.Context, within time.Duration, what string, do func(context.Context) error) error {
 	for try := 0; ; try++ {
-		bounded, cancel := context.WithTimeout(ctx, 10*time.Second)
+		bounded, cancel := context.WithTimeout(ctx, within)
 		err := do(bounded)
 		cancel()
 		var fatal *fatalError

@@ -162,3 +162,61 @@ func TestAnotherLedgersHistoryIsNotMixedIn(t *testing.T) {
 		t.Errorf("a historian began to write a second ledger's history into the first one's tables: %v", err)
 	}
 }
+
+func TestALedgerThatHasLostItsEndIsNotTakenForTheOldOne(t *testing.T) {
+	t.Parallel()
+	for name, tear := range map[string]func(b *boundary){
+		"it ends before the history does": func(b *boundary) { b.From, b.To = b.To+1, b.To+10 },
+		"it has grown again":              func(b *boundary) { b.At -= 1_000_000 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			c := newClients(w, 2)
+			c.some(10)
+			stop := w.start(w.options(), seams{})
+			c.agree()
+			if err := stop(); err != nil {
+				t.Fatal(err)
+			}
+			kv, err := w.js.KeyValue(t.Context(), ledger.HistorianBucket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			e, err := kv.Get(t.Context(), "calls")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var b boundary
+			if err := json.Unmarshal(e.Value(), &b); err != nil {
+				t.Fatal(err)
+			}
+			tear(&b)
+			data, err := json.Marshal(b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := kv.Put(t.Context(), "calls", data); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			if err := run(ctx, w.options(), seams{}); !errors.Is(err, ledger.ErrRewound) {
+				t.Errorf("the historian says: %v", err)
+			}
+		})
+	}
+}
+
+func TestAClickHouseThatIsAwayIsToldThoughNothingIsToBeWritten(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	o := w.options()
+	w.start(o, seams{})
+	eventually(t, "ready", 20*time.Second, func() bool {
+		s := o.Readiness.Status()
+		return s.Ready && len(s.Components) > 0
+	})
+	w.stopping("ClickHouse", w.ch.Stop)
+	eventually(t, "it says that ClickHouse is away", 20*time.Second, func() bool { return !o.Readiness.Status().Ready })
+}

@@ -38,7 +38,8 @@ const DefaultDatabase = "tollkeeper"
 // Options says where ClickHouse is and who we are.
 type Options struct {
 	// Addrs are host:port of the native protocol. Several are names of ONE
-	// server (or of one replicated set behind them), tried in order.
+	// server, tried in order: the tables are its own, and what one server has
+	// can't be told from another's answer.
 	Addrs []string
 	// Database is DefaultDatabase when empty: letters, digits and '_'.
 	Database string
@@ -152,7 +153,9 @@ func (h *History) Database() string { return h.o.Database }
 func (h *History) Ping(ctx context.Context) error {
 	err := h.ping(ctx)
 	if err != nil {
-		h.away(h.describe(err))
+		if ctx.Err() == nil { // else nobody waited for the answer
+			h.away(h.describe(err))
+		}
 		return err
 	}
 	h.back()
