@@ -20,6 +20,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 )
 
 const (
@@ -57,8 +58,7 @@ type owner struct {
 	results chan func() error // what a goroutine of ours brings back
 	running int               // goroutines of ours
 
-	frame       ledger.Frame
-	batch       quota.Batch
+	decoder     fold.Decoder
 	lastControl uint64 // newest entry of the shard's control subject
 
 	publishing   bool
@@ -197,25 +197,13 @@ func (o *owner) apply(m ledger.Message) {
 	if m.Sequence <= o.state.Sequence() {
 		return
 	}
-	e := quota.Entry{Sequence: m.Sequence, Time: usage.At(m.Time)}
-	kind, _, err := ledger.ParseSubject(m.Subject)
-	if err == nil {
-		switch kind {
-		case ledger.KindCalls:
-			if err = ledger.DecodeCalls(&o.frame, m.Subject, m.Header, m.Data); err == nil {
-				batchOf(&o.batch, &o.frame)
-				e.Batch = &o.batch
-			}
-		case ledger.KindControl:
-			o.lastControl = m.Sequence
-			var entry *tollkeeperv1.ControlEntry
-			if entry, err = ledger.DecodeControl(m.Header, m.Data); err == nil {
-				e.Control, err = controlOf(entry)
-			}
-			o.m.controls.Inc()
-		case ledger.KindLease:
-			o.m.leases.Inc()
-		}
+	e, kind, err := o.decoder.Decode(&m)
+	switch kind {
+	case ledger.KindControl:
+		o.lastControl = m.Sequence
+		o.m.controls.Inc()
+	case ledger.KindLease:
+		o.m.leases.Inc()
 	}
 	fx := o.state.Apply(e)
 	o.entries++
@@ -230,21 +218,22 @@ func (o *owner) apply(m ledger.Message) {
 	o.checkReady()
 }
 
-func (o *owner) observe(fx *quota.Effects, frame bool) {
-	if !frame {
+func (o *owner) observe(fx *quota.Effects, counted bool) {
+	if !counted {
 		return
 	}
+	frame := &o.decoder.Frame
 	switch fx.Frame {
 	case dedup.Fresh:
 		o.m.frames.WithLabelValues("fresh").Inc()
 	case dedup.Duplicate:
 		o.m.frames.WithLabelValues("duplicate").Inc()
-		o.m.events.WithLabelValues("duplicate").Add(float64(o.frame.N))
+		o.m.events.WithLabelValues("duplicate").Add(float64(frame.N))
 	case dedup.Gap:
 		o.m.frames.WithLabelValues("gap").Inc()
 		o.m.skipped.Add(float64(fx.Skipped))
-		o.log.Error().Stringer("producer", o.frame.Producer).Uint64("number", o.frame.Number).Uint64("missing", fx.Skipped).
-			Str("gateway", o.frame.Gateway).Msg("frames are missing before this one: calls may be lost")
+		o.log.Error().Stringer("producer", frame.Producer).Uint64("number", frame.Number).Uint64("missing", fx.Skipped).
+			Str("gateway", frame.Gateway).Msg("frames are missing before this one: calls may be lost")
 	}
 	o.m.events.WithLabelValues("admitted").Add(float64(fx.Admitted))
 	o.m.events.WithLabelValues("refused").Add(float64(fx.Refused))
@@ -258,7 +247,7 @@ func (o *owner) observe(fx *quota.Effects, frame bool) {
 		o.log.Error().Uint64("sequence", o.state.Sequence()).Int("sums", fx.Overflows).Msg("sums reached the end of 64 bits and stay there")
 	}
 	if o.ready {
-		lag := max(time.Since(o.frame.SealedAt.Time()), 0)
+		lag := max(time.Since(frame.SealedAt.Time()), 0)
 		o.m.countLatency.Observe(lag.Seconds())
 		o.m.slowest.note(lag)
 	}

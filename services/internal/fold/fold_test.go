@@ -1,0 +1,96 @@
+package fold
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/segmentio/ksuid"
+
+	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+)
+
+func entry(m *nats.Msg) *ledger.Message {
+	return &ledger.Message{Subject: m.Subject, Header: m.Header, Data: m.Data, Sequence: 7, Time: time.UnixMicro(1_700_000_000_000_123)}
+}
+
+func control(t *testing.T, e *tollkeeperv1.ControlEntry) *ledger.Message {
+	t.Helper()
+	m, err := ledger.ControlMessage(3, e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return entry(m)
+}
+
+func TestAFrameBecomesABatchWithItsIdentity(t *testing.T) {
+	t.Parallel()
+	p := ksuid.New()
+	var b ledger.Builder
+	for _, account := range []string{"acme", "hooli", "acme"} {
+		c := usage.Call{Time: 1_700_000_000_000_000, Account: account, Model: "large"}
+		c.Quantities.Set("pages", 4)
+		b.Add(&c)
+	}
+	var d Decoder
+	e, kind, err := d.Decode(entry(ledger.FrameMessage(3, b.Seal(ledger.Header{Producer: p, Shard: 3, Number: 9}))))
+	if err != nil || kind != ledger.KindCalls || e.Sequence != 7 || e.Time != 1_700_000_000_000_123 || e.Control != nil {
+		t.Fatalf("%+v, kind %d, %v", e, kind, err)
+	}
+	if e.Batch.Producer != dedup.Producer(p) || e.Batch.Number != 9 || e.Batch.N != 3 || string(e.Batch.Account.At(1)) != "hooli" || len(e.Batch.Custom) != 1 {
+		t.Errorf("%+v", e.Batch)
+	}
+	// A frame that can't be read still lets time pass, and brings nothing of
+	// the one before.
+	e, kind, err = d.Decode(entry(ledger.FrameMessage(3, []byte("no frame"))))
+	var invalid *usage.InvalidError
+	if !errors.As(err, &invalid) || kind != ledger.KindCalls || e.Batch != nil || e.Time == 0 {
+		t.Errorf("%+v, kind %d, %v", e, kind, err)
+	}
+}
+
+func TestControlEntriesAreTranslatedOrRefused(t *testing.T) {
+	t.Parallel()
+	p := ksuid.New()
+	var d Decoder
+	e, kind, err := d.Decode(control(t, &tollkeeperv1.ControlEntry{Id: "a", Body: &tollkeeperv1.ControlEntry_PlanSet{
+		PlanSet: &tollkeeperv1.PlanSet{Version: "v1", EffectiveAtUnixMicros: 5, Plans: []*tollkeeperv1.Plan{{Id: "free"}}},
+	}}))
+	if err != nil || kind != ledger.KindControl || e.Control.ID != "a" || e.Control.PlanSet.Version != "v1" || e.Control.PlanSet.EffectiveAt != 5 || len(e.Control.PlanSet.Plans) != 1 {
+		t.Errorf("%+v, %v", e.Control, err)
+	}
+	if e, _, err = d.Decode(control(t, &tollkeeperv1.ControlEntry{Id: "b", Body: &tollkeeperv1.ControlEntry_AccountSet{
+		AccountSet: &tollkeeperv1.AccountSet{Accounts: []*tollkeeperv1.Account{{Id: "acme", Parent: "org", Plan: "free"}}},
+	}})); err != nil || len(e.Control.Accounts) != 1 || e.Control.Accounts[0].Parent != "org" {
+		t.Errorf("%+v, %v", e.Control, err)
+	}
+	if e, _, err = d.Decode(control(t, &tollkeeperv1.ControlEntry{Id: "c", Body: &tollkeeperv1.ControlEntry_ProducerClosed{
+		ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: p[:]},
+	}})); err != nil || *e.Control.Closed != dedup.Producer(p) {
+		t.Errorf("%+v, %v", e.Control, err)
+	}
+	// Two owners' ticks may have one id: neither is a repetition of the other.
+	if e, _, err = d.Decode(control(t, &tollkeeperv1.ControlEntry{Id: "d", Body: &tollkeeperv1.ControlEntry_Tick{Tick: &tollkeeperv1.Tick{}}})); err != nil || e.Control.ID != "" {
+		t.Errorf("%+v, %v", e.Control, err)
+	}
+	for name, m := range map[string]*ledger.Message{
+		"a kind that is not known":      control(t, &tollkeeperv1.ControlEntry{Id: "e"}),
+		"a producer that is none":       control(t, &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: []byte{1}}}}),
+		"a control entry without codec": {Subject: ledger.ControlSubject(3), Sequence: 7},
+	} {
+		var invalid *usage.InvalidError
+		if e, kind, err := d.Decode(m); !errors.As(err, &invalid) || e.Control != nil || e.Sequence != 7 || kind != ledger.KindControl {
+			t.Errorf("%s: %+v, %v", name, e, err)
+		}
+	}
+	if _, kind, err := d.Decode(&ledger.Message{Subject: "elsewhere"}); err == nil || kind != 0 {
+		t.Errorf("a subject of nobody: kind %d, %v", kind, err)
+	}
+	if e, kind, err := d.Decode(&ledger.Message{Subject: ledger.LeasesSubject(3), Sequence: 8}); err != nil || kind != ledger.KindLease || e.Batch != nil || e.Control != nil {
+		t.Errorf("a lease: %+v, %v", e, err)
+	}
+}
