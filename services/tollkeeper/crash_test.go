@@ -72,3 +72,51 @@ func TestKilledInTheMiddleOfAReplayNothingIsLostOrDoubled(t *testing.T) {
 		})
 	}
 }
+
+// A gateway that is killed may take with it what it had answered and not sent;
+// what it had sent (acknowledged or spooled) is in ledger, counters and
+// ClickHouse, each call once. With spool-before-answer nothing that was answered
+// is missing.
+func TestAKilledGatewayLosesNothingItHadSent(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t)
+	for _, safe := range []bool{false, true} {
+		t.Run(fmt.Sprintf("spool before answer %v", safe), func(t *testing.T) {
+			ctx := within(t, 2*time.Minute)
+			restarted := make(chan struct{})
+			dir := t.TempDir()
+			report, err := tollkeeper.Replay(ctx, tollkeeper.ReplayOptions{
+				Rows: madeUpTrace(6000, 20), Speed: 3, Concurrency: 16, NATS: s.natsOptions(), ClickHouse: s.historyOptions(), Logger: zerolog.Nop(),
+				Gateway: func(upstream string) (tollkeeper.ReplayGateway, error) {
+					g := s.gateway(upstream, dir, safe)
+					return g, g.Await(ctx)
+				},
+				Halfway: func() {
+					go func() {
+						defer close(restarted)
+						s.kill("gateway")
+						s.restart("gateway")
+					}()
+				},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			<-restarted
+			answered, counted := report.Clients.Admitted, report.Ledger.Admitted
+			t.Logf("clients saw %d calls answered and %d unanswered (last: %v); the ledger has %d: %d more were answered than sent", answered, report.Seen.Failed, report.Seen.LastError, counted, max(answered-counted, 0))
+			if !report.Ledger.Equal(report.Counters) || !report.Ledger.Equal(report.History) {
+				t.Errorf("ledger %+v, counters %+v, ClickHouse %+v", report.Ledger, report.Counters, report.History)
+			}
+			if report.Seen.Failed == 0 {
+				t.Error("no call was under way when the gateway was killed: the test shows nothing")
+			}
+			if counted > answered+report.Seen.Failed {
+				t.Errorf("the ledger has %d calls, %d were sent at most", counted, answered+report.Seen.Failed)
+			}
+			if safe && counted < answered {
+				t.Errorf("%d answered calls are missing, with spool-before-answer", answered-counted)
+			}
+		})
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -55,6 +56,7 @@ type system struct {
 	credentials    embedclickhouse.Credentials
 	mu             sync.Mutex
 	running        map[string]*exec.Cmd
+	arguments      map[string][]string // of programs that tests start with their own
 	ended          map[string]chan struct{}
 }
 
@@ -66,7 +68,7 @@ func newSystem(t testing.TB) *system {
 		t.Fatal(err)
 	}
 	s := &system{
-		t: t, dir: t.TempDir(), programs: dir, running: map[string]*exec.Cmd{}, ended: map[string]chan struct{}{},
+		t: t, dir: t.TempDir(), programs: dir, running: map[string]*exec.Cmd{}, arguments: map[string][]string{}, ended: map[string]chan struct{}{},
 		nats: freeAddr(t), clickhouse: freeAddr(t), clickhouseHTTP: freeAddr(t),
 		credentials: embedclickhouse.Credentials{},
 	}
@@ -213,4 +215,54 @@ func within(t testing.TB, d time.Duration) context.Context {
 	ctx, cancel := context.WithTimeoutCause(context.Background(), d, errors.New("the test took too long"))
 	t.Cleanup(cancel)
 	return ctx
+}
+
+// processGateway is the real gateway program.
+type processGateway struct{ proxy, admin string }
+
+func (g *processGateway) URL() string      { return "http://" + g.proxy }
+func (g *processGateway) AdminURL() string { return "http://" + g.admin }
+
+// Await waits until the gateway is ready.
+func (g *processGateway) Await(ctx context.Context) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, g.AdminURL()+"/readyz", nil)
+		if err != nil {
+			return err
+		}
+		if resp, err := http.DefaultClient.Do(req); err == nil {
+			_ = resp.Body.Close()
+			if resp.StatusCode == http.StatusOK {
+				return nil
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the gateway is not ready: %w", context.Cause(ctx))
+		case <-tick.C:
+		}
+	}
+}
+
+// gateway starts the gateway program in front of an upstream, with a spool that
+// outlives it.
+func (s *system) gateway(upstream, spool string, safe bool) *processGateway {
+	s.t.Helper()
+	g := &processGateway{proxy: freeAddr(s.t), admin: freeAddr(s.t)}
+	s.arguments["gateway"] = []string{
+		"--nats-url", "nats://" + s.nats, "--upstream", upstream, "--gateway-listen", g.proxy, "--gateway-admin-listen", g.admin,
+		"--spool-dir", spool, "--unknown-max-calls", "1000000000", "--name", "gateway-under-test",
+	}
+	if safe {
+		s.arguments["gateway"] = append(s.arguments["gateway"], "--spool-before-answer")
+	}
+	s.restart("gateway")
+	return g
+}
+
+// restart starts a program again with the arguments it had.
+func (s *system) restart(name string) {
+	s.run(name, exec.Command(filepath.Join(s.programs, name), s.arguments[name]...))
 }

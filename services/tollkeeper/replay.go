@@ -55,11 +55,21 @@ type ReplayOptions struct {
 	Logger zerolog.Logger
 	// Progress gets a line a second.
 	Progress io.Writer
+	// Gateway, if set, gives the gateway in front of the upstream at a URL
+	// instead of one of the replay's own. It must have metering of /v1/chat at
+	// any path, and may die: then what it had sent is taken from the ledger.
+	Gateway func(upstream string) (ReplayGateway, error)
 	// Halfway is called once, when half of the calls are answered; tests kill
 	// things there. May be nil.
 	Halfway func()
 	// Patience is how long the points may take to catch up; 60 s when 0.
 	Patience time.Duration
+}
+
+// ReplayGateway is a gateway that is not the replay's own.
+type ReplayGateway interface {
+	// URL of the proxy, without a path.
+	URL() string
 }
 
 // Replay drives a trace through a gateway of its own, in front of a model
@@ -146,7 +156,7 @@ func (r *replayRun) run(ctx context.Context) (*replay.Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	gw, err := r.startGateway(life, upstream)
+	gw, err := r.openGateway(life, upstream)
 	if err != nil {
 		return nil, err
 	}
@@ -260,6 +270,7 @@ type replayGateway struct {
 	url, admin string
 	done       chan error
 	scratch    string // removed at the end; empty: nothing
+	foreign    bool   // not ours: nobody says what it has sent
 }
 
 // wait returns when the gateway has stopped. What it could not send it leaves in
@@ -270,6 +281,21 @@ func (g *replayGateway) wait() error {
 		err = os.RemoveAll(g.scratch)
 	}
 	return err
+}
+
+// openGateway gives the gateway to drive.
+func (r *replayRun) openGateway(ctx context.Context, upstream string) (*replayGateway, error) {
+	if r.o.Gateway == nil {
+		return r.startGateway(ctx, upstream)
+	}
+	g, err := r.o.Gateway(upstream)
+	if err != nil {
+		return nil, fmt.Errorf("the replay's gateway: %w", err)
+	}
+	done := make(chan error, 1)
+	done <- nil // it is not ours to stop
+	r.prefixes = map[string]string{}
+	return &replayGateway{url: g.URL(), done: done, foreign: true}, nil
 }
 
 func (r *replayRun) startGateway(ctx context.Context, upstream string) (*replayGateway, error) {
@@ -403,7 +429,7 @@ func (r *replayRun) collect(ctx context.Context, report *replay.Report, gw *repl
 	ctx, cancel := context.WithTimeout(ctx, r.o.Patience)
 	defer cancel()
 	r.say("  all sent; waiting until gateway, ledger, counters and ClickHouse have caught up")
-	for {
+	for !gw.foreign {
 		s, err := gw.sent(ctx)
 		if err != nil {
 			return fmt.Errorf("ask the gateway what it has sent: %w", err)
@@ -423,6 +449,11 @@ func (r *replayRun) collect(ctx context.Context, report *replay.Report, gw *repl
 		return err
 	}
 	report.Ledger = report.Fold.Totals
+	if gw.foreign {
+		if err := r.settleLedger(ctx, report, from); err != nil {
+			return err
+		}
+	}
 	ids := slices.Sorted(maps.Keys(r.ours))
 	if report.Counters, err = replay.ReadCounters(ctx, r.nc, r.shards, ids, report.Fold.LastOfShard); err != nil {
 		return err
@@ -431,6 +462,30 @@ func (r *replayRun) collect(ctx context.Context, report *replay.Report, gw *repl
 		return err
 	}
 	r.overshoots(report)
+	return nil
+}
+
+// settleLedger waits until nothing more of ours comes into the ledger for a
+// while: a foreign gateway may have a spool to send.
+func (r *replayRun) settleLedger(ctx context.Context, report *replay.Report, from uint64) error {
+	const quiet = 2 * time.Second
+	since, last := time.Now(), report.Ledger.Admitted+report.Ledger.Refused
+	for time.Since(since) < quiet {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(200 * time.Millisecond):
+		}
+		fold, err := replay.ReadLedger(ctx, r.js, from, func(a []byte) bool { return r.ours[string(a)] })
+		if err != nil {
+			return err
+		}
+		report.Fold, report.Ledger = fold, fold.Totals
+		if n := fold.Admitted + fold.Refused; n != last {
+			since, last = time.Now(), n
+		}
+	}
+	report.Gateway = report.Ledger
 	return nil
 }
 

@@ -1,0 +1,230 @@
+package tollkeeper_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/demo"
+)
+
+// up is the real program, run as its README says, on free ports.
+type up struct {
+	api, gateway, admin, nats, clickhouse, clickhouseHTTP string
+	s                                                     *system
+}
+
+func startUp(t *testing.T, dir string, args ...string) *up {
+	t.Helper()
+	programs, err := programs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := &up{
+		api: freeAddr(t), gateway: freeAddr(t), admin: freeAddr(t), nats: freeAddr(t), clickhouse: freeAddr(t), clickhouseHTTP: freeAddr(t),
+		s: &system{t: t, running: map[string]*exec.Cmd{}, ended: map[string]chan struct{}{}},
+	}
+	args = append([]string{
+		"up", "--data-dir", dir, "--api-listen", u.api, "--gateway-listen", u.gateway, "--gateway-admin-listen", u.admin,
+		"--nats-listen", u.nats, "--clickhouse-listen", u.clickhouse, "--clickhouse-http-listen", u.clickhouseHTTP,
+	}, args...)
+	u.s.run("up", exec.Command(filepath.Join(programs, "tollkeeper"), args...))
+	t.Cleanup(func() { _ = u.s.running["up"].Process.Kill() }) // after a failure it is still there
+	return u
+}
+
+// interrupt sends Ctrl-C and returns how long the program took to end.
+func (u *up) interrupt(t *testing.T) time.Duration {
+	t.Helper()
+	start := time.Now()
+	if err := u.s.running["up"].Process.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-u.s.ended["up"]:
+	case <-time.After(15 * time.Second):
+		t.Fatal("it has not ended 15 s after Ctrl-C")
+	}
+	if code := u.s.running["up"].ProcessState.ExitCode(); code != 0 {
+		t.Errorf("exit code %d after Ctrl-C", code)
+	}
+	return time.Since(start)
+}
+
+// get reads a URL; the answer's status is 0 while nobody answers.
+func get(ctx context.Context, u string, header ...string) (status int, body []byte) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u, nil)
+	if err != nil {
+		return 0, []byte(err.Error())
+	}
+	for i := 0; i+1 < len(header); i += 2 {
+		req.Header.Set(header[i], header[i+1])
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, []byte(err.Error())
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err = io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	if err != nil {
+		return 0, []byte(err.Error())
+	}
+	return resp.StatusCode, body
+}
+
+// eventually polls a foreign process until done says so.
+func eventually(ctx context.Context, t *testing.T, what string, done func() (bool, string)) {
+	t.Helper()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		ok, state := done()
+		if ok {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("%s: %v; last: %s", what, context.Cause(ctx), state)
+		case <-tick.C:
+		}
+	}
+}
+
+// call makes a call as a client of the demo does.
+func (u *up) call(ctx context.Context, account string) (status int, body []byte) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+u.gateway+"/v1/chat/completions", strings.NewReader(`{"model":"small","messages":[]}`))
+	if err != nil {
+		return 0, []byte(err.Error())
+	}
+	req.Header.Set("Authorization", "Bearer "+demo.Key(account))
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, []byte(err.Error())
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err = io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	if err != nil {
+		return 0, []byte(err.Error())
+	}
+	return resp.StatusCode, body
+}
+
+// A newcomer's first minutes: start, 402 at the quota, unblocked at the minute's
+// turn, everything to be read by ordinary clients, Ctrl-C, and a second start
+// that is quick and remembers.
+func TestTheFirstMinutesOfANewcomer(t *testing.T) {
+	t.Parallel()
+	ctx := within(t, 3*time.Minute)
+	dir := t.TempDir()
+	u := startUp(t, dir)
+	ready := func() (bool, string) {
+		status, body := get(ctx, "http://"+u.api+"/readyz")
+		return status == http.StatusOK, string(body)
+	}
+	eventually(ctx, t, "first start", ready)
+
+	// Use up the 60 calls a minute of an account, well before the minute ends.
+	if left := 60 - time.Now().Second(); left < 8 {
+		eventually(ctx, t, "the minute's turn", func() (bool, string) { return time.Now().Second() < 30, "" })
+	}
+	var problem struct {
+		Status     int       `json:"status"`
+		Code       string    `json:"code"`
+		Meter      string    `json:"meter"`
+		Limit      int64     `json:"limit"`
+		Used       int64     `json:"used"`
+		PeriodEnd  time.Time `json:"period_end"`
+		DecisionID string    `json:"decision_id"`
+	}
+	eventually(ctx, t, "402", func() (bool, string) {
+		status, body := u.call(ctx, "litware")
+		if status != http.StatusPaymentRequired {
+			return false, fmt.Sprint(status, " ", string(body))
+		}
+		if err := json.Unmarshal(body, &problem); err != nil {
+			t.Fatalf("the 402's body: %v", err)
+		}
+		return true, ""
+	})
+	if problem.Code != "QUOTA_EXCEEDED" || problem.Meter != "calls" || problem.Limit != 60 || problem.Used < 60 || problem.DecisionID == "" || problem.Status != 402 {
+		t.Errorf("the 402 says %+v", problem)
+	}
+	if until := time.Until(problem.PeriodEnd); until <= 0 || until > time.Minute {
+		t.Errorf("the block ends at %s, which is not this minute's end", problem.PeriodEnd)
+	}
+	eventually(ctx, t, "unblocked", func() (bool, string) {
+		status, body := u.call(ctx, "litware")
+		return status == http.StatusOK, fmt.Sprint(status, " ", string(body))
+	})
+	if late := time.Since(problem.PeriodEnd); late > 2*time.Second || late < -50*time.Millisecond {
+		t.Errorf("unblocked %s after the period's end", late)
+	}
+
+	// Ordinary clients read what happened: NATS on its port, ClickHouse on both.
+	nc, err := nats.Connect("nats://" + u.nats)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stream, err := js.Stream(ctx, ledger.Stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := stream.CachedInfo().State.Msgs; n == 0 {
+		t.Error("the ledger is empty")
+	}
+	query := "SELECT countIf(code = ''), countIf(code = 'QUOTA_EXCEEDED') FROM tollkeeper.v_calls WHERE account = 'litware'"
+	eventually(ctx, t, "ClickHouse over HTTP", func() (bool, string) {
+		status, body := get(ctx, "http://"+u.clickhouseHTTP+"/?query="+url.QueryEscape(query))
+		fields := strings.Fields(string(body))
+		if status != http.StatusOK || len(fields) != 2 {
+			return false, string(body)
+		}
+		admitted, _ := strconv.Atoi(fields[0])
+		refused, _ := strconv.Atoi(fields[1])
+		return admitted > 60 && refused > 0, string(body)
+	})
+	if status, body := get(ctx, "http://"+u.api+"/"); status != http.StatusOK || !strings.Contains(string(body), "<title>") {
+		t.Errorf("the page: %d %s", status, body)
+	}
+
+	if took := u.interrupt(t); took > 5*time.Second {
+		t.Errorf("Ctrl-C took %s", took)
+	}
+	start := time.Now()
+	u = startUp(t, dir, "--no-demo")
+	eventually(ctx, t, "second start", func() (bool, string) {
+		status, body := get(ctx, "http://"+u.api+"/readyz")
+		return status == http.StatusOK, string(body)
+	})
+	t.Logf("second start: ready after %s", time.Since(start).Round(time.Millisecond))
+	status, body := get(ctx, "http://"+u.api+"/v1/accounts/litware")
+	var account struct {
+		ID string `json:"id"`
+	}
+	if err := json.Unmarshal(body, &account); err != nil || status != http.StatusOK {
+		t.Errorf("the account after the second start: %d %s (%v)", status, body, err)
+	}
+	if took := u.interrupt(t); took > 5*time.Second {
+		t.Errorf("Ctrl-C took %s", took)
+	}
+}
