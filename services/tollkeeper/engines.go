@@ -32,7 +32,12 @@ type EngineOptions struct {
 	// NATSSync trades safety away: 0 forces every acknowledged frame to disk,
 	// anything else is how often.
 	NATSSync time.Duration
-	Logger   zerolog.Logger
+	// NATSUser and NATSPassword that clients of the embedded NATS must show, and
+	// ClickHouse's passwords (generated when empty). Both are needed where other
+	// machines can connect.
+	NATSUser, NATSPassword string
+	ClickHouse             embedclickhouse.Credentials
+	Logger                 zerolog.Logger
 	// Progress gets a progress bar of the engine's download.
 	Progress io.Writer
 }
@@ -45,6 +50,7 @@ func StartNATS(ctx context.Context, o EngineOptions) (*embednats.Server, error) 
 	}
 	return embednats.Start(ctx, embednats.Options{
 		Host: host, Port: port, Flag: "nats-listen", StoreDir: filepath.Join(o.DataDir, "nats"), Sync: o.NATSSync,
+		User: o.NATSUser, Password: o.NATSPassword,
 		Logger: o.Logger.With().Str("component", "nats").Logger(),
 	})
 }
@@ -76,7 +82,7 @@ func StartClickHouse(ctx context.Context, o EngineOptions, onChange func(embedcl
 			continue
 		}
 		// The engine can only say that a port is taken; this says which flag moves it.
-		probe, err := telemetry.Listen(l.flag, l.addr, false)
+		probe, err := telemetry.Listen(l.flag, l.addr, o.ClickHouse.ServicePassword != "" && o.ClickHouse.AnalystPassword != "")
 		if err != nil {
 			return nil, err
 		}
@@ -86,7 +92,7 @@ func StartClickHouse(ctx context.Context, o EngineOptions, onChange func(embedcl
 	}
 	return embedclickhouse.Start(ctx, embedclickhouse.Options{
 		DataDir: filepath.Join(o.DataDir, "clickhouse"), EnginePath: engine, Host: host, TCPPort: port, HTTPPort: httpPort,
-		OnStateChange: onChange, Logger: o.Logger.With().Str("component", "clickhouse").Logger(),
+		Credentials: o.ClickHouse, OnStateChange: onChange, Logger: o.Logger.With().Str("component", "clickhouse").Logger(),
 	})
 }
 

@@ -162,7 +162,7 @@ func (s *stack) startNATS(ctx context.Context) error {
 	if s.natsd, err = StartNATS(ctx, s.o.Engines); err != nil {
 		return err
 	}
-	s.natsURL.URL = s.natsd.ClientURL()
+	s.natsURL.URL, s.natsURL.User, s.natsURL.Password = s.natsd.ClientURL(), s.o.Engines.NATSUser, s.o.Engines.NATSPassword
 	s.addr.NATS, s.addr.NATSAddr = s.natsURL.URL, s.natsd.Addr().String()
 	return nil
 }

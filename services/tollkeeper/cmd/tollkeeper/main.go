@@ -59,23 +59,24 @@ func (e engines) options(log zerolog.Logger) tollkeeper.EngineOptions {
 }
 
 type upCmd struct {
-	Engines        engines                `embed:""`
-	NATSURL        string                 `name:"nats-url" env:"TOLLKEEPER_NATS_URL" help:"Addresses of a NATS of your own, separated by commas; embedded when empty."`
-	NATS           config.NATSCredentials `embed:""`
-	ClickHouseAddr []string               `name:"clickhouse-addr" env:"TOLLKEEPER_CLICKHOUSE_ADDR" help:"Addresses of a ClickHouse of your own (native protocol); embedded when empty."`
-	ClickHouse     history.Credentials    `embed:""`
-	APIListen      string                 `name:"api-listen" env:"TOLLKEEPER_API_LISTEN" default:"127.0.0.1:8402" help:"Address of console and API."`
-	APIToken       string                 `name:"api-token" env:"TOLLKEEPER_API_TOKEN" help:"Bearer token of the API; needed when other machines can reach it."`
-	GatewayListen  string                 `name:"gateway-listen" env:"TOLLKEEPER_GATEWAY_LISTEN" default:"127.0.0.1:8080" help:"Address of the gateway."`
-	GatewayAdmin   string                 `name:"gateway-admin-listen" env:"TOLLKEEPER_GATEWAY_ADMIN_LISTEN" default:"127.0.0.1:8081" help:"Address of the gateway's own API."`
-	GatewayToken   string                 `name:"gateway-admin-token" env:"TOLLKEEPER_GATEWAY_ADMIN_TOKEN" help:"Bearer token of the gateway's own API; needed when other machines can reach it."`
-	GatewayConfig  string                 `name:"gateway-config" env:"TOLLKEEPER_GATEWAY_CONFIG" type:"path" help:"Routes of the gateway; the demo's when empty."`
-	Plans          string                 `name:"plans" env:"TOLLKEEPER_PLANS" type:"path" help:"Plans file to apply at the start; the demo's, once, when empty."`
-	Demo           bool                   `name:"demo" env:"TOLLKEEPER_DEMO" default:"true" negatable:"" help:"Demo traffic through the gateway."`
-	DemoSeed       uint64                 `name:"demo-seed" env:"TOLLKEEPER_DEMO_SEED" default:"402" help:"Seed of the demo traffic."`
-	Shards         uint32                 `name:"shards" env:"TOLLKEEPER_SHARDS" help:"Shards of a ledger that does not exist yet; 0 is the default for one machine."`
-	Alertmanager   []string               `name:"alertmanager" env:"TOLLKEEPER_ALERTMANAGER" help:"Base URLs of Alertmanagers."`
-	config.Log     `embed:""`
+	Engines         engines                `embed:""`
+	AnalystPassword string                 `name:"clickhouse-analyst-password" env:"TOLLKEEPER_CLICKHOUSE_ANALYST_PASSWORD" help:"Password of the embedded ClickHouse's user analyst; generated when empty. With --clickhouse-password it is needed where other machines can reach ClickHouse."`
+	NATSURL         string                 `name:"nats-url" env:"TOLLKEEPER_NATS_URL" help:"Addresses of a NATS of your own, separated by commas; embedded when empty."`
+	NATS            config.NATSCredentials `embed:""`
+	ClickHouseAddr  []string               `name:"clickhouse-addr" env:"TOLLKEEPER_CLICKHOUSE_ADDR" help:"Addresses of a ClickHouse of your own (native protocol); embedded when empty."`
+	ClickHouse      history.Credentials    `embed:""`
+	APIListen       string                 `name:"api-listen" env:"TOLLKEEPER_API_LISTEN" default:"127.0.0.1:8402" help:"Address of console and API."`
+	APIToken        string                 `name:"api-token" env:"TOLLKEEPER_API_TOKEN" help:"Bearer token of the API; needed when other machines can reach it."`
+	GatewayListen   string                 `name:"gateway-listen" env:"TOLLKEEPER_GATEWAY_LISTEN" default:"127.0.0.1:8080" help:"Address of the gateway."`
+	GatewayAdmin    string                 `name:"gateway-admin-listen" env:"TOLLKEEPER_GATEWAY_ADMIN_LISTEN" default:"127.0.0.1:8081" help:"Address of the gateway's own API."`
+	GatewayToken    string                 `name:"gateway-admin-token" env:"TOLLKEEPER_GATEWAY_ADMIN_TOKEN" help:"Bearer token of the gateway's own API; needed when other machines can reach it."`
+	GatewayConfig   string                 `name:"gateway-config" env:"TOLLKEEPER_GATEWAY_CONFIG" type:"path" help:"Routes of the gateway; the demo's when empty."`
+	Plans           string                 `name:"plans" env:"TOLLKEEPER_PLANS" type:"path" help:"Plans file to apply at the start; the demo's, once, when empty."`
+	Demo            bool                   `name:"demo" env:"TOLLKEEPER_DEMO" default:"true" negatable:"" help:"Demo traffic through the gateway."`
+	DemoSeed        uint64                 `name:"demo-seed" env:"TOLLKEEPER_DEMO_SEED" default:"402" help:"Seed of the demo traffic."`
+	Shards          uint32                 `name:"shards" env:"TOLLKEEPER_SHARDS" help:"Shards of a ledger that does not exist yet; 0 is the default for one machine."`
+	Alertmanager    []string               `name:"alertmanager" env:"TOLLKEEPER_ALERTMANAGER" help:"Base URLs of Alertmanagers."`
+	config.Log      `embed:""`
 }
 
 func (c *upCmd) Run(ctx context.Context) error {
@@ -90,11 +91,20 @@ func (c *upCmd) Run(ctx context.Context) error {
 	}
 	if c.NATSURL != "" {
 		o.NATS = c.NATS.Options(c.NATSURL, "up", log)
+	} else {
+		o.Engines.NATSUser, o.Engines.NATSPassword = c.NATS.NATSUser, c.NATS.NATSPassword
 	}
 	if len(c.ClickHouseAddr) > 0 {
 		if o.ClickHouse, err = c.ClickHouse.Options(c.ClickHouseAddr, log); err != nil {
 			return err
 		}
+	}
+	if len(c.ClickHouseAddr) == 0 {
+		own, err := c.ClickHouse.Options(nil, log)
+		if err != nil {
+			return err
+		}
+		o.Engines.ClickHouse = embedclickhouse.Credentials{ServicePassword: own.Password, AnalystPassword: c.AnalystPassword}
 	}
 	if c.GatewayConfig != "" {
 		if o.Gateway.Config, err = gateway.LoadConfig(c.GatewayConfig); err != nil {
