@@ -254,13 +254,18 @@ func serve(ctx context.Context, o *Options, m *metrics, deliveries []*deliver.De
 	}
 	err = e.run(ctx, from)
 	cancel()
+	if err == nil {
+		// Beside the deliveries that are under way: NATS may not answer either.
+		wg.Go(func() {
+			if err := e.shutdown(context.WithoutCancel(ctx)); err != nil {
+				// Only more to read again at the next start.
+				o.Logger.Debug().Err(err).Msg("last position")
+			}
+		})
+	}
 	wg.Wait()
 	if err != nil {
 		return fmt.Errorf("alerter: %w", err)
-	}
-	if err := e.shutdown(context.WithoutCancel(ctx)); err != nil {
-		// Only more to read again at the next start.
-		o.Logger.Debug().Err(err).Msg("last position")
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package alerter
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -14,12 +15,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/rs/zerolog"
 
 	"github.com/tollkeeper/tollkeeper/pkg/alert"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/wiretest"
 )
 
 func TestASpikeReachesAWebhookOnceThoughItFailsAtFirst(t *testing.T) {
@@ -240,6 +243,62 @@ func TestTwoAlertersMakeOneEpisodeAndOneDelivery(t *testing.T) {
 	}
 	b.storedOnce()
 	h.none()
+}
+
+// dyingLog is the log of a process that dies before it appends.
+type dyingLog struct{ transitionLog }
+
+func (dyingLog) Append(context.Context, *nats.Msg, uint64) (uint64, error) { return 0, errCrash }
+
+func TestWhatADeadAlerterLeftHalfDoneIsDeliveredByTheOneBesideIt(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	h := newHook(t, nil)
+	start(t, quickOptions(b.url, h.webhook(t)))
+	kv, err := b.js.KeyValue(t.Context(), ledger.AlerterBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead := &journal{kv: kv, log: dyingLog{alertsLog{b.js}}}
+	now := usage.At(time.Now())
+	a := usage.Alert{Transition: usage.AlertFiring, Rule: quick().Name, Scope: alert.ScopeGlobal, StartedAt: now, At: now, Summary: "seen by the dead one"}
+	if _, _, err := dead.commit(t.Context(), a); !errors.Is(err, errCrash) {
+		t.Fatal(err)
+	}
+	if c := h.accepted(); c.body.Transition != usage.AlertFiring || c.body.Summary != a.Summary {
+		t.Errorf("delivered %+v", c.body)
+	}
+}
+
+func TestAStopWhileNATSSaysNothingAndADeliveryIsUnderWayTakesLessThanFiveSeconds(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	called, answer := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	h := newHook(t, func(int, *hookCall) int {
+		once.Do(func() { close(called) })
+		<-answer
+		return 204
+	})
+	wire := wiretest.New(t, b.server.Addr().String())
+	o := quickOptions("nats://"+wire.Addr(), h.webhook(t))
+	o.Timeout = 10 * time.Second
+	a := start(t, o)
+	b.traffic().spike(10)
+	select {
+	case <-called:
+	case <-time.After(deadline):
+		t.Fatal("the webhook was not called")
+	}
+	wire.Cut()
+	// As late as an answer can still be waited for.
+	timer := time.AfterFunc(1800*time.Millisecond, func() { close(answer) })
+	defer timer.Stop()
+	began := time.Now()
+	a.stop()
+	if took := time.Since(began); took > 4500*time.Millisecond {
+		t.Errorf("the stop took %s", took)
+	}
 }
 
 func TestARestartWhileFiringNeitherFiresAgainNorForgetsTheResolve(t *testing.T) {

@@ -171,7 +171,9 @@ func (e *evaluator) seek(ctx context.Context, stream jetstream.Stream, t time.Ti
 	if c.CachedInfo().NumPending == 0 {
 		return end, nil
 	}
-	m, err := c.Next(jetstream.FetchMaxWait(5 * time.Second))
+	wait, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	m, err := c.Next(jetstream.FetchContext(wait))
 	if err != nil {
 		return 0, fmt.Errorf("look for %s in %s: %w", t.Format(time.RFC3339), ledger.Stream, err)
 	}
@@ -412,7 +414,12 @@ func (e *evaluator) sync(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	for i, d := range e.detectors {
-		s, err := e.journal.load(ctx, d.Rule(), d.Scope())
+		// Not only read: an alerter that died between its two writes has told
+		// nobody, and this one, taking over the state, never would either.
+		s, err := e.journal.recover(ctx, d.Rule(), d.Scope())
+		if errors.Is(err, errConflict) {
+			continue // it lives, and was faster: looked at again soon
+		}
 		if err != nil {
 			return err
 		}

@@ -18,6 +18,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
+	"github.com/tollkeeper/tollkeeper/services/internal/wiretest"
 )
 
 func (w *world) publish(subject string, header nats.Header, data []byte) uint64 {
@@ -219,4 +220,59 @@ func TestAClickHouseThatIsAwayIsToldThoughNothingIsToBeWritten(t *testing.T) {
 	})
 	w.stopping("ClickHouse", w.ch.Stop)
 	eventually(t, "it says that ClickHouse is away", 20*time.Second, func() bool { return !o.Readiness.Status().Ready })
+}
+
+func TestAStopWhileNATSOrClickHouseSaysNothingTakesLessThanFiveSeconds(t *testing.T) {
+	t.Parallel()
+	for name, cut := range map[string]func(nats, clickhouse *wiretest.Wire){
+		"NATS":       func(n, _ *wiretest.Wire) { n.Cut() },
+		"ClickHouse": func(_, c *wiretest.Wire) { c.Cut() },
+		"both":       func(n, c *wiretest.Wire) { n.Cut(); c.Cut() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			toNATS, toClickHouse := wiretest.New(t, w.nats.Addr().String()), wiretest.New(t, w.ch.Addr())
+			o := w.options()
+			o.NATS.URL, o.ClickHouse.Addrs = "nats://"+toNATS.Addr(), []string{toClickHouse.Addr()}
+			sent := make(chan struct{}, 100)
+			stop := w.start(o, seams{part: func(p part) part { return announced{p, sent} }})
+			c := newClients(w, 2)
+			c.some(10)
+			c.agree()
+			cut(toNATS, toClickHouse)
+			for len(sent) > 0 {
+				<-sent
+			}
+			c.some(2)
+			if name == "ClickHouse" {
+				select { // in the middle of an insert
+				case <-sent:
+				case <-time.After(10 * time.Second):
+					t.Error("nothing was sent")
+				}
+			}
+			began := time.Now()
+			if err := stop(); err != nil {
+				t.Errorf("it stopped with: %v", err)
+			}
+			if took := time.Since(began); took > 4500*time.Millisecond {
+				t.Errorf("the stop took %s", took)
+			}
+		})
+	}
+}
+
+// announced tells of every part before it is sent.
+type announced struct {
+	part
+	sent chan struct{}
+}
+
+func (a announced) Insert(ctx context.Context, token string) error {
+	select {
+	case a.sent <- struct{}{}:
+	default:
+	}
+	return a.part.Insert(ctx, token)
 }

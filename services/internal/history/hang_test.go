@@ -2,9 +2,6 @@ package history
 
 import (
 	"context"
-	"io"
-	"net"
-	"sync"
 	"testing"
 	"time"
 
@@ -13,74 +10,18 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/internal/embedclickhouse"
+	"github.com/tollkeeper/tollkeeper/services/internal/wiretest"
 )
-
-// wire is a way to the server that can go dead without anybody being told, as
-// when a cable is cut or the server is stopped.
-type wire struct {
-	l    net.Listener
-	dead chan struct{}
-	wg   sync.WaitGroup
-}
-
-func newWire(t *testing.T, to string) *wire {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	w := &wire{l: l, dead: make(chan struct{})}
-	over := make(chan struct{})
-	w.wg.Go(func() {
-		for {
-			in, err := l.Accept()
-			if err != nil {
-				return
-			}
-			w.wg.Go(func() {
-				<-over
-				_ = in.Close()
-			})
-			out, err := net.Dial("tcp", to)
-			if err != nil {
-				return
-			}
-			w.wg.Go(func() {
-				<-over
-				_ = out.Close()
-			})
-			w.wg.Go(func() { w.carry(out, in, over) })
-			w.wg.Go(func() { w.carry(in, out, over) })
-		}
-	})
-	t.Cleanup(func() { close(over); _ = l.Close(); w.wg.Wait() })
-	return w
-}
-
-func (w *wire) carry(to io.Writer, from io.Reader, over <-chan struct{}) {
-	buf := make([]byte, 4096)
-	for {
-		n, err := from.Read(buf)
-		if err != nil {
-			return
-		}
-		select {
-		case <-w.dead:
-			<-over // neither carried nor closed
-			return
-		default:
-		}
-		if _, err := to.Write(buf[:n]); err != nil {
-			return
-		}
-	}
-}
 
 func TestAServerThatSaysNothingHoldsUpNoStop(t *testing.T) {
 	t.Parallel()
 	s := engine(t)
 	for name, do := range map[string]func(ctx context.Context, h *History, b *Block) error{
-		"insert":  func(ctx context.Context, h *History, b *Block) error { return h.Parts(b)[0].Insert(ctx, unique(t)) },
-		"present": func(ctx context.Context, h *History, b *Block) error { _, err := h.Parts(b)[0].Present(ctx); return err },
+		"insert": func(ctx context.Context, h *History, b *Block) error { return h.Parts(b)[0].Insert(ctx, unique(t)) },
+		"present": func(ctx context.Context, h *History, b *Block) error {
+			_, err := h.Parts(b)[0].Present(ctx)
+			return err
+		},
 		"ping":    func(ctx context.Context, h *History, _ *Block) error { return h.Ping(ctx) },
 		"migrate": func(ctx context.Context, h *History, _ *Block) error { return h.Migrate(ctx) },
 		"table": func(ctx context.Context, h *History, _ *Block) error {
@@ -93,9 +34,9 @@ func TestAServerThatSaysNothingHoldsUpNoStop(t *testing.T) {
 			t.Run(name+map[bool]string{true: " over a connection that was in use", false: " over a new connection"}[warm], func(t *testing.T) {
 				t.Parallel()
 				open(t) // the tables
-				w := newWire(t, s.Addr())
+				w := wiretest.New(t, s.Addr())
 				h, err := Open(t.Context(), Options{
-					Addrs: []string{w.l.Addr().String()}, Database: embedclickhouse.Database, User: embedclickhouse.ServiceUser, Password: s.Credentials().ServicePassword, Logger: zerolog.Nop(),
+					Addrs: []string{w.Addr()}, Database: embedclickhouse.Database, User: embedclickhouse.ServiceUser, Password: s.Credentials().ServicePassword, Logger: zerolog.Nop(),
 				})
 				if err != nil {
 					t.Fatal(err)
@@ -106,7 +47,7 @@ func TestAServerThatSaysNothingHoldsUpNoStop(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				close(w.dead)
+				w.Cut()
 				ctx, cancel := context.WithCancel(t.Context())
 				timer := time.AfterFunc(200*time.Millisecond, cancel)
 				defer timer.Stop()

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"strings"
 	"time"
 
@@ -61,14 +62,14 @@ func New(alertmanagers []string, webhooks []Webhook, o Options) ([]*Delivery, er
 	}
 	var all []*Delivery
 	seen := map[string]bool{}
-	add := func(to receiver, host, fingerprint string) error {
+	add := func(to receiver, client *http.Client, host, fingerprint string) error {
 		if seen[to.name()] {
 			return fmt.Errorf("receiver %s is configured twice", to.name())
 		}
 		seen[to.name()] = true
 		sum := sha256.Sum256([]byte(fingerprint))
 		all = append(all, &Delivery{
-			to: to, log: o.Logger.With().Str("receiver", to.name()).Str("host", host).Logger(), metrics: o.Metrics,
+			to: to, client: client, log: o.Logger.With().Str("receiver", to.name()).Str("host", host).Logger(), metrics: o.Metrics,
 			timeout: o.Timeout, retryMin: o.RetryMin, retryMax: o.RetryMax, grace: 2 * time.Second, now: time.Now,
 			fingerprint: hex.EncodeToString(sum[:8]),
 		})
@@ -77,21 +78,23 @@ func New(alertmanagers []string, webhooks []Webhook, o Options) ([]*Delivery, er
 		return nil
 	}
 	for _, base := range alertmanagers {
-		am, err := newAlertmanager(base, newClient(o.Timeout), time.Now)
+		client := newClient(o.Timeout)
+		am, err := newAlertmanager(base, client, time.Now)
 		if err != nil {
 			return nil, err
 		}
 		am.every, am.endsAfter, am.generator = o.RepeatEvery, o.EndsAfter, o.Generator
-		if err := add(am, am.to.Host, base); err != nil {
+		if err := add(am, client, am.to.Host, base); err != nil {
 			return nil, err
 		}
 	}
 	for _, w := range webhooks {
-		wh, err := newWebhook(w, newClient(o.Timeout), time.Now)
+		client := newClient(o.Timeout)
+		wh, err := newWebhook(w, client, time.Now)
 		if err != nil {
 			return nil, err
 		}
-		if err := add(wh, wh.to.Host, w.URL); err != nil {
+		if err := add(wh, client, wh.to.Host, w.URL); err != nil {
 			return nil, err
 		}
 	}
@@ -137,6 +140,7 @@ type Delivery struct {
 	js       jetstream.JetStream
 	kv       jetstream.KeyValue
 	to       receiver
+	client   *http.Client // the receiver's own
 	log      zerolog.Logger
 	metrics  *Metrics
 	timeout  time.Duration
@@ -186,6 +190,7 @@ func (d *Delivery) consumer(ctx context.Context) (jetstream.Consumer, error) {
 // Run delivers until ctx is done. It goes on through the absence of NATS and of
 // the receiver.
 func (d *Delivery) Run(ctx context.Context) {
+	defer d.client.CloseIdleConnections()
 	for try := 0; ctx.Err() == nil; try++ {
 		err := d.session(ctx, func() { try = 0 })
 		if ctx.Err() != nil {
@@ -256,6 +261,12 @@ func (d *Delivery) one(ctx context.Context, m jetstream.Msg) (gone bool, err err
 			d.metrics.deliveries.WithLabelValues(d.to.name(), "undecodable").Inc()
 			return false, d.ack(ctx, m)
 		}
+		// A refresh may have kept it waiting: its time begins now, or another
+		// alerter gets it while this one still tries, and the episode's next
+		// transition could overtake it.
+		if err := m.InProgress(); err != nil {
+			return false, fmt.Errorf("begin a delivery to %s: %w", d.to.name(), err)
+		}
 		attempt, cancel := d.attempt(ctx)
 		began := d.now()
 		err := d.to.deliver(attempt, &a)
@@ -293,7 +304,11 @@ func (d *Delivery) attempt(ctx context.Context) (context.Context, context.Cancel
 }
 
 func (d *Delivery) ack(ctx context.Context, m jetstream.Msg) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	within := 2 * time.Second
+	if ctx.Err() != nil {
+		within = time.Second // stopping, and the delivery has had its grace
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), within)
 	defer cancel()
 	if err := m.DoubleAck(ctx); err != nil {
 		// It comes again, and is then only acknowledged (d.delivered).

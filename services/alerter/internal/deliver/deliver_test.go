@@ -8,10 +8,13 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 	standardwebhooks "github.com/standard-webhooks/standard-webhooks/libraries/go"
 
@@ -210,5 +213,51 @@ func TestAnEpisodeDoesNotEndAtAlertmanagerBecauseItsStateCannotBeRead(t *testing
 	got, now = nil, now.Add(15*time.Minute)
 	if err := am.refresh(t.Context()); err == nil || got != nil {
 		t.Fatalf("%v %+v", err, got)
+	}
+}
+
+// message is one whose time runs from the moment it was given out.
+type message struct {
+	jetstream.Msg
+	steps *[]string
+}
+
+func (message) Metadata() (*jetstream.MsgMetadata, error) {
+	return &jetstream.MsgMetadata{Sequence: jetstream.SequencePair{Stream: 1}, NumDelivered: 1}, nil
+}
+func (message) Data() []byte { return []byte(`{"episode_id":"e","transition":"firing"}`) }
+func (m message) InProgress() error {
+	*m.steps = append(*m.steps, "its time begins")
+	return nil
+}
+func (m message) DoubleAck(context.Context) error {
+	*m.steps = append(*m.steps, "acknowledged")
+	return nil
+}
+
+type notedReceiver struct {
+	receiver
+	steps *[]string
+}
+
+func (notedReceiver) name() string { return "noted" }
+func (r notedReceiver) deliver(context.Context, *usage.Alert) error {
+	*r.steps = append(*r.steps, "delivered")
+	return nil
+}
+
+func TestADeliveryHasItsWholeTimeHoweverLongItsTransitionHasWaited(t *testing.T) {
+	t.Parallel()
+	m, err := NewMetrics(prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var steps []string
+	d := &Delivery{to: notedReceiver{steps: &steps}, log: zerolog.Nop(), metrics: m, timeout: time.Second, now: time.Now}
+	if _, err := d.one(t.Context(), message{steps: &steps}); err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{"its time begins", "delivered", "acknowledged"}; !slices.Equal(steps, want) {
+		t.Errorf("%q, wanted %q", steps, want)
 	}
 }
