@@ -27,6 +27,7 @@ type disk struct {
 	jobs    chan *job
 	results chan *job
 	busy    bool
+	owed    bool // the newest job was our own: an earlier producer's is next
 
 	budget  bound.Budget // of frames read back
 	retryAt usage.Micros
@@ -202,8 +203,15 @@ func (d *disk) work() {
 	if now < d.retryAt {
 		return
 	}
-	j := d.ownJob(now)
+	// In turns: where the disk never rests, earlier producers would wait for ever.
+	var j *job
+	if d.owed {
+		j = d.drainJob()
+	}
 	if j == nil {
+		j = d.ownJob(now)
+	}
+	if d.owed = j != nil && j.src == d.own; j == nil {
 		j = d.drainJob()
 	}
 	if j != nil {
@@ -224,10 +232,10 @@ func (d *disk) ownJob(now usage.Micros) *job {
 		src.emptySince = 0
 	} else if src.emptySince == 0 {
 		src.emptySince = now
-	} else if now-src.emptySince > keepEmpty {
+	} else if now-src.emptySince > keepEmpty && len(j.append) == 0 {
 		keep = src.active + 1
 	}
-	if keep > src.first && len(j.append) == 0 {
+	if keep > src.first {
 		j.remove = keep
 		src.first = keep
 	}

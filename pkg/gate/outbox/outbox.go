@@ -142,7 +142,7 @@ type gather struct {
 	reserved int64  // of the budget, at least charged
 	first    usage.Micros
 	busy     bool // a frame is on its way or waiting: calls gather behind it
-	queued   bool // in ready
+	queued   bool // there is a word in ready that the sender has not heard
 	closed   bool
 	marks    bound.Watermarks
 

@@ -111,8 +111,7 @@ func (s *sender) loop(ctx context.Context, finished func() bool) {
 		select {
 		case <-ctx.Done():
 		case shard := <-s.b.ready:
-			s.take(s.slots[shard])
-			s.pump(s.slots[shard])
+			s.woken(s.slots[shard])
 		case m := <-s.wire.Acks:
 			s.reply(m)
 		case f := <-s.wire.Failed:
@@ -158,6 +157,16 @@ func (s *sender) everySlot(f func(*slot)) {
 	}
 }
 
+// woken does what a word in ready asks for. Only here may the next one be sent:
+// there is never more than one of a shard in it, whoever else takes its calls.
+func (s *sender) woken(sl *slot) {
+	sl.g.mu.Lock()
+	sl.g.queued = false
+	sl.g.mu.Unlock()
+	s.take(sl)
+	s.pump(sl)
+}
+
 // take moves what was gathered into the lane.
 func (s *sender) take(sl *slot) {
 	g := sl.g
@@ -168,7 +177,6 @@ func (s *sender) take(sl *slot) {
 	chunks, first, reserved, charged := g.chunks, g.first, g.reserved, g.charged
 	g.chunks, g.waiting = sl.spare[:0], 0
 	g.charged, g.reserved = 0, 0
-	g.queued = false
 	// Calls that come now gather: settle says when there is nothing before them.
 	g.busy = true
 	g.mu.Unlock()

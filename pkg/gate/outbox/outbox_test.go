@@ -1,0 +1,163 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/rs/zerolog"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// away returns a connection to a server that is not there.
+func away(t *testing.T) *nats.Conn {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	nc, err := nats.Connect("nats://"+address, nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1), nats.ReconnectWait(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	return nc
+}
+
+// The sender takes calls on its own occasions too, not only when it is told of
+// them. Whoever adds then must not wait for it to listen: at the end it does not.
+func TestAddNeverWaitsForTheSender(t *testing.T) {
+	t.Parallel()
+	o, err := Open(Options{NATS: away(t), Shards: 1, Logger: zerolog.Nop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	added := make(chan error, 1)
+	go func() {
+		c := usage.Call{Time: usage.At(time.Now()), Account: "a"}
+		for round := range 3 {
+			for range ledger.MaxFrameCalls {
+				if err := o.Add(context.Background(), 0, &c); err != nil {
+					added <- err
+					return
+				}
+			}
+			if round < 2 {
+				o.s.take(o.s.slots[0]) // as the sender's tick does; nobody listens meanwhile
+			}
+		}
+		added <- nil
+	}()
+	select {
+	case err := <-added:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("Add waits for a sender that does not listen")
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := o.Close(ctx); err == nil {
+		t.Error("the calls are lost, and Close does not say so")
+	}
+}
+
+// spooling returns an outbox that has to spool what it gets, without a sender.
+func spooling(t *testing.T, dir string) *Outbox {
+	t.Helper()
+	o, err := Open(Options{NATS: away(t), Shards: 1, Logger: zerolog.Nop(), SpoolDir: dir, SpoolBeforeAnswer: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return o
+}
+
+// add adds a call and does not wait until it is safe.
+func add(t *testing.T, o *Outbox) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	c := usage.Call{Time: usage.At(time.Now()), Account: "a"}
+	if err := o.Add(ctx, 0, &c); !errors.Is(err, ErrNotSafe) {
+		t.Fatal(err)
+	}
+}
+
+// Under load there is always something to be written: what is acknowledged must
+// not fill the disk meanwhile.
+func TestASpoolThatIsWrittenWithoutPauseIsEmptiedAllTheSame(t *testing.T) {
+	t.Parallel()
+	o := spooling(t, t.TempDir())
+	own := o.s.disk.own
+	own.active, own.live[3] = 4, 1 // segments 1 and 2 are acknowledged
+	add(t, o)
+	if j := o.s.disk.ownJob(o.now()); j == nil || len(j.append) != 1 || j.remove != 3 {
+		t.Errorf("with something acknowledged: %+v", j)
+	}
+	// The segment that is written to stays, as long as it was empty before.
+	delete(own.live, 3)
+	own.emptySince = 1
+	add(t, o)
+	if j := o.s.disk.ownJob(o.now()); j == nil || len(j.append) != 1 || j.remove != 4 {
+		t.Errorf("with everything acknowledged: %+v", j)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := o.Close(ctx); err == nil {
+		t.Error("the jobs were not done, and Close does not miss their calls")
+	}
+}
+
+func TestAnEarlierProducersSpoolHasItsTurnUnderLoad(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	first := spooling(t, dir)
+	add(t, first)
+	if err := first.Close(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	o := spooling(t, dir)
+	d := o.s.disk
+	o.s.connected = true
+	d.begin()
+	var turns []string
+	for range 4 {
+		add(t, o)
+		d.work()
+		j := <-d.results
+		if j.src == d.own {
+			turns = append(turns, "own")
+		} else {
+			turns = append(turns, "earlier")
+		}
+		d.handle(j)
+		if d.drain != nil { // as if it were acknowledged
+			for _, sl := range d.drain.slots {
+				for f := range 10 {
+					if sl != nil {
+						sl.lane.Acked(uint64(f))
+					}
+				}
+			}
+		}
+	}
+	d.end()
+	if got := strings.Join(turns, " "); got != "own earlier own earlier" {
+		t.Errorf("the disk worked for: %s", got)
+	}
+	o.s.connected = false
+	if err := o.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+}
