@@ -167,7 +167,7 @@ func (f *mirrorFeed) follow(ctx context.Context) error {
 	// Asked in a goroutine of its own: changes must not wait for the answer.
 	answer := make(chan lastAnswer, 1)
 	asking := false
-	ask, cancel := context.WithTimeout(ctx, time.Hour)
+	ask, cancel := context.WithCancel(ctx) // each question has a bound of its own
 	defer func() {
 		cancel()
 		if asking {
