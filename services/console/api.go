@@ -481,12 +481,12 @@ func (c *console) getDeadLetters(w http.ResponseWriter, r *http.Request) {
 	total := c.state.watch.deadTotal
 	c.state.mu.Unlock()
 	front.WriteJSON(w, struct {
-		// Total that are kept, Counted of them by reason (the newest).
+		// Total that are kept, as of a moment ago, Counted of them by reason (the newest).
 		Total   uint64        `json:"total"`
 		Counted int64         `json:"counted"`
 		Reasons []reasonCount `json:"by_reason"`
 		Newest  any           `json:"newest"`
-	}{total, counted, reasons, letters})
+	}{max(total, uint64(counted)), counted, reasons, letters})
 }
 
 func (c *console) getCallHistory(w http.ResponseWriter, r *http.Request) {

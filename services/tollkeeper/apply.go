@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -54,7 +55,7 @@ func Apply(ctx context.Context, o ApplyOptions) error {
 		_, err := fmt.Fprintln(o.Out, "nothing would change: the file is what holds")
 		return err
 	}
-	if _, err := fmt.Fprint(o.Out, diff.String()); err != nil {
+	if _, err := fmt.Fprintln(o.Out, strings.TrimRight(diff.String(), "\n")); err != nil {
 		return err
 	}
 	if !o.Confirm() {

@@ -172,7 +172,24 @@ func (r *replayRun) run(ctx context.Context) (*replay.Report, error) {
 	report := &replay.Report{Seen: seen, Clients: clientTotals(seen)}
 	err = r.collect(ctx, report, gw, from)
 	end()
-	return report, errors.Join(err, gw.wait(), <-watched)
+	return report, errors.Join(err, gw.wait(), <-watched, r.close(ctx))
+}
+
+// close takes the replay's accounts and plan out of the plans file; what they
+// used stays.
+func (r *replayRun) close(ctx context.Context) error {
+	applier := &plans.Applier{JS: r.js, NC: r.nc}
+	now, err := applier.Current(ctx)
+	if err != nil {
+		return err
+	}
+	doc := *now.Document
+	doc.Accounts = slices.DeleteFunc(slices.Clone(doc.Accounts), func(a plans.Account) bool { return r.ours[a.ID] })
+	doc.Plans = slices.DeleteFunc(slices.Clone(doc.Plans), func(p plans.Plan) bool { return p.ID == "replay-"+r.id })
+	if _, err := applier.Apply(ctx, &doc, "replay"); err != nil {
+		return fmt.Errorf("close the replay's accounts (they end with .%s): %w", r.id, err)
+	}
+	return nil
 }
 
 func (r *replayRun) say(format string, args ...any) {
