@@ -186,13 +186,14 @@ func (g *Gate) tick(ctx context.Context) error {
 }
 
 func (g *Gate) refresh() {
-	now := usage.At(g.now())
+	clock := g.now()
+	now := usage.At(clock)
 	g.write.Lock()
 	t := g.table.Load()
 	t.Tick(now)
 	f := t.Freshness(now)
 	g.write.Unlock()
-	g.ready.fresh(f, g.full.probe.Load() != 0)
+	g.ready.fresh(f, g.full.told(clock))
 }
 
 // directoryFeed brings keys and accounts to the table.

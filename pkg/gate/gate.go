@@ -67,7 +67,8 @@ type Unknown struct {
 	Mode UnknownMode
 	// MaxCalls that PassUnknown lets through for each account since its state
 	// became unknown, those of the accounts below it included; 0 means
-	// DefaultMaxUnknown. What comes after is refused.
+	// DefaultMaxUnknown. What comes after is refused. Each gateway counts for
+	// itself: with n of them the bound is n times as large.
 	MaxCalls uint32
 }
 
@@ -289,14 +290,15 @@ func (g *Gate) SettleShard(ctx context.Context, shard uint32, c *usage.Call) err
 	case err == nil:
 		g.full.clear()
 		return nil
-	case errors.Is(err, outbox.ErrFull):
+	case errors.Is(err, outbox.ErrFull), errors.Is(err, outbox.ErrNotSafe) && errors.Is(err, context.DeadlineExceeded):
 		g.full.set(g.now())
 	}
 	g.metrics.unsettled.Inc()
 	return fmt.Errorf("settle: %w", err)
 }
 
-// full remembers that the outbox refused a call for want of room. Until it takes
+// full remembers that the outbox refused a call for want of room, or could not
+// make it safe in time. Until it takes
 // one again, calls are refused before they cost anything, except for one in a
 // while that finds out.
 type full struct{ probe atomic.Int64 } // when the next one may try, nanoseconds; 0: there is room
@@ -316,6 +318,15 @@ func (f *full) clear() {
 func (f *full) refuses(now time.Time) bool {
 	at := f.probe.Load()
 	return at != 0 && (now.UnixNano() < at || !f.probe.CompareAndSwap(at, now.Add(probeEvery).UnixNano()))
+}
+
+// fullFor is how long a full outbox is told of after nobody has tried it any more:
+// where calls are sent to ready gateways only, nobody will.
+const fullFor = 2 * settleTimeout
+
+func (f *full) told(now time.Time) bool {
+	at := f.probe.Load()
+	return at != 0 && now.UnixNano()-at < int64(fullFor)
 }
 
 // Ready returns nil when the gate has current decisions and a directory and can

@@ -24,9 +24,10 @@ const RequestIDHeader = "X-Request-Id"
 
 // MiddlewareOptions say how one route is metered.
 type MiddlewareOptions struct {
-	// Route is the route's name in limits' filters and in events.
+	// Route is the route's name in limits' filters and in events; cleaned as by
+	// usage.CleanText.
 	Route string
-	// Region goes into events; may be empty.
+	// Region goes into events, likewise; may be empty.
 	Region string
 	// Profile is the form of refusals.
 	Profile refusal.Profile
@@ -88,6 +89,7 @@ func (g *Gate) Middleware(o MiddlewareOptions, next http.Handler) http.Handler {
 	if o.Key == nil {
 		o.Key = KeyFromHeaders(DefaultKeyHeaders()...)
 	}
+	o.Route, o.Region = usage.CleanText(o.Route), usage.CleanText(o.Region)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		x := exchange{g: g, o: &o, began: g.now()}
 		x.serve(w, r, next)
@@ -173,6 +175,14 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handl
 		return
 	}
 	x.caller = caller
+	var known bool
+	if _, x.shard, known = caller.Account.Root(); !known {
+		// A key can be there before its account, or after it. Where the call's
+		// record belongs must not be guessed.
+		x.g.metrics.refused(usage.BillingStateUnknown)
+		x.refuseUnmetered(w, r, refusedOutcome, &refusal.Refusal{Code: usage.BillingStateUnknown, Detail: "The account of the API key is not in the directory.", RequestID: id})
+		return
+	}
 	model := ""
 	if x.o.Model != nil {
 		var err error
@@ -208,7 +218,6 @@ func (x *exchange) begin(r *http.Request, id, model string) {
 			at = t
 		}
 	}
-	_, x.shard, _ = x.caller.Account.Root()
 	x.call = usage.Call{
 		Time: usage.At(at), Account: x.caller.Account.ID(), RequestID: id,
 		Method: usage.CleanText(r.Method), Route: x.o.Route, Model: model, Region: x.o.Region,
@@ -225,7 +234,7 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 	report := &Report{account: x.call.Account, keyID: x.call.KeyID}
 	r = r.WithContext(context.WithValue(r.Context(), reportKey{}, report))
 	r.Header.Set(RequestIDHeader, x.call.RequestID)
-	out := &answer{ResponseWriter: w, length: -1, bodyless: r.Method == http.MethodHead}
+	out := &answer{ResponseWriter: w, id: x.call.RequestID, length: -1, bodyless: r.Method == http.MethodHead}
 	returned := false
 	defer func() {
 		// Also when the handler panics, as httputil.ReverseProxy does when the
@@ -257,7 +266,9 @@ func (x *exchange) refuse(w http.ResponseWriter, r *http.Request, req Request, v
 	if v.Decision != nil {
 		x.call.DecisionID = v.Decision.ID
 	}
-	if _, _, ok := x.caller.Account.Root(); ok {
+	if x.g.full.refuses(x.began) {
+		x.g.metrics.unsettled.Inc() // an answer that is held waits for no room
+	} else {
 		_ = x.settle(r.Context()) // told already; there is no answer to hold back
 	}
 	x.write(w, r, f)
@@ -354,6 +365,7 @@ func ParseTraceparent(s string) (trace [16]byte, span [8]byte, flags byte, ok bo
 // length back until the call is recorded.
 type answer struct {
 	http.ResponseWriter
+	id       string
 	status   int
 	bytes    int64
 	length   int64 // announced; -1: not known
@@ -373,6 +385,10 @@ func (a *answer) WriteHeader(status int) {
 	}
 	if a.status == 0 {
 		a.status = status
+		if h := a.Header(); h.Get(RequestIDHeader) == "" {
+			// httputil.ReverseProxy clears the header after a 1xx.
+			h.Set(RequestIDHeader, a.id)
+		}
 		if n, err := strconv.ParseInt(a.Header().Get("Content-Length"), 10, 64); err == nil && n >= 0 {
 			a.length = n
 		}

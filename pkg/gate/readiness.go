@@ -87,7 +87,7 @@ func (r *readiness) fresh(f table.Freshness, outboxFull bool) {
 		r.say(ledger.DecisionsBucket, "")
 	}
 	if outboxFull {
-		r.say(outboxPart, "the outbox is full: calls are refused until the ledger takes what waits")
+		r.say(outboxPart, "the outbox is full, or can make no call safe in time: calls are refused until the ledger takes what waits")
 	} else {
 		r.say(outboxPart, "")
 	}
