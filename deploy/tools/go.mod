@@ -2,10 +2,7 @@ module github.com/tollkeeper/tollkeeper/deploy/tools
 
 go 1.26.0
 
-tool (
-	github.com/go-task/task/v3/cmd/task
-	google.golang.org/protobuf/cmd/protoc-gen-go
-)
+tool github.com/go-task/task/v3/cmd/task
 
 require (
 	github.com/bufbuild/protocompile v0.14.1
