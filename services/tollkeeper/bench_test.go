@@ -1,0 +1,30 @@
+package tollkeeper_test
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper"
+)
+
+// The bench runs and prints every figure; its numbers mean nothing at this size.
+func TestTheBenchPrintsEveryFigure(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	err := tollkeeper.Bench(within(t, 2*time.Minute), tollkeeper.BenchOptions{
+		Rounds: 1, Calls: 20_000, Accounts: 500, Crossings: 3, Seed: 1, Logger: zerolog.Nop(), Out: &out,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"bare JetStream", "publish → counted", "clickhouse-go's own", "publish → durable", "admission", "crossing call", "p99"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("the bench does not print %q", want)
+		}
+	}
+	t.Log(out.String())
+}
