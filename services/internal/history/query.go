@@ -96,13 +96,13 @@ func (h *History) Calls(ctx context.Context, q CallsQuery) (out []CallsPoint, er
 	// The identifiers are ours, the values are parameters.
 	var source string
 	if table == "calls" {
-		// The ledger's time is never before the counted one: that spares the
-		// server parts that are older.
+		// Counted since From is what both times are since: that spares the server
+		// older parts, and older rows of an account.
 		source = fmt.Sprintf(`SELECT intDiv(toUnixTimestamp(toDateTime(least(c.time, toDateTime64(c.stream_time, 6, 'UTC')), 'UTC')) - {from:Int64}, {step:Int64}) AS step, toString(c.%s) AS name,
 			count() AS attempts, countIf(c.code != '') AS refused, sumIf(c.input_tokens, c.code = '') AS input, sumIf(c.output_tokens, c.code = '') AS output
 			FROM calls AS c
-			WHERE c.stream_time >= toDateTime({from:Int64}, 'UTC') AND toDateTime(least(c.time, toDateTime64(c.stream_time, 6, 'UTC')), 'UTC') >= toDateTime({from:Int64}, 'UTC')
-				AND c.time < toDateTime({to:Int64}, 'UTC') AND toDateTime(least(c.time, toDateTime64(c.stream_time, 6, 'UTC')), 'UTC') < toDateTime({to:Int64}, 'UTC')
+			WHERE c.stream_time >= toDateTime({from:Int64}, 'UTC') AND c.time >= toDateTime({from:Int64}, 'UTC')
+				AND toDateTime(least(c.time, toDateTime64(c.stream_time, 6, 'UTC')), 'UTC') < toDateTime({to:Int64}, 'UTC')
 				AND ({account:String} = '' OR c.account = {account:String})
 			GROUP BY step, name`, q.Group)
 	} else {
@@ -178,7 +178,7 @@ func (h *History) Usage(ctx context.Context, q UsageQuery) (out []UsagePoint, er
 	} else {
 		query = fmt.Sprintf(`SELECT toInt64(intDiv(toUnixTimestamp(toDateTime(least(c.time, toDateTime64(c.stream_time, 6, 'UTC')), 'UTC')) - {from:Int64}, {step:Int64})) AS step, sumIf(%s, c.code = '') AS value
 			FROM calls AS c
-			WHERE c.stream_time >= toDateTime({from:Int64}, 'UTC') AND toDateTime(least(c.time, toDateTime64(c.stream_time, 6, 'UTC')), 'UTC') >= toDateTime({from:Int64}, 'UTC')
+			WHERE c.stream_time >= toDateTime({from:Int64}, 'UTC') AND c.time >= toDateTime({from:Int64}, 'UTC')
 				AND toDateTime(least(c.time, toDateTime64(c.stream_time, 6, 'UTC')), 'UTC') < toDateTime({to:Int64}, 'UTC')
 				AND (empty({accounts:Array(String)}) OR c.account IN {accounts:Array(String)})
 			GROUP BY step HAVING value != 0 ORDER BY step`, rawMeter("c", q.Meter))
