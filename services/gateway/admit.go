@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
@@ -26,9 +27,13 @@ const (
 // (Caddy forward_auth, Traefik ForwardAuth, Envoy ext_authz, nginx auth_request).
 //
 // The API key is in the headers where the routes look for it. What is asked for is
-// in X-Forwarded-Method, -Host and -Uri (or X-Original-Method and -Uri), or in the
-// query: method, host, uri, route, model, profile. The route is the one named, else
-// the one that the configuration has for host, path and method, else none.
+// in X-Forwarded-Method, -Host and -Uri, with ?nginx=1 in X-Original-Method, -Host
+// and -Uri (the others may be the client's own then), or in the query: method, host,
+// uri, route, model, profile. Below /v1/admit/, where Envoy's path_prefix asks, it is
+// the request itself: its method, host and the rest of its path; headers and query
+// are the client's and say nothing. The route is the one named, else the one that the
+// configuration has for host, path and method, else none. X-Tollkeeper-Model is
+// believed: the caller sets it, or takes it off what its clients send.
 //
 // 200 admits; anything else is the whole answer for the client. ?nginx=1 is for
 // auth_request, which knows 2xx, 401 and 403 only and makes 500 of the rest: what
@@ -48,8 +53,14 @@ type admit struct {
 func (a *admit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	began := a.now()
 	id := gate.RequestID(r.Header.Get(gate.RequestIDHeader))
-	req, profile := a.asked(r)
 	w.Header().Set(gate.RequestIDHeader, id)
+	req, profile, ok := a.asked(r)
+	if !ok {
+		f := unresolved
+		f.RequestID = id
+		a.refuse(w, r, profile, &f)
+		return
+	}
 	key := a.key(r)
 	if key == "" {
 		a.refuse(w, r, profile, &refusal.Refusal{Code: refusal.Unauthenticated, Detail: "The request carries no API key.", RequestID: id})
@@ -103,7 +114,7 @@ func (a *admit) refuse(w http.ResponseWriter, r *http.Request, p refusal.Profile
 	if f.Decision != nil {
 		w.Header().Set(DecisionIDHeader, f.Decision.ID)
 	}
-	if r.URL.Query().Get("nginx") == "1" && status != http.StatusUnauthorized {
+	if r.URL.Path == admitPath && r.URL.Query().Get("nginx") == "1" && status != http.StatusUnauthorized {
 		f.SetHeaders(w.Header())
 		w.WriteHeader(http.StatusForbidden)
 		return
@@ -111,36 +122,42 @@ func (a *admit) refuse(w http.ResponseWriter, r *http.Request, p refusal.Profile
 	a.proxy.answer(w, r, f, p)
 }
 
-// asked is what the caller wants to know about.
-func (a *admit) asked(r *http.Request) (gate.Request, refusal.Profile) {
-	q := r.URL.Query()
-	first := func(name string, headers ...string) string {
-		if v := q.Get(name); v != "" {
-			return v
-		}
-		for _, h := range headers {
-			if v := r.Header.Get(h); v != "" {
+const admitPath = "/v1/admit"
+
+// asked is what the caller wants to know about; false when its path is unresolved.
+func (a *admit) asked(r *http.Request) (req gate.Request, profile refusal.Profile, ok bool) {
+	var host, path string
+	if below, ok := strings.CutPrefix(r.URL.Path, admitPath+"/"); ok {
+		req = gate.Request{Method: r.Method, Model: r.Header.Get(ModelHeader)}
+		host, path = r.Host, "/"+below
+	} else {
+		q := r.URL.Query()
+		first := func(name, header string) string {
+			if v := q.Get(name); v != "" {
 				return v
 			}
+			return r.Header.Get(header)
 		}
-		return ""
-	}
-	req := gate.Request{
-		Method: usage.CleanText(first("method", "X-Forwarded-Method", "X-Original-Method")),
-		Model:  usage.CleanText(first("model", ModelHeader)),
-		Route:  usage.CleanText(q.Get("route")),
-	}
-	profile := refusal.Profile(q.Get("profile"))
-	if !profile.Valid() {
-		profile = refusal.Problem
-	}
-	found := a.named(req.Route)
-	if req.Route == "" {
-		path := "/"
-		if u, err := url.ParseRequestURI(first("uri", "X-Forwarded-Uri", "X-Original-Uri")); err == nil {
+		from := "X-Forwarded-"
+		if q.Get("nginx") == "1" {
+			from = "X-Original-"
+		}
+		req = gate.Request{Method: first("method", from+"Method"), Model: first("model", ModelHeader), Route: q.Get("route")}
+		host, path = first("host", from+"Host"), "/"
+		if u, err := url.ParseRequestURI(first("uri", from+"Uri")); err == nil {
 			path = u.Path
 		}
-		if found = a.proxy.find(first("host", "X-Forwarded-Host"), path, req.Method); found != nil {
+		if profile = refusal.Profile(q.Get("profile")); !profile.Valid() {
+			profile = refusal.Problem
+		}
+	}
+	if !resolved(path) {
+		return req, profile, false
+	}
+	req.Method, req.Model, req.Route = usage.CleanText(req.Method), usage.CleanText(req.Model), usage.CleanText(req.Route)
+	found := a.named(req.Route)
+	if req.Route == "" {
+		if found = a.proxy.find(host, path, req.Method); found != nil {
 			req.Route = found.o.Name
 		}
 	}
@@ -154,7 +171,7 @@ func (a *admit) asked(r *http.Request) (gate.Request, refusal.Profile) {
 			}
 		}
 	}
-	return req, profile
+	return req, profile, true
 }
 
 func (a *admit) named(name string) *route {

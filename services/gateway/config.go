@@ -5,6 +5,8 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
@@ -150,7 +152,7 @@ func ParseConfig(name string, data []byte) (Config, error) {
 	if err != nil {
 		return c, yamlError(name, err)
 	}
-	if err := yaml.NewDecoder(bytes.NewReader(data), yaml.DisallowUnknownField()).Decode(&c); err != nil {
+	if err := yaml.NewDecoder(bytes.NewReader(data), yaml.DisallowUnknownField()).Decode(&c); err != nil && !errors.Is(err, io.EOF) { // an empty file has no routes
 		return c, yamlError(name, err)
 	}
 	var errs []error
@@ -228,10 +230,17 @@ func (c *Config) problems() []problem {
 			add(at+".name", "the name %q is taken by another route", r.Name)
 		}
 		names[r.Name] = true
-		if r.Prefix != "" && !strings.HasPrefix(r.Prefix, "/") {
+		switch {
+		case r.Prefix != "" && !strings.HasPrefix(r.Prefix, "/"):
 			add(at+".prefix", "%q does not begin with /", r.Prefix)
+		case strings.ContainsAny(r.Prefix, "*?#{}"):
+			add(at+".prefix", "%q is not a prefix: there are no patterns, /v1 means all below it", r.Prefix)
+		case strings.Contains(r.Prefix, "//") || !resolved(r.Prefix):
+			add(at+".prefix", "%q is never met: write it without empty segments, . and ..", r.Prefix)
 		}
-		if strings.ContainsAny(r.Host, ":/") {
+		if strings.ContainsAny(r.Host, "*?") {
+			add(at+".host", "%q: there are no patterns, leave host out for any", r.Host)
+		} else if strings.ContainsAny(r.Host, ":/") {
 			add(at+".host", "%q is not a host: write it without scheme and port", r.Host)
 		}
 		if u, err := url.Parse(r.Upstream); err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || u.RawQuery != "" || u.Fragment != "" {
@@ -273,12 +282,18 @@ func (c *Config) problems() []problem {
 				add(at+".methods", "%q is not a method: write it as in POST", m)
 			}
 		}
-		for h, v := range r.SetHeaders {
+		for _, h := range slices.Sorted(maps.Keys(r.SetHeaders)) {
 			if !validHeader(h) {
 				add(at+".set_headers", "%q is not the name of a header", h)
 			}
-			if _, missing := expand(v); missing != "" {
+			if http.CanonicalHeaderKey(h) == "Host" {
+				add(at+".set_headers", "Host is the upstream's own, or the client's with keep_host: it can't be set here")
+			}
+			switch value, missing := expand(r.SetHeaders[h]); {
+			case missing != "":
 				add(at+".set_headers", "the environment has no variable %s", missing)
+			case strings.ContainsFunc(value, unfit):
+				add(at+".set_headers", "the value of %s has a line break or another control character in it (at the end of a variable?): every call would fail", h)
 			}
 		}
 		methods := slices.Sorted(slices.Values(r.Methods))
@@ -317,6 +332,9 @@ func validHeader(s string) bool {
 	}
 	return http.CanonicalHeaderKey(s) != ""
 }
+
+// unfit: a header's value can't have it.
+func unfit(r rune) bool { return r < ' ' && r != '\t' || r == 0x7f }
 
 // expand replaces ${NAME} by the environment's value, and names the first one that
 // is missing.

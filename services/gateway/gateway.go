@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -125,6 +126,7 @@ type service struct {
 	proxy     *proxy
 	admin     http.Handler
 	slow      atomic.Int64 // when an unmetered refusal was last logged, unix seconds
+	inFlight  inFlight
 }
 
 func newService(o Options) (*service, error) {
@@ -149,6 +151,10 @@ func newService(o Options) (*service, error) {
 	}
 	if len(o.Region) > usage.MaxNameBytes {
 		return nil, fmt.Errorf("the region's name is %d bytes long, at most %d are allowed", len(o.Region), usage.MaxNameBytes)
+	}
+	// Now, and not when NATS is reached at last.
+	if err := o.outbox().Check(); err != nil {
+		return nil, fmt.Errorf("gateway: %w", err)
 	}
 	if o.StopTimeout <= 0 {
 		o.StopTimeout = run.DefaultStopTimeout
@@ -178,7 +184,7 @@ func newService(o Options) (*service, error) {
 		Connect:    func(ctx context.Context) (*nats.Conn, error) { return natsconn.Connect(ctx, s.o.NATS) },
 		Shards:     o.Shards,
 		OpenOutbox: s.openOutbox,
-		Unknown:    o.Unknown, StaleAfter: o.StaleAfter, AbortUnsettled: o.SpoolBeforeAnswer, CloseTimeout: o.StopTimeout * 2 / 5,
+		Unknown:    o.Unknown, StaleAfter: o.StaleAfter, AbortUnsettled: o.SpoolBeforeAnswer, CloseTimeout: o.StopTimeout * 3 / 10,
 		Logger: o.Logger, Registerer: o.Registerer,
 		DirectoryReadiness: part("directory"), DecisionsReadiness: part("decisions"), OutboxReadiness: part("outbox"),
 	})
@@ -199,11 +205,17 @@ func newService(o Options) (*service, error) {
 	return s, nil
 }
 
+func (o *Options) outbox() outbox.Options {
+	return outbox.Options{
+		Gateway: o.Name, SpoolDir: o.SpoolDir, MemoryBytes: o.MemoryBytes, SpoolBytes: o.SpoolBytes,
+		OnFull: o.OnFull, SpoolBeforeAnswer: o.SpoolBeforeAnswer, Linger: o.Linger, Logger: o.Logger, Registerer: o.Registerer,
+	}
+}
+
 func (s *service) openOutbox(nc *nats.Conn, js jetstream.JetStream, shards uint32) (gate.Outbox, error) {
-	o, err := outbox.Open(outbox.Options{
-		NATS: nc, Shards: shards, Gateway: s.o.Name, SpoolDir: s.o.SpoolDir, MemoryBytes: s.o.MemoryBytes, SpoolBytes: s.o.SpoolBytes,
-		OnFull: s.o.OnFull, SpoolBeforeAnswer: s.o.SpoolBeforeAnswer, Linger: s.o.Linger, Logger: s.o.Logger, Registerer: s.o.Registerer,
-	})
+	options := s.o.outbox()
+	options.NATS, options.Shards = nc, shards
+	o, err := outbox.Open(options)
 	if err != nil {
 		return nil, err
 	}
@@ -239,7 +251,9 @@ func (s *service) run(ctx context.Context) error {
 	return g.Run(ctx)
 }
 
-// serve serves both listeners; they stop at the same time.
+// serve serves both listeners; they stop at the same time. At the end it takes two
+// fifths of StopTimeout at most and a tenth for what is left in flight, the dead
+// letters take a tenth, and the outbox three tenths, if it has to, before it spools.
 func (s *service) serve(ctx context.Context, listener, adminListener net.Listener, ready func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -247,14 +261,14 @@ func (s *service) serve(ctx context.Context, listener, adminListener net.Listene
 	errs := make(chan error, 2)
 	n := 1
 	go func() {
-		errs <- telemetry.Serve(ctx, telemetry.ServeOptions{Flag: s.o.ListenFlag, Listener: listener, Handler: s.proxy, Authenticates: true, Grace: grace})
+		errs <- telemetry.Serve(ctx, telemetry.ServeOptions{Flag: s.o.ListenFlag, Listener: listener, Handler: s.inFlight.count(s.proxy), Authenticates: true, Grace: grace})
 	}()
 	var adminAddr net.Addr
 	if adminListener != nil {
 		n++
 		adminAddr = adminListener.Addr()
 		go func() {
-			errs <- telemetry.Serve(ctx, telemetry.ServeOptions{Flag: s.o.AdminFlag, Listener: adminListener, Handler: s.admin, Authenticates: true, Grace: grace})
+			errs <- telemetry.Serve(ctx, telemetry.ServeOptions{Flag: s.o.AdminFlag, Listener: adminListener, Handler: s.inFlight.count(s.admin), Authenticates: true, Grace: grace})
 		}()
 	}
 	s.o.Logger.Info().Stringer("proxy", listener.Addr()).Msg("the gateway serves")
@@ -269,6 +283,12 @@ func (s *service) serve(ctx context.Context, listener, adminListener net.Listene
 			cancel()
 		}
 	}
+	// Their contexts are done by now; what they have to record must be with the
+	// outbox before that is closed.
+	if n := s.inFlight.wait(grace / 2); n > 0 {
+		s.o.Logger.Warn().Int("calls", n).Msg("calls did not end in time: they may not be recorded")
+	}
+	s.proxy.close()
 	return all
 }
 
@@ -296,15 +316,20 @@ func (s *service) adminHandler() (http.Handler, error) {
 	if s.o.AdminToken != "" {
 		h = telemetry.RequireToken(s.o.AdminToken, guarded)
 	}
-	mux := http.NewServeMux()
 	// Callers forward the client's Authorization here: the API key is what is
-	// asked for. Some ask with the client's method.
-	mux.Handle("/v1/admit", &admit{
-		gate: s.gate, proxy: s.proxy, key: gate.KeyFromHeaders(keyHeaders...), region: s.o.Region, record: s.record,
+	// asked for. Some ask with the client's method, and below this path with the
+	// client's, which no ServeMux may tidy up.
+	asked := &admit{
+		gate: s.gate, proxy: s.proxy, key: gate.KeyFromHeaders(keyHeaders...), region: usage.CleanText(s.o.Region), record: s.record,
 		now: func() usage.Micros { return usage.At(time.Now()) },
-	})
-	mux.Handle("/", h)
-	return mux, nil
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == admitPath || strings.HasPrefix(r.URL.Path, admitPath+"/") {
+			asked.ServeHTTP(w, r)
+			return
+		}
+		h.ServeHTTP(w, r)
+	}), nil
 }
 
 // record settles a refusal of /v1/admit.

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -28,7 +29,7 @@ import (
 )
 
 // Headers between clients, gateway and upstream. Clients can't set the first two:
-// they are taken off what they send.
+// all that begins with X-Tollkeeper- is taken off what they send.
 const (
 	AccountHeader = "X-Tollkeeper-Account"
 	KeyIDHeader   = "X-Tollkeeper-Key-Id"
@@ -40,12 +41,20 @@ const (
 
 // proxy finds the route of a request and sends it there.
 type proxy struct {
-	routes []*route // in the order in which they are tried
-	none   http.Handler
-	usage  *prometheus.CounterVec
-	meters *prometheus.CounterVec
-	buffer bufferPool
-	logger zerolog.Logger
+	routes     []*route // in the order in which they are tried
+	transports map[time.Duration]*http.Transport
+	usage      *prometheus.CounterVec
+	meters     *prometheus.CounterVec
+	buffer     bufferPool
+	logger     zerolog.Logger
+	told       atomic.Int64 // when a failing upstream was last logged, unix seconds
+}
+
+// close lets go of idle connections to upstreams.
+func (p *proxy) close() {
+	for _, t := range p.transports {
+		t.CloseIdleConnections()
+	}
 }
 
 type route struct {
@@ -89,26 +98,21 @@ func newProxy(o proxyOptions) (*proxy, error) {
 	if len(keyHeaders) == 0 {
 		keyHeaders = gate.DefaultKeyHeaders()
 	}
-	p.none = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		f := refusal.Refusal{Code: refusal.NoRoute, RequestID: gate.RequestID(r.Header.Get(gate.RequestIDHeader))}
-		w.Header().Set(gate.RequestIDHeader, f.RequestID)
-		p.answer(w, r, &f, refusal.Problem)
-	})
-	transports := make(map[time.Duration]*http.Transport)
+	p.transports = make(map[time.Duration]*http.Transport)
 	for i := range o.config.Routes {
 		c := &o.config.Routes[i]
 		timeout := time.Duration(c.Timeout)
 		if timeout == 0 {
 			timeout = DefaultTimeout
 		}
-		if transports[timeout] == nil {
-			transports[timeout] = newTransport(timeout)
+		if p.transports[timeout] == nil {
+			p.transports[timeout] = newTransport(timeout)
 		}
 		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model)}
 		if o.trustEventTime {
 			m.Time = replayedTime
 		}
-		upstream, err := p.upstream(c, keyHeaders, transports[timeout])
+		upstream, err := p.upstream(c, keyHeaders, p.transports[timeout])
 		if err != nil {
 			return nil, err
 		}
@@ -155,11 +159,31 @@ func newTransport(timeout time.Duration) *http.Transport {
 
 // ServeHTTP implements http.Handler.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if found := p.find(r.Host, r.URL.Path, r.Method); found != nil {
+	f := refusal.Refusal{Code: refusal.NoRoute}
+	if !resolved(r.URL.Path) {
+		f = unresolved
+	} else if found := p.find(r.Host, r.URL.Path, r.Method); found != nil {
 		found.handler.ServeHTTP(w, r)
 		return
 	}
-	p.none.ServeHTTP(w, r)
+	f.RequestID = gate.RequestID(r.Header.Get(gate.RequestIDHeader))
+	w.Header().Set(gate.RequestIDHeader, f.RequestID)
+	p.answer(w, r, &f, refusal.Problem)
+}
+
+// unresolved answers a path that means one route to us and may mean another one's
+// to the upstream. Clients resolve such paths before they send them.
+var unresolved = refusal.Refusal{Code: refusal.BadRequest, Detail: "The path has a . or .. in it: send it resolved."}
+
+// resolved reports that no segment of a path is "." or "..", also not with
+// parameters behind it, which some servers take off first.
+func resolved(path string) bool {
+	for segment := range strings.SplitSeq(path, "/") {
+		if name, _, _ := strings.Cut(segment, ";"); name == "." || name == ".." {
+			return false
+		}
+	}
+	return true
 }
 
 // find returns the route of a request, nil when there is none.
@@ -169,7 +193,10 @@ func (p *proxy) find(host, path, method string) *route {
 	}
 	host = strings.ToLower(host)
 	for _, r := range p.routes {
-		if r.host != "" && r.host != host || !hasPrefix(path, r.prefix) {
+		if r.host != "" && r.host != host {
+			continue
+		}
+		if _, below := cutPrefix(path, r.prefix); !below {
 			continue
 		}
 		if len(r.o.Methods) > 0 && !slices.Contains(r.o.Methods, method) {
@@ -180,13 +207,23 @@ func (p *proxy) find(host, path, method string) *route {
 	return nil
 }
 
-// hasPrefix compares whole segments: /v1 is no prefix of /v10.
-func hasPrefix(path, prefix string) bool {
+// cutPrefix returns what follows a prefix of whole segments: /v1 is none of /v10.
+// Several slashes are one, as they are to most upstreams: a client must not choose
+// another route by their number.
+func cutPrefix(path, prefix string) (rest string, ok bool) {
 	if prefix == "/" {
-		return true
+		return path, true
 	}
-	rest, ok := strings.CutPrefix(path, prefix)
-	return ok && (rest == "" || rest[0] == '/')
+	at := 0
+	for i := range len(prefix) {
+		if at == len(path) || path[at] != prefix[i] {
+			return "", false
+		}
+		for at++; prefix[i] == '/' && at < len(path) && path[at] == '/'; at++ {
+		}
+	}
+	rest = path[at:]
+	return rest, rest == "" || rest[0] == '/'
 }
 
 func replayedTime(r *http.Request, now time.Time) time.Time {
@@ -231,8 +268,7 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 				}
 			}
 			h.Del(EventTimeHeader)
-			h.Del(AccountHeader)
-			h.Del(KeyIDHeader)
+			dropOurs(h, set)
 			if account, keyID := gate.ReportFrom(r.In.Context()).Account(); account != "" {
 				h.Set(AccountHeader, headerSafe(account))
 				h.Set(KeyIDHeader, headerSafe(keyID))
@@ -266,6 +302,27 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 	return rp, nil
 }
 
+// ownPrefix is that of headers that only the gateway sets.
+const ownPrefix = "X-Tollkeeper-"
+
+// dropOurs takes off a client's request what only the gateway may say, also where it
+// is spelled with underscores, which many upstreams take for dashes.
+func dropOurs(h http.Header, set map[string]string) {
+	for name := range h {
+		if strings.HasPrefix(name, ownPrefix) {
+			delete(h, name)
+			continue
+		}
+		if strings.IndexByte(name, '_') < 0 {
+			continue
+		}
+		dashed := textproto.CanonicalMIMEHeaderKey(strings.ReplaceAll(name, "_", "-"))
+		if _, ours := set[dashed]; ours || strings.HasPrefix(dashed, ownPrefix) || strings.HasPrefix(dashed, "X-Forwarded-") {
+			delete(h, name)
+		}
+	}
+}
+
 // readMeters takes the upstream's readings off an answer.
 func (p *proxy) readMeters(resp *http.Response, header string) {
 	values := resp.Header.Values(header)
@@ -282,7 +339,7 @@ func (p *proxy) readMeters(resp *http.Response, header string) {
 		}
 		if err != nil {
 			p.meters.WithLabelValues("unusable").Inc()
-			p.logger.Warn().Err(err).Str("header", header).Msg("a reading of the upstream can't be counted and is left out")
+			p.seldom(zerolog.WarnLevel).Err(err).Str("header", header).Msg("a reading of the upstream can't be counted and is left out")
 			continue
 		}
 		p.meters.WithLabelValues("read").Inc()
@@ -292,7 +349,10 @@ func (p *proxy) readMeters(resp *http.Response, header string) {
 // stripped takes a prefix off a path. Where an escaped path does not begin with the
 // prefix as it is written, net/url goes by the plain one.
 func stripped(path, prefix string) string {
-	return "/" + strings.TrimPrefix(strings.TrimPrefix(path, prefix), "/")
+	if rest, _ := cutPrefix(path, prefix); rest != "" {
+		return rest
+	}
+	return "/"
 }
 
 // failed answers for an upstream that did not.
@@ -307,8 +367,17 @@ func (p *proxy) failed(w http.ResponseWriter, r *http.Request, err error, profil
 	case errors.As(err, &timeout) && timeout.Timeout():
 		f.Code = refusal.GatewayTimeout
 	}
-	p.logger.Debug().Err(err).Str("request_id", f.RequestID).Msg("the upstream did not answer")
+	p.seldom(zerolog.WarnLevel).Err(err).Str("request_id", f.RequestID).Msg("an upstream did not answer")
 	p.answer(w, r, &f, profile)
+}
+
+// seldom is a log line, or where there was one in this second, none: a line a call
+// would be too many. The event is nil then, which zerolog allows.
+func (p *proxy) seldom(level zerolog.Level) *zerolog.Event {
+	if now := time.Now().Unix(); p.told.Swap(now) == now {
+		return nil
+	}
+	return p.logger.WithLevel(level)
 }
 
 func (p *proxy) answer(w http.ResponseWriter, r *http.Request, f *refusal.Refusal, profile refusal.Profile) {
@@ -348,7 +417,8 @@ func modelOf(c *ModelConfig) func(*http.Request) (string, error) {
 const maxModel = 6*256 + 2
 
 // modelInBody reads the body as far as it has to and puts it back. A body that is
-// no JSON object is not read on. One that is, is read whole: the last of several
+// no JSON object is not read on, but of one that something follows the upstream may
+// read the object. One that is, is read whole: the last of several
 // members of the name counts, for the upstream too.
 func modelInBody(r *http.Request, member string, bound int64) (string, error) {
 	if r.Body == nil || r.Body == http.NoBody {
@@ -378,7 +448,7 @@ func modelInBody(r *http.Request, member string, bound int64) (string, error) {
 			return "", &refusal.Refusal{Code: refusal.BadRequest, Detail: "The body could not be read to its end."}
 		case !scanner.Object():
 			r.Body = whole{io.MultiReader(bytes.NewReader(kept.Bytes()), r.Body), r.Body}
-			return "", nil
+			return modelName(scanner)
 		case int64(kept.Len()) > bound:
 			return "", tooLarge()
 		}

@@ -382,6 +382,9 @@ func TestWhatRunRefuses(t *testing.T) {
 		"a taken port":    {Options{Config: good, Listen: taken.Addr().String()}, "--gateway-listen"},
 		"admin for all":   {Options{Config: good, Listen: "127.0.0.1:0", AdminListen: "0.0.0.0:0"}, telemetry.ErrNotLoopback.Error()},
 		"unknown mode":    {Options{Config: good, Unknown: gate.Unknown{Mode: "x"}}, "choose pass or refuse"},
+		"no spool":        {Options{Config: good, Listen: "127.0.0.1:0", SpoolBeforeAnswer: true}, "needs a spool directory"},
+		"a small spool":   {Options{Config: good, Listen: "127.0.0.1:0", SpoolBytes: -1}, "too few"},
+		"a long name":     {Options{Config: good, Listen: "127.0.0.1:0", Name: strings.Repeat("n", 65)}, "at most 64"},
 		"no NATS address": {Options{Config: good, Listen: "127.0.0.1:0"}, "no address of NATS"},
 	} {
 		err := Run(t.Context(), c.o)

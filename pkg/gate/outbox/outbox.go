@@ -184,6 +184,12 @@ const reserveChunk = 16 << 10
 // With a spool directory it locks it (ErrSpoolInUse), and Run will send what
 // earlier producers left in it.
 func Open(o Options) (*Outbox, error) {
+	if o.NATS == nil {
+		return nil, errors.New("outbox: Options.NATS is missing")
+	}
+	if o.Shards == 0 || o.Shards > ledger.MaxShards {
+		return nil, fmt.Errorf("outbox: %d shards: 1 to %d are possible", o.Shards, ledger.MaxShards)
+	}
 	if err := o.withDefaults(); err != nil {
 		return nil, err
 	}
@@ -207,18 +213,16 @@ func Open(o Options) (*Outbox, error) {
 	return b, nil
 }
 
+// Check says what Open would have against the options besides NATS and Shards,
+// which may come much later.
+func (o Options) Check() error { return o.withDefaults() }
+
 func (o *Options) withDefaults() error {
-	if o.NATS == nil {
-		return errors.New("outbox: Options.NATS is missing")
-	}
-	if o.Shards == 0 || o.Shards > ledger.MaxShards {
-		return fmt.Errorf("outbox: %d shards: 1 to %d are possible", o.Shards, ledger.MaxShards)
-	}
 	if len(o.Gateway) > lane.MaxGateway {
 		return fmt.Errorf("outbox: the gateway's name is %d bytes long, at most %d are allowed", len(o.Gateway), lane.MaxGateway)
 	}
 	if o.SpoolBeforeAnswer && o.SpoolDir == "" {
-		return errors.New("outbox: spool-before-answer needs a spool directory")
+		return errors.New("outbox: spooling before the answer needs a spool directory: give one")
 	}
 	if o.OnFull < Block || o.OnFull > Drop {
 		return fmt.Errorf("outbox: there is no policy %d for a full outbox", o.OnFull)

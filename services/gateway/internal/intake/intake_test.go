@@ -250,3 +250,37 @@ func TestTheQueueOfDeadLettersIsBounded(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 }
+
+// patient waits for the disk as long as it is allowed to.
+type patient struct{ *ledgerless }
+
+func (g patient) SettleShard(ctx context.Context, shard uint32, c *usage.Call) error {
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("%w: %w", outbox.ErrNotSafe, err)
+	}
+	return g.ledgerless.SettleShard(ctx, shard, c)
+}
+
+type slowly struct{ strings.Reader }
+
+func (s *slowly) Read(p []byte) (int, error) {
+	time.Sleep(time.Second) // of the bubble's clock
+	return s.Reader.Read(p[:min(len(p), 20)])
+}
+
+func TestASlowSendersEventsAreTaken(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		h, err := NewHandler(HandlerOptions{Gate: patient{newGate(true)}, DeadLetters: letters(t)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := httptest.NewRequest(http.MethodPost, "/v1/events", &slowly{*strings.NewReader("[" + good("acme") + "]")})
+		r.Header.Set("Content-Type", "application/cloudevents-batch+json")
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		if w.Code != http.StatusAccepted {
+			t.Errorf("%d %s", w.Code, w.Body)
+		}
+	})
+}

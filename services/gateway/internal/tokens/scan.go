@@ -12,6 +12,7 @@ type Scanner struct {
 	bound int
 
 	state    state
+	mark     int // bytes of a byte order mark so far
 	depth    int // of the value that is being passed, below the outermost object
 	inString bool
 	escaped  bool
@@ -33,8 +34,12 @@ const (
 	beforeValue
 	inValue
 	afterObject
-	broken // it is not a JSON object
+	followed // by something else
+	broken   // it is not a JSON object
 )
+
+// byteOrderMark is passed over as many parsers do.
+const byteOrderMark = "\xef\xbb\xbf"
 
 // maxKey bounds the member names that are looked at; "\u0075" makes a byte six.
 const maxKey = 6 * 64
@@ -117,8 +122,12 @@ func (s *Scanner) step(c byte) {
 	}
 	switch s.state {
 	case beforeObject:
+		if s.mark < len(byteOrderMark) && c == byteOrderMark[s.mark] {
+			s.mark++
+			return
+		}
 		s.state = broken
-		if c == '{' {
+		if c == '{' && s.mark%len(byteOrderMark) == 0 {
 			s.state = beforeKey
 		}
 	case beforeKey:
@@ -143,7 +152,7 @@ func (s *Scanner) step(c byte) {
 	case inValue:
 		s.stepValue(c)
 	case afterObject:
-		s.state = broken
+		s.state = followed
 	}
 }
 
@@ -169,17 +178,19 @@ func (s *Scanner) stepValue(c byte) {
 	}
 }
 
-// Object reports whether the bytes so far were, or can become, a JSON object.
-func (s *Scanner) Object() bool { return s.state != broken }
+// Object reports whether the bytes so far were, or can become, a JSON object and
+// nothing else.
+func (s *Scanner) Object() bool { return s.state != broken && s.state != followed }
 
-// Ended reports whether they were a whole one.
-func (s *Scanner) Ended() bool { return s.state == afterObject }
+// Ended reports whether there was a whole object, whatever followed it.
+func (s *Scanner) Ended() bool { return s.state == afterObject || s.state == followed }
 
 // Value returns the member's JSON. ok is false when it was not there, was too
-// long, or the object did not end.
+// long, or the object did not end. What followed the object is not looked at, as
+// by parsers that read one value from a stream.
 func (s *Scanner) Value() (value []byte, ok bool) {
-	return s.value, s.state == afterObject && s.found && s.complete && !s.tooLong
+	return s.value, s.Ended() && s.found && s.complete && !s.tooLong
 }
 
 // Absent reports that the object is whole and has no such member.
-func (s *Scanner) Absent() bool { return s.state == afterObject && !s.found }
+func (s *Scanner) Absent() bool { return s.Ended() && !s.found }

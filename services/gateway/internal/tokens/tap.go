@@ -112,6 +112,8 @@ func (t *Tap) finish() {
 	}
 	value, ok := t.scanner.Value()
 	switch {
+	case !t.scanner.Object():
+		t.end(nil, Broken)
 	case ok:
 		readings, malformed := Read(value)
 		switch {

@@ -1,0 +1,222 @@
+package gateway
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// raw sends a request as it is written and returns the connection and the answer.
+func raw(t *testing.T, base, request string) (net.Conn, *http.Response) {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(base, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(conn, request); err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = resp.Body.Close() })
+	return conn, resp
+}
+
+// net/http lets go of a connection that was upgraded, and of handlers whose time is
+// over: their calls are recorded nevertheless.
+func TestStoppingRecordsUpgradedConnections(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		conn, rw, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close()
+		_, _ = rw.WriteString("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+		_ = rw.Flush()
+		_, _ = io.Copy(io.Discard, rw) // until the gateway hangs up
+	}))
+	t.Cleanup(up.Close)
+	for range 5 { // it is a race
+		g := startGateway(t, w.srv.ClientURL(), func(o *Options) { o.Config = SingleUpstream("x", up.URL, "") })
+		g.ready()
+		const open = 8
+		for i := range open {
+			_, resp := raw(t, g.proxy, fmt.Sprintf("GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-search\r\nX-Request-Id: ws-%d\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n", i))
+			if resp.StatusCode != http.StatusSwitchingProtocols {
+				t.Fatalf("status %d", resp.StatusCode)
+			}
+		}
+		began := time.Now()
+		if err := g.stop(); err != nil {
+			t.Error(err)
+		}
+		if d := time.Since(began); d > 5*time.Second {
+			t.Errorf("it took %s", d)
+		}
+	}
+	for _, c := range w.calls(5 * 8) {
+		if c.Status != http.StatusSwitchingProtocols {
+			t.Errorf("%+v", c)
+		}
+	}
+}
+
+func TestWhatAClientCannotSmuggle(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/hints" {
+			w.WriteHeader(http.StatusEarlyHints)
+		}
+		var seen []string
+		for name, values := range r.Header {
+			if strings.HasPrefix(strings.ReplaceAll(strings.ToLower(name), "_", "-"), "x-tollkeeper") {
+				seen = append(seen, fmt.Sprint(name, values))
+			}
+		}
+		_, _ = fmt.Fprint(w, r.URL.EscapedPath(), seen)
+	}))
+	t.Cleanup(up.Close)
+	g := startGateway(t, w.srv.ClientURL(), func(o *Options) {
+		o.Config = Config{Routes: []RouteConfig{
+			{Name: "cheap", Prefix: "/", Upstream: up.URL},
+			{Name: "dear", Prefix: "/dear", Upstream: up.URL, StripPrefix: true},
+			{Name: "model", Prefix: "/model", Upstream: up.URL, Model: ModelConfig{JSON: "model"}},
+		}}
+	})
+	g.ready()
+
+	t.Run("who it is, in any spelling", func(t *testing.T) {
+		_, resp := raw(t, g.proxy, "GET /echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-search\r\nConnection: X-Tollkeeper-Account\r\n"+
+			"X-Tollkeeper-Account: victim\r\nX_Tollkeeper_Account: victim\r\nX-TOLLKEEPER_KEY-ID: k\r\nX-Tollkeeper-Admitted-Unknown: 1\r\n\r\n")
+		body := make([]byte, 1000)
+		n, _ := resp.Body.Read(body)
+		if got := string(body[:n]); strings.Contains(got, "victim") || strings.Contains(got, "Unknown") || strings.Contains(got, "_") || !strings.Contains(got, "X-Tollkeeper-Account[search]") {
+			t.Error(got)
+		}
+	})
+	t.Run("another route's name", func(t *testing.T) {
+		for _, path := range []string{"/cheap/../dear/x", "/cheap/%2e%2e/dear/x", "/dear/./x", "/dear/..", "/a/..%2fdear/x"} {
+			_, resp := raw(t, g.proxy, "GET "+path+" HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-search\r\n\r\n")
+			if resp.StatusCode != http.StatusBadRequest {
+				t.Errorf("%s: %d", path, resp.StatusCode)
+			}
+		}
+		// Upstreams take several slashes for one.
+		for i, path := range []string{"//dear/x", "/dear//x", "//dear"} {
+			id := fmt.Sprint("slashes-", i)
+			_, resp := raw(t, g.proxy, "GET "+path+" HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-search\r\nX-Request-Id: "+id+"\r\n\r\n")
+			if resp.StatusCode != http.StatusOK {
+				t.Errorf("%s: %d", path, resp.StatusCode)
+			}
+			w.callsUntil(func(all []usage.Call) bool {
+				for _, c := range all {
+					if c.RequestID == id {
+						if c.Route != "dear" {
+							t.Errorf("%s is counted for %s", path, c.Route)
+						}
+						return true
+					}
+				}
+				return false
+			})
+		}
+		if got := do(t, http.MethodGet, g.proxy+"/a..b/...", "sk-search", ""); got.status != 200 || !strings.HasPrefix(got.body, "/a..b/...[") {
+			t.Errorf("dots in names are names: %+v", got)
+		}
+	})
+	t.Run("another model", func(t *testing.T) {
+		for i, body := range []string{`{"model":"dear"} trailing`, `{"model":"dear"}{"model":"cheap"}`, "\xef\xbb\xbf" + `{"model":"dear"}`, `{"model":"cheap","model":"dear"}`} {
+			id := fmt.Sprint("model-", i)
+			if got := do(t, http.MethodPost, g.proxy+"/model", "sk-search", body, "X-Request-Id", id, "Content-Type", "application/json"); got.status != 200 {
+				t.Errorf("%s: %+v", body, got)
+			}
+			w.callsUntil(func(all []usage.Call) bool {
+				for _, c := range all {
+					if c.RequestID == id {
+						if c.Model != "dear" {
+							t.Errorf("%q is counted for model %q", body, c.Model)
+						}
+						return true
+					}
+				}
+				return false
+			})
+		}
+	})
+	t.Run("the request id, by early hints of the upstream", func(t *testing.T) {
+		if got := do(t, http.MethodGet, g.proxy+"/hints", "sk-search", "", gate.RequestIDHeader, "hints"); got.header.Get(gate.RequestIDHeader) != "hints" {
+			t.Errorf("%+v", got)
+		}
+	})
+}
+
+// Proxies that only ask pass their clients' headers on: what they do not set
+// themselves says nothing.
+func TestAskingProxies(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	g := startGateway(t, w.srv.ClientURL(), func(o *Options) {
+		o.AdminToken = "admin-token"
+		o.Config = Config{Routes: []RouteConfig{
+			{Name: "dear", Prefix: "/dear", Upstream: "http://127.0.0.1:1"},
+			{Name: "cheap", Prefix: "/", Upstream: "http://127.0.0.1:1"},
+		}}
+	})
+	g.ready()
+	w.decide("acme", usage.Deny, func(d *usage.Decision) { d.Filter.Routes, d.Filter.Methods = []string{"dear"}, []string{"POST"} })
+	within(t, 5*time.Second, "402", func() bool {
+		return do(t, http.MethodGet, g.admin+"/v1/admit?route=dear&method=POST", "sk-search", "").status == 402
+	})
+	for name, c := range map[string]struct {
+		method, path string
+		header       []string
+		want         int
+	}{
+		"Caddy and Traefik":                   {"GET", "/v1/admit", []string{"X-Forwarded-Method", "POST", "X-Forwarded-Uri", "/dear/x"}, 402},
+		"with a header of their client":       {"GET", "/v1/admit", []string{"X-Forwarded-Method", "POST", "X-Forwarded-Uri", "/dear/x", "X-Original-Uri", "/", "X-Original-Method", "GET"}, 402},
+		"nginx":                               {"GET", "/v1/admit?nginx=1", []string{"X-Original-Method", "POST", "X-Original-Uri", "/dear/x"}, 403},
+		"nginx with a header of its client":   {"GET", "/v1/admit?nginx=1", []string{"X-Original-Method", "POST", "X-Original-Uri", "/dear/x", "X-Forwarded-Uri", "/", "X-Forwarded-Method", "GET"}, 403},
+		"Envoy, which appends the path":       {"POST", "/v1/admit/dear/x?a=b", nil, 402},
+		"Envoy, another path":                 {"POST", "/v1/admit/other", nil, 200},
+		"Envoy, another method":               {"GET", "/v1/admit/dear/x", nil, 200},
+		"Envoy with a query of its client":    {"POST", "/v1/admit/dear/x?route=cheap&method=GET&uri=/&nginx=1", nil, 402},
+		"Envoy with a header of its client":   {"POST", "/v1/admit/dear/x", []string{"X-Forwarded-Uri", "/", "X-Forwarded-Method", "GET", "X-Original-Uri", "/"}, 402},
+		"a path that is another's in the end": {"POST", "/v1/admit?uri=/x/../dear/x", nil, 400},
+	} {
+		if got := do(t, c.method, g.admin+c.path, "sk-search", "", c.header...); got.status != c.want {
+			t.Errorf("%s: %d, want %d", name, got.status, c.want)
+		}
+	}
+}
+
+// A file's or a secret store's newline at the end of a secret would cost every call.
+func TestASecretWithANewline(t *testing.T) {
+	t.Setenv("EDGE_TEST_KEY", "s3cret\n")
+	c := SingleUpstream("x", "http://127.0.0.1:1", "")
+	c.Routes[0].SetHeaders = map[string]string{"Authorization": "Bearer ${EDGE_TEST_KEY}"}
+	err := c.Validate()
+	var bad *ConfigError
+	if !errors.As(err, &bad) || !strings.Contains(bad.Text, "Authorization") || !strings.Contains(bad.Text, "line break") || strings.Contains(bad.Error(), "s3cret") {
+		t.Errorf("%v", err)
+	}
+}
