@@ -1,0 +1,194 @@
+package lease
+
+import (
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+func filled(n int, amount int64) []*Purse {
+	var all []*Purse
+	for range n {
+		p := NewPurse(Gateway{1}, 0, Habits{Term: second, RetryAfter: ms, FirstWant: 1, MaxWant: 1})
+		p.Receive(Answer{Gateway: Gateway{1}, Epoch: 1, Revision: 1, Granted: amount, Expiry: never / 2}, 0)
+		all = append(all, p)
+	}
+	return all
+}
+
+func benchTake(b *testing.B, limits int, clock bool) {
+	purses := filled(limits, 1<<60)
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		parts := make([]Part, limits)
+		for i := range parts {
+			parts[i] = Part{purses[i], 1}
+		}
+		now := Micros(1)
+		for pb.Next() {
+			if clock {
+				now = Micros(time.Now().UnixMicro()) & 0xffff
+			}
+			if out, _ := Take(parts, now); !out.OK() {
+				b.Fatal("refused")
+			}
+		}
+	})
+}
+
+func BenchmarkTake(b *testing.B) {
+	b.Run("one limit", func(b *testing.B) { benchTake(b, 1, false) })
+	b.Run("one limit, clock", func(b *testing.B) { benchTake(b, 1, true) })
+	b.Run("three limits", func(b *testing.B) { benchTake(b, 3, false) })
+}
+
+// Many accounts: the goroutines seldom meet.
+func BenchmarkTakeOfManyAccounts(b *testing.B) {
+	purses := filled(1<<16, 1<<60)
+	var start atomic.Uint64
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		parts := make([]Part, 1)
+		i := start.Add(0x9e3779b97f4a7c15)
+		for pb.Next() {
+			i = i*6364136223846793005 + 1442695040888963407
+			parts[0] = Part{purses[i>>48], 1}
+			if out, _ := Take(parts, 1); !out.OK() {
+				b.Fatal("refused")
+			}
+		}
+	})
+}
+
+func BenchmarkRefuse(b *testing.B) {
+	p := filled(1, 1)[0]
+	parts := []Part{{p, 1}}
+	Take(parts, 1)
+	p.Receive(Answer{Gateway: Gateway{1}, Epoch: 1, Revision: 2, Granted: 1, Verdict: DeniedFinal}, 0)
+	p.denial.Load().until = never
+	b.ReportAllocs()
+	for b.Loop() {
+		if out, _ := Take(parts, 1); out != Refused {
+			b.Fatal(out)
+		}
+	}
+}
+
+func BenchmarkReserveAndSettle(b *testing.B) {
+	parts := []Part{{filled(1, 1<<60)[0], 4096}}
+	hs := NewHolds(1024)
+	actual := []int64{100}
+	b.ReportAllocs()
+	for b.Loop() {
+		h, _, _ := hs.Reserve(parts, 1, 100)
+		h.Settle(actual, 2)
+	}
+}
+
+func BenchmarkApply(b *testing.B) {
+	e := NewEscrow(MaxUnits, Terms{Term: second, Patience: second, Horizon: second, MaxLeases: 64})
+	var asks [16]Ask
+	for i := range asks {
+		asks[i] = Ask{Gateway: Gateway{byte(i)}, Need: 1, Want: 100}
+	}
+	b.ReportAllocs()
+	n := uint64(0)
+	for b.Loop() {
+		m := &asks[n%16]
+		n++
+		m.Seq++
+		for _, a := range e.Apply(Entry{Sequence: n, Time: Micros(n), Ask: m}).Answers {
+			m.Known, m.Used = a.Granted, a.Granted
+		}
+	}
+}
+
+// The real thing with threads: gateways whose calls come at the same time, and a
+// ledger between them and the fold.
+func TestManyGoroutinesTakeExactlyWhatThereIs(t *testing.T) {
+	t.Parallel()
+	const amount, gateways, callers = 10_000, 3, 64
+	var ledger struct {
+		sync.Mutex
+		escrow   *Escrow
+		sequence uint64
+	}
+	ledger.escrow = NewEscrow(amount, Terms{Term: second, Patience: 10 * second, Horizon: second, MaxLeases: 64})
+	type gateway struct {
+		sync.Mutex
+		*sync.Cond
+		purse *Purse
+	}
+	all := map[Gateway]*gateway{}
+	var inbox [gateways]chan Answer
+	index := map[Gateway]int{}
+	for i := range gateways {
+		id := Gateway{byte(i + 1)}
+		g := &gateway{purse: NewPurse(id, 0, Habits{Term: second, ReportEvery: ms, RetryAfter: second, Recheck: second, FirstWant: 16, MaxWant: 1 << 20})}
+		g.Cond = sync.NewCond(&g.Mutex)
+		all[id], inbox[i], index[id] = g, make(chan Answer, 100_000), i
+	}
+	// say sends what is due; with the gateway's lock.
+	say := func(g *gateway) {
+		for m, ok := g.purse.Next(1); ok; m, ok = g.purse.Next(1) {
+			ledger.Lock()
+			ledger.sequence++
+			for _, a := range ledger.escrow.Apply(Entry{Sequence: ledger.sequence, Time: 1, Ask: &m}).Answers {
+				a.Epoch = 1
+				inbox[index[a.Gateway]] <- a
+			}
+			ledger.Unlock()
+		}
+	}
+	var hearing, calling sync.WaitGroup
+	var admitted atomic.Int64
+	for id, g := range all {
+		hearing.Go(func() {
+			for a := range inbox[index[id]] {
+				g.Lock()
+				g.purse.Receive(a, 1)
+				g.Broadcast()
+				say(g)
+				g.Unlock()
+			}
+		})
+		for range callers {
+			calling.Go(func() {
+				parts := []Part{{g.purse, 1}}
+				for {
+					out, _ := Take(parts, 1)
+					switch {
+					case out.OK():
+						admitted.Add(1)
+						if out == AdmittedLow {
+							g.Lock()
+							say(g)
+							g.Unlock()
+						}
+						continue
+					case out == Refused:
+						return
+					}
+					g.Lock()
+					if g.purse.Outcome(1, 1) == Fetch {
+						g.purse.Need(1, never)
+						say(g)
+						g.Wait()
+					}
+					g.Unlock()
+				}
+			})
+		}
+	}
+	calling.Wait()
+	for i := range inbox {
+		close(inbox[i])
+	}
+	hearing.Wait()
+	s := ledger.escrow.State()
+	if admitted.Load() != amount || s.Counts.DeniedEarly != 0 {
+		t.Errorf("%d calls were admitted of %d: %+v", admitted.Load(), amount, s)
+	}
+	t.Logf("%d ledger entries, %+v", ledger.sequence, s.Counts)
+}

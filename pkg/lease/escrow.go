@@ -1,0 +1,547 @@
+package lease
+
+import (
+	"bytes"
+	"slices"
+)
+
+// Terms are an allowance's rules. They come out of the ledger (plan, limit and
+// window), so that every reader folds with the same.
+type Terms struct {
+	// Start and End bound the window [Start, End); End 0 is never. Nothing is
+	// granted before Start, no lease outlives End.
+	Start, End Micros
+	// Term is how long a lease may be used after it was last granted or renewed.
+	Term Micros
+	// Patience is how long a gateway may take to answer a recall before others
+	// are denied without waiting for it; a gateway that waits must repeat its
+	// ask more often than twice in this time.
+	Patience Micros
+	// ReleaseAfter is how long after a lease's end its gateway may be silent
+	// before what it held is handed out again; 0 is never, which makes the tier
+	// exact. At most MaxExposure units are given up so at any time, which is
+	// the bound of the leased tier.
+	ReleaseAfter Micros
+	MaxExposure  int64
+	// Horizon is how long a closed lease is remembered: an older message that
+	// would begin a lease is ignored.
+	Horizon Micros
+	// MaxLeases that may be remembered at a time.
+	MaxLeases int
+}
+
+// maxRecalls is how many gateways are called at a time on behalf of one.
+const maxRecalls = 16
+
+// lease is what one gateway has of the allowance.
+type lease struct {
+	gateway                       Gateway
+	seq, seen                     uint64
+	granted, used, returned, over int64 // totals
+	held                          int64 // of what is out, by its last word
+	released                      int64 // all that is out, when it was given up
+	need, want                    int64
+	waiting                       uint64 // sequence since which it is in the queue; 0: it isn't
+	expiry, heard                 Micros
+	recall                        uint64 // sequence of the last recall
+	recallBy                      Micros // when patience with it ends
+	room                          int64
+	verdict                       Verdict
+	lapsed, silent, closed        bool
+	due                           bool // an answer
+}
+
+// out is what the gateway may have used without our knowing.
+func (l *lease) out() int64 { return l.granted - l.used - l.returned }
+
+// spare is what of it is not reserved for calls, by its last word.
+func (l *lease) spare() int64 { return l.out() - min(l.held, l.out()) }
+
+func (l *lease) recalled() bool { return l.recall > l.seen }
+
+// Counts are totals since the allowance began.
+type Counts struct {
+	Grants, Granted    int64 // times, units
+	Recalls            int64
+	Returned           int64 // units
+	DeniedEarly        int64 // times something was out that would have sufficed
+	DeniedFinal        int64
+	Released           int64 // units given up by policy
+	Above              int64 // units that cost more than was reserved
+	Late               int64 // units settled after they were given up
+	Lowered            int64 // units that were out or spent when the allowance was lowered below them
+	Duplicate, Unknown int64 // messages
+}
+
+// Escrow is the fold of one allowance: account, limit and window. It hands out
+// no more than there is. Not safe for concurrent use.
+type Escrow struct {
+	terms       Terms
+	amount      int64
+	sequence    uint64
+	now         Micros
+	settled     int64 // spent, by the gateways' words, above and late included
+	outstanding int64 // out and not given up
+	exposure    int64 // out and given up
+	leases      []lease
+	since       uint64 // sequence at which more was out than there is; calls it back
+	counts      Counts
+	answers     []Answer
+}
+
+// NewEscrow returns the escrow of an untouched allowance.
+func NewEscrow(amount int64, t Terms) *Escrow { return &Escrow{terms: t, amount: bounded(amount)} }
+
+func bounded(n int64) int64 { return max(0, min(n, MaxUnits)) }
+
+// Entry is an entry of the ledger that concerns the allowance; with neither body
+// it only lets time pass.
+type Entry struct {
+	Sequence uint64
+	// Time is the stream's own.
+	Time Micros
+	Ask  *Ask
+	// Amount replaces the allowance's.
+	Amount *int64
+}
+
+// Effects of an entry.
+type Effects struct {
+	// Answers to send, valid until the next Apply. A lost one is asked for again.
+	Answers []Answer
+	// Old: the entry is not after the last one and was ignored.
+	Old bool
+	// Duplicate ask: it changed nothing and is answered again.
+	Duplicate bool
+	// Unknown: the ask speaks of a lease that is not remembered; it was ignored.
+	Unknown bool
+	// Invalid says why the ask was ignored: it belongs in the dead letters.
+	Invalid string
+}
+
+// Apply folds one entry.
+func (e *Escrow) Apply(en Entry) Effects {
+	var fx Effects
+	if en.Sequence <= e.sequence {
+		fx.Old = true
+		return fx
+	}
+	e.sequence = en.Sequence
+	e.now = max(e.now, en.Time)
+	e.answers = e.answers[:0]
+	e.elapse()
+	if en.Amount != nil {
+		before := e.excess()
+		e.amount = bounded(*en.Amount)
+		if more := e.excess() - before; more > 0 {
+			e.counts.Lowered += more
+			e.since = en.Sequence
+		}
+	}
+	if en.Ask != nil {
+		e.ask(en.Ask, &fx)
+	}
+	e.serve()
+	for i := range e.leases {
+		if l := &e.leases[i]; l.due {
+			l.due = false
+			e.answers = append(e.answers, e.answer(l))
+		}
+	}
+	fx.Answers = e.answers
+	return fx
+}
+
+// free is what can be handed out; negative after the allowance was lowered.
+func (e *Escrow) free() int64 { return e.amount - e.settled - e.outstanding }
+
+func (e *Escrow) excess() int64 { return max(0, -e.free()) }
+
+func (e *Escrow) ended() bool { return e.terms.End != 0 && e.now >= e.terms.End }
+
+func (e *Escrow) until() Micros {
+	if end := e.terms.End; end != 0 {
+		return min(e.now+e.terms.Term, end)
+	}
+	return e.now + e.terms.Term
+}
+
+// elapse does what time does.
+func (e *Escrow) elapse() {
+	gone := false
+	for i := range e.leases {
+		l := &e.leases[i]
+		if l.closed {
+			gone = gone || e.now-l.heard > e.terms.Horizon
+			continue
+		}
+		l.lapsed = l.lapsed || l.expiry <= e.now
+		l.silent = l.silent || l.recalled() && l.recallBy <= e.now
+		if l.waiting != 0 && e.staleAt(l) <= e.now {
+			l.waiting, l.need, l.want = 0, 0, 0 // its gateway has died or does not wait any more
+		}
+		if out := l.out(); e.releaseAt(l) <= e.now && out <= e.terms.MaxExposure-e.exposure {
+			l.released = out
+			e.outstanding -= out
+			e.exposure += out
+			e.counts.Released += out
+		}
+	}
+	if gone {
+		e.leases = slices.DeleteFunc(e.leases, func(l lease) bool { return l.closed && e.now-l.heard > e.terms.Horizon })
+	}
+}
+
+const never = Micros(1<<63 - 1)
+
+func (e *Escrow) staleAt(l *lease) Micros { return l.heard + 2*e.terms.Patience }
+
+func (e *Escrow) releaseAt(l *lease) Micros {
+	if e.terms.ReleaseAfter <= 0 || !l.lapsed || l.released != 0 || l.out() == 0 {
+		return never
+	}
+	return max(l.expiry, l.heard) + e.terms.ReleaseAfter
+}
+
+// Due returns the stream time at which an entry must come even if nobody asks;
+// false: none.
+func (e *Escrow) Due() (Micros, bool) {
+	at := never
+	waiting := false
+	for i := range e.leases {
+		l := &e.leases[i]
+		if l.closed {
+			continue
+		}
+		if !l.lapsed {
+			at = min(at, l.expiry)
+		}
+		if l.recalled() && !l.silent {
+			at = min(at, l.recallBy)
+		}
+		if l.waiting != 0 {
+			waiting = true
+			at = min(at, e.staleAt(l))
+		}
+		if r := e.releaseAt(l); r > e.now { // else it waits for room in the exposure
+			at = min(at, r)
+		}
+	}
+	if waiting {
+		for _, t := range [...]Micros{e.terms.Start, e.terms.End} {
+			if t > e.now {
+				at = min(at, t)
+			}
+		}
+	}
+	return at, at != never
+}
+
+func (e *Escrow) find(g Gateway) (int, bool) {
+	return slices.BinarySearchFunc(e.leases, g, func(l lease, g Gateway) int { return bytes.Compare(l.gateway[:], g[:]) })
+}
+
+func (e *Escrow) ask(m *Ask, fx *Effects) {
+	if fx.Invalid = m.wrong(); fx.Invalid != "" {
+		return
+	}
+	i, known := e.find(m.Gateway)
+	if !known {
+		verdict := Open
+		switch {
+		case m.Known|m.Used|m.Returned|m.Over != 0:
+			// Its lease was closed long ago, or never was: what it used is settled.
+			fx.Unknown, verdict = true, Ended
+		case e.ended():
+			verdict = Ended
+		case e.now-m.Sent > e.terms.Horizon:
+			fx.Unknown, verdict = true, Ended // maybe a copy from before its end
+		case len(e.leases) >= e.terms.MaxLeases:
+			verdict = DeniedEarly
+			e.counts.DeniedEarly++
+		}
+		if fx.Unknown {
+			e.counts.Unknown++
+		}
+		if verdict != Open {
+			e.answers = append(e.answers, Answer{Gateway: m.Gateway, Revision: e.sequence, Seq: m.Seq, Verdict: verdict})
+			return
+		}
+		e.leases = slices.Insert(e.leases, i, lease{gateway: m.Gateway, heard: e.now, expiry: e.until()})
+	}
+	l := &e.leases[i]
+	l.due = true
+	if m.Seq <= l.seq {
+		fx.Duplicate = true
+		e.counts.Duplicate++
+		return
+	}
+	used, returned := max(m.Used, l.used), max(m.Returned, l.returned)
+	if m.Known > l.granted || used+returned > l.granted {
+		fx.Invalid = "the gateway speaks of more than it was granted"
+		return
+	}
+	e.settle(l, used-l.used, returned-l.returned, max(0, m.Over-l.over))
+	l.seq, l.seen, l.held, l.heard, l.silent = m.Seq, max(l.seen, m.Seen), m.Held, e.now, false
+	if l.released > 0 && l.released <= e.free() {
+		// It lives, and there is room: no longer given up.
+		e.outstanding += l.released
+		e.exposure -= l.released
+		l.released = 0
+	}
+	switch {
+	case l.closed:
+	case m.Closing:
+		e.settle(l, 0, l.out(), 0)
+		l.closed, l.lapsed, l.waiting, l.verdict = true, true, 0, Ended
+	default:
+		e.demand(l, m)
+	}
+}
+
+// settle notes what of a lease was used, came back, and was cost beyond it.
+func (e *Escrow) settle(l *lease, used, returned, over int64) {
+	before := e.excess()
+	l.used += used
+	l.returned += returned
+	l.over += over
+	if l.released > 0 {
+		l.released -= used + returned
+		e.exposure -= used + returned
+		e.counts.Late += used
+	} else {
+		e.outstanding -= used + returned
+	}
+	e.settled += used + over
+	e.counts.Returned += returned
+	e.counts.Above += over
+	if e.excess() > before {
+		e.since = e.sequence
+	}
+}
+
+// demand notes what the gateway would like.
+func (e *Escrow) demand(l *lease, m *Ask) {
+	l.need, l.want = 0, 0
+	if e.ended() || m.Need == 0 && m.Want == 0 && !m.Renew {
+		l.waiting = 0
+		return
+	}
+	if l.released > 0 {
+		// What it holds was handed out to others: until that is settled it gets
+		// no more.
+		if m.Need > 0 {
+			e.deny(l, DeniedEarly, 0)
+		}
+		return
+	}
+	l.expiry, l.lapsed = max(l.expiry, e.until()), false
+	switch {
+	case m.Known < l.granted:
+		l.waiting = 0 // there is more on its way than it knows
+	case m.Need > 0:
+		l.need, l.want = m.Need, m.Want
+		if l.waiting == 0 {
+			l.waiting = e.sequence
+		}
+	default:
+		l.waiting = 0
+		if free := e.free(); m.Want > 0 && free > 0 && e.head() == nil && e.now >= e.terms.Start {
+			l.want = m.Want
+			e.grant(l, free)
+		}
+	}
+}
+
+// head returns the one that has waited longest.
+func (e *Escrow) head() *lease {
+	var first *lease
+	for i := range e.leases {
+		if l := &e.leases[i]; l.waiting != 0 && (first == nil || l.waiting < first.waiting) {
+			first = l
+		}
+	}
+	return first
+}
+
+// serve goes through the queue as far as it gets. In order: else a call that
+// needs much would never be served before those that need little.
+func (e *Escrow) serve() {
+	if e.now < e.terms.Start {
+		return
+	}
+	for l := e.head(); l != nil; l = e.head() {
+		free := e.free()
+		switch {
+		case e.ended():
+			l.waiting, l.due = 0, true
+		case l.need <= free:
+			e.grant(l, free)
+		case e.settled+l.spare()+l.need > e.amount:
+			e.deny(l, DeniedFinal, e.amount-e.settled)
+		case e.recallFor(l, l.waiting, l.need-free):
+			return
+		default:
+			e.deny(l, DeniedEarly, max(0, free)+l.spare())
+		}
+	}
+	if e.ended() {
+		return
+	}
+	if over := e.excess(); over > 0 {
+		e.recallFor(nil, e.since, over)
+		return
+	}
+	// Nobody waits: who was denied hears that there is more than there was.
+	for i := range e.leases {
+		l := &e.leases[i]
+		room := e.amount - e.settled
+		switch l.verdict {
+		case DeniedEarly:
+			room = e.free() + l.spare()
+		case DeniedFinal:
+		default:
+			continue
+		}
+		if room > l.room && !l.closed {
+			l.verdict, l.due = Open, true
+		}
+	}
+}
+
+// grant hands out what is asked for, but no more than a fair share of half of
+// what is left, so that leases shrink as the allowance runs out; never less than
+// what helps.
+func (e *Escrow) grant(l *lease, free int64) {
+	active := int64(0)
+	for i := range e.leases {
+		if o := &e.leases[i]; o == l || !o.closed && !o.lapsed && e.now-o.heard < e.terms.Term {
+			active++
+		}
+	}
+	n := min(free, max(l.need, min(l.want, max(1, free/(2*active)))))
+	l.granted += n
+	e.outstanding += n
+	e.counts.Grants++
+	e.counts.Granted += n
+	l.expiry, l.lapsed = max(l.expiry, e.until()), false
+	l.need, l.want, l.waiting, l.verdict, l.due = 0, 0, 0, Open, true
+}
+
+func (e *Escrow) deny(l *lease, v Verdict, room int64) {
+	l.need, l.want, l.waiting, l.due = 0, 0, 0, true
+	l.verdict, l.room = v, room
+	if v == DeniedEarly {
+		e.counts.DeniedEarly++
+	} else {
+		e.counts.DeniedFinal++
+	}
+}
+
+// recallFor calls unused units back from others until what they are believed to
+// have suffices, and reports whether somebody's word is still awaited. Who has
+// answered a recall since the sequence is not asked again, who was silent
+// neither: it speaks when it can.
+func (e *Escrow) recallFor(asker *lease, since uint64, short int64) bool {
+	pending, expected := 0, int64(0)
+	for i := range e.leases {
+		if o := &e.leases[i]; o != asker && o.recalled() && !o.silent && !o.closed {
+			pending++
+			expected += o.spare()
+		}
+	}
+	for expected < short && pending < maxRecalls {
+		var best *lease
+		for i := range e.leases {
+			o := &e.leases[i]
+			if o == asker || o.out() == 0 || o.released > 0 || o.silent || o.recalled() || o.recall != 0 && o.recall >= since {
+				continue
+			}
+			if best == nil || o.spare() > best.spare() {
+				best = o
+			}
+		}
+		if best == nil {
+			break
+		}
+		best.recall, best.recallBy, best.due = e.sequence, e.now+e.terms.Patience, true
+		e.counts.Recalls++
+		pending++
+		expected += best.spare()
+	}
+	return pending > 0
+}
+
+func (e *Escrow) answer(l *lease) Answer {
+	a := Answer{Gateway: l.gateway, Revision: e.sequence, Seq: l.seq, Granted: l.granted, Expiry: l.expiry, Verdict: l.verdict, Room: l.room}
+	switch {
+	case l.waiting != 0:
+		a.Verdict = Waiting
+	case e.ended():
+		a.Verdict = Ended
+	}
+	if l.recalled() {
+		a.Recall = l.recall
+	}
+	return a
+}
+
+// Resume returns the answers that a new owner sends: what its predecessor said
+// last may have died with it.
+func (e *Escrow) Resume() []Answer {
+	var all []Answer
+	for i := range e.leases {
+		if l := &e.leases[i]; !l.closed {
+			all = append(all, e.answer(l))
+		}
+	}
+	return all
+}
+
+// State is how an allowance stands.
+type State struct {
+	Amount int64
+	// Settled + Outstanding is at most Amount + Excess, and Excess at most
+	// Counts.Lowered + Counts.Above + Counts.Late: 0 in the exact tier unless
+	// the allowance was lowered or a call cost more than it reserved.
+	Settled, Outstanding, Excess int64
+	// Exposure is what was given up and may yet turn out to be used; it plus
+	// Settled and Outstanding never passes what there was by more than
+	// Terms.MaxExposure.
+	Exposure int64
+	// Overdraft is what was spent beyond the allowance.
+	Overdraft int64
+	// Dead is the part of Outstanding in leases that have ended: it is spent
+	// unless its gateway or a spool says otherwise.
+	Dead   int64
+	Leases int
+	Waits  int
+	Ended  bool
+	Counts Counts
+}
+
+// State returns how the allowance stands.
+func (e *Escrow) State() State {
+	s := State{
+		Amount: e.amount, Settled: e.settled, Outstanding: e.outstanding, Excess: e.excess(), Exposure: e.exposure,
+		Overdraft: max(0, e.settled-e.amount),
+		Leases:    len(e.leases), Ended: e.ended(), Counts: e.counts,
+	}
+	for i := range e.leases {
+		l := &e.leases[i]
+		if l.lapsed && l.released == 0 {
+			s.Dead += l.out()
+		}
+		if l.waiting != 0 {
+			s.Waits++
+		}
+	}
+	return s
+}
+
+// Clone returns a copy that shares nothing.
+func (e *Escrow) Clone() *Escrow {
+	c := *e
+	c.leases, c.answers = slices.Clone(e.leases), nil
+	return &c
+}

@@ -1,0 +1,382 @@
+package lease
+
+import (
+	"math/bits"
+	"sync/atomic"
+)
+
+// Habits are how a gateway deals with its leases.
+type Habits struct {
+	// Skew is the most by which the gateway's estimate of the ledger's time is
+	// wrong, either way.
+	Skew Micros
+	// Term is how far ahead a want looks, and the Terms' Term.
+	Term Micros
+	// ReportEvery is how long what was used stays unreported at most.
+	ReportEvery Micros
+	// RetryAfter is when an unanswered message is repeated at first; the pause
+	// doubles up to 16 times that. Less than Terms.Patience.
+	RetryAfter Micros
+	// Recheck is how long a denial stands before a call asks again.
+	Recheck Micros
+	// FirstWant and MaxWant bound what is wished for beyond what is needed.
+	FirstWant, MaxWant int64
+	// ReleaseHolds is how many units of expired reservations may be used again
+	// before their calls are settled; 0 makes the tier exact.
+	ReleaseHolds int64
+}
+
+// Outcome of an attempt to take units.
+type Outcome uint8
+
+// The outcomes.
+const (
+	// Admitted: the units are taken.
+	Admitted Outcome = iota
+	// AdmittedLow: taken, and it is time to call Next.
+	AdmittedLow
+	// Fetch: not here; call Purse.Need and Next, and try again after Receive.
+	Fetch
+	// Refused for good: only a raise or the next window brings more.
+	Refused
+	// RefusedEarly: others hold what is left and may not use it.
+	RefusedEarly
+	// Over: the window is over or about to be; ask the purse of the next one.
+	Over
+	// Full: too many reservations are open.
+	Full
+)
+
+// OK reports whether the units are taken.
+func (o Outcome) OK() bool { return o <= AdmittedLow }
+
+// denial is what is known about calls of more than room units.
+type denial struct {
+	room  int64
+	until Micros // when to ask again
+	early bool
+}
+
+// Purse is a gateway's side of one allowance. Take, Reserve, a Hold's methods
+// and Outcome may be called by any number of goroutines, take no lock of the
+// purse and allocate nothing but the Hold; the other methods by one goroutine at
+// a time, beside them.
+//
+// Units move free → used (Take), free → held → used or free (Reserve, Settle),
+// free → returned. They are taken away before they are added: the sum is never
+// more than was granted, and less only while somebody is between the two.
+type Purse struct {
+	free  atomic.Int64
+	until atomic.Int64 // of the lease, skew taken off
+	low   atomic.Int64
+	used  atomic.Int64
+	_     [32]byte // one line for all that an admission touches
+
+	held    atomic.Int64
+	over    atomic.Int64
+	exposed atomic.Int64
+	denial  atomic.Pointer[denial]
+
+	gateway         Gateway
+	habits          Habits
+	end             Micros
+	granted         int64
+	returned        int64
+	expiry          Micros
+	seq, answered   uint64
+	seen, epoch     uint64
+	recalled        uint64
+	verdict         Verdict
+	tight           bool // what comes free goes back
+	answer          bool // a recall is to be answered, if only with nothing
+	closing, closed bool
+	need            int64
+	needUntil       Micros
+	sent            Ask
+	sentAt, retryAt Micros
+	pause           Micros
+	hopeAt, renewAt Micros
+	usedThen        int64 // when it was last granted
+	grantedAt       Micros
+}
+
+// NewPurse returns the purse of gateway g for an allowance whose window ends at
+// end (0: never). It is empty.
+func NewPurse(g Gateway, end Micros, h Habits) *Purse {
+	return &Purse{gateway: g, habits: h, end: end, pause: h.RetryAfter}
+}
+
+// take takes n units if they are there and the lease is good at now.
+func (p *Purse) take(n int64, now Micros) bool {
+	if n == 0 {
+		return true
+	}
+	if int64(now) >= p.until.Load() {
+		return false
+	}
+	for {
+		free := p.free.Load()
+		if free < n {
+			return false
+		}
+		if p.free.CompareAndSwap(free, free-n) {
+			return true
+		}
+	}
+}
+
+// Part is what a call needs of one allowance. Amount is not negative.
+type Part struct {
+	Purse  *Purse
+	Amount int64
+}
+
+// Take takes every part or none; the index is that of the part that decided
+// when it fails. now is the ledger's time as the gateway estimates it.
+func Take(parts []Part, now Micros) (Outcome, int) {
+	if i := takeParts(parts, now); i < len(parts) {
+		return why(parts, i, now)
+	}
+	out := Admitted
+	for i := range parts {
+		p := parts[i].Purse
+		p.used.Add(parts[i].Amount)
+		if p.free.Load() <= p.low.Load() {
+			out = AdmittedLow
+		}
+	}
+	return out, 0
+}
+
+// takeParts returns the first part that can't be had, len(parts) when all are.
+func takeParts(parts []Part, now Micros) int {
+	for i := range parts {
+		if n := parts[i].Amount; n < 0 || n > MaxUnits || !parts[i].Purse.take(n, now) {
+			for j := range parts[:i] {
+				parts[j].Purse.free.Add(parts[j].Amount)
+			}
+			return i
+		}
+	}
+	return len(parts)
+}
+
+// why says what stands against the parts from i on: a refusal, wherever it is,
+// before what would have to be fetched.
+func why(parts []Part, i int, now Micros) (Outcome, int) {
+	out, at := parts[i].Purse.Outcome(parts[i].Amount, now), i
+	for j := i + 1; j < len(parts) && out != Refused; j++ {
+		if o := parts[j].Purse.Outcome(parts[j].Amount, now); o == Refused || o == RefusedEarly && out != RefusedEarly {
+			out, at = o, j
+		}
+	}
+	return out, at
+}
+
+// Outcome says what an attempt to take n units would meet.
+func (p *Purse) Outcome(n int64, now Micros) Outcome {
+	switch d := p.denial.Load(); {
+	case n == 0 || n > 0 && n <= p.free.Load() && int64(now) < p.until.Load():
+		return Admitted
+	case p.ending(now):
+		return Over
+	case d == nil || n <= d.room || now >= d.until:
+		return Fetch
+	case d.early:
+		return RefusedEarly
+	}
+	return Refused
+}
+
+// ending: nobody can tell any more which window it is.
+func (p *Purse) ending(now Micros) bool { return p.end != 0 && now >= p.end-p.habits.Skew }
+
+// Need notes that a call waits for n units, until a time.
+func (p *Purse) Need(n int64, until Micros) {
+	p.need, p.needUntil = max(p.need, n), max(p.needUntil, until)
+}
+
+// Close begins the end of the lease: what is free goes back now, the rest when
+// the open reservations are resolved.
+func (p *Purse) Close() { p.closing = true }
+
+// Done reports that the lease is closed and that this is known: the purse can
+// be dropped.
+func (p *Purse) Done() bool { return p.closed && p.answered >= p.seq }
+
+// giveBack takes all that is free out of use.
+func (p *Purse) giveBack() { p.returned += p.free.Swap(0) }
+
+// Receive takes in an answer. The caller then tries again all that waits, and
+// calls Next after that.
+func (p *Purse) Receive(a Answer, now Micros) {
+	if a.Gateway != p.gateway || a.Epoch < p.epoch {
+		return
+	}
+	p.epoch = a.Epoch
+	if a.Seq > p.answered && a.Seq <= p.seq {
+		p.answered = a.Seq
+		p.pause = p.habits.RetryAfter
+	}
+	if p.closed {
+		return
+	}
+	if more := a.Granted - p.granted; more > 0 {
+		p.granted = a.Granted
+		p.grantedAt, p.usedThen = now, p.used.Load()+p.held.Load()
+		p.low.Store(more / 2)
+		p.need, p.tight, p.hopeAt = 0, false, now
+		if p.closing {
+			p.returned += more
+		} else {
+			p.free.Add(more)
+		}
+	}
+	if a.Expiry > p.expiry {
+		p.expiry = a.Expiry
+		p.grantedAt, p.usedThen = now, p.used.Load()+p.held.Load()
+		p.until.Store(int64(a.Expiry - p.habits.Skew))
+	}
+	if a.Revision < p.seen {
+		return
+	}
+	p.seen = a.Revision
+	if a.Recall > p.recalled {
+		// What was granted for calls that wait goes to them first: Next gives
+		// back what is left, else two gateways could pass it to and fro for ever.
+		p.recalled, p.tight, p.answer = a.Recall, true, true
+	}
+	if a.Seq < p.seq && (a.Verdict == DeniedEarly || a.Verdict == DeniedFinal) {
+		return // about something else than was asked last
+	}
+	p.verdict = a.Verdict
+	switch a.Verdict {
+	case DeniedEarly:
+		p.need = 0
+		p.denial.Store(&denial{a.Room, now + p.habits.Recheck, true})
+	case DeniedFinal:
+		p.need = 0
+		p.denial.Store(&denial{a.Room, now + 8*p.habits.Recheck, false})
+	case Open, Waiting, Ended:
+		p.denial.Store(nil)
+	}
+}
+
+// Next returns the message that is due at now, false when none is. Call it
+// after Need, Close, Receive, an AdmittedLow, a resolved Hold, and at least
+// every RetryAfter; send what it returns at once.
+func (p *Purse) Next(now Micros) (Ask, bool) {
+	if p.closed {
+		if p.Done() || now < p.retryAt {
+			return Ask{}, false
+		}
+		return p.send(p.facts(now), now), true
+	}
+	over := p.closing || p.ending(now)
+	if now >= p.needUntil || over {
+		p.need = 0
+	}
+	if over || p.answer || p.granted > 0 && now >= Micros(p.until.Load()) || p.tight && p.need == 0 {
+		p.giveBack()
+	}
+	m := p.facts(now)
+	if over && p.last(&m) {
+		p.closed = true
+		if p.seq == 0 {
+			return Ask{}, false // nobody has heard of it
+		}
+		return p.send(m, now), true
+	}
+	if !over {
+		p.wish(&m, now)
+	}
+	switch {
+	case p.answer:
+	case p.seq > p.answered || m.Need > 0 && p.verdict == Waiting:
+		// Something was said and not heard, or is waited for: say it again in a
+		// while, or at once when there is more to say.
+		if now < p.retryAt && m.Need <= p.sent.Need && m.Returned == p.sent.Returned {
+			return Ask{}, false
+		}
+	case m.Need > 0 || m.Want > 0 || m.Renew || m.Returned != p.sent.Returned:
+	case m.Used != p.sent.Used || m.Held != p.sent.Held || m.Over != p.sent.Over:
+		if now < p.sentAt+p.habits.ReportEvery {
+			return Ask{}, false
+		}
+	default:
+		return Ask{}, false
+	}
+	return p.send(m, now), true
+}
+
+// facts is what can be said for certain. Used is read before Held and only
+// grows, so that no unit is in both; Returned is ours.
+func (p *Purse) facts(now Micros) Ask {
+	m := Ask{Gateway: p.gateway, Sent: now, Seen: p.seen, Known: p.granted, Used: p.used.Load(), Returned: p.returned, Over: p.over.Load(), Closing: p.closed}
+	m.Held = p.held.Load()
+	return m
+}
+
+// last makes m the last word if nothing can be taken, given back or settled any
+// more. Nothing is free: so what is neither used nor held is between the two in
+// some goroutine, and the sum tells.
+func (p *Purse) last(m *Ask) bool {
+	if m.Held != 0 || p.exposed.Load() != 0 || m.Used+m.Returned != m.Known {
+		return false
+	}
+	m.Closing = true
+	return true
+}
+
+// wish adds what the gateway would like.
+func (p *Purse) wish(m *Ask, now Micros) {
+	free := p.free.Load()
+	spent := m.Used + m.Held - p.usedThen
+	if p.need > free && p.Outcome(p.need, now) == Fetch {
+		m.Need = p.need - free
+		m.Want = max(m.Need, p.foresee(spent, now))
+		return
+	}
+	good := now < Micros(p.until.Load())
+	if p.granted == 0 || p.tight || !good {
+		return
+	}
+	if spent > 0 && free <= p.low.Load() && now >= p.hopeAt && p.denial.Load() == nil {
+		m.Want = p.foresee(spent, now)
+	}
+	m.Renew = (spent > 0 && free > 0 || m.Held > 0) && (p.end == 0 || p.expiry < p.end) && now >= max(p.renewAt, p.expiry-p.habits.Skew-p.habits.Term/2)
+}
+
+// foresee is what a term will use at the rate since the last grant.
+func (p *Purse) foresee(spent int64, now Micros) int64 {
+	elapsed := max(int64(now-p.grantedAt), int64(p.habits.RetryAfter), 1)
+	hi, lo := bits.Mul64(uint64(max(spent, 0)), uint64(max(p.habits.Term, 0)))
+	rate := p.habits.MaxWant
+	if hi < uint64(elapsed) {
+		if q, _ := bits.Div64(hi, lo, uint64(elapsed)); q < uint64(rate) {
+			rate = int64(q)
+		}
+	}
+	return max(rate, min(p.habits.FirstWant, p.habits.MaxWant))
+}
+
+func (p *Purse) send(m Ask, now Micros) Ask {
+	if p.seq > p.answered {
+		p.pause = min(2*p.pause, 16*p.habits.RetryAfter)
+	}
+	if m.Need > 0 {
+		// Whoever waits must be heard to live.
+		p.pause = p.habits.RetryAfter
+	}
+	if m.Want > 0 {
+		p.hopeAt = now + p.habits.Recheck
+	}
+	if m.Renew {
+		p.renewAt = now + p.habits.Term/8
+	}
+	p.answer = false
+	p.seq++
+	m.Seq = p.seq
+	p.sent, p.sentAt, p.retryAt = m, now, now+p.pause
+	return m
+}
