@@ -223,7 +223,13 @@ func (l *lane) begin(ctx context.Context) (stands boundary, position uint64, err
 // compare errs when the stream has lost entries that the boundary speaks of: what
 // has their numbers by now would be taken for written.
 func (l *lane) compare(ctx context.Context, stream jetstream.Stream, stands boundary) error {
-	if end := stream.CachedInfo().State.LastSeq; end < stands.To {
+	// Asked after the boundary was read, which another may have moved on since
+	// this lane began.
+	info, err := stream.Info(ctx)
+	if err != nil {
+		return fmt.Errorf("stream %s: %w", l.stream, err)
+	}
+	if end := info.State.LastSeq; end < stands.To {
 		return &fatalError{fmt.Errorf("stream %s ends at %d, its history at %d: %w: bring the stream back, or empty %s in ClickHouse and delete key %s of bucket %s to write the history anew from what the stream has",
 			l.stream, end, stands.To, ledger.ErrRewound, l.tableNames(), l.name, ledger.HistorianBucket)}
 	}

@@ -25,7 +25,6 @@ var large = map[string]struct {
 	"pkg/quota":                         {2600, "one state machine: counters, decisions and their snapshot fold the same state"},
 	"services/historian":                {2000, "one lane from ledger to table, with its journal"},
 	"services/internal/embedclickhouse": {2300, "installing, configuring and supervising one foreign process"},
-	"services/internal/history":         {2900, "the only package that may know the ClickHouse driver holds all that needs it"},
 }
 
 const maxLines = 1500

@@ -1,15 +1,12 @@
 package history
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"strings"
 	"sync"
 	"testing"
-	"testing/fstest"
 	"time"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
@@ -20,6 +17,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas"
 	"github.com/tollkeeper/tollkeeper/services/internal/embedclickhouse"
+	"github.com/tollkeeper/tollkeeper/services/internal/history/migration"
 )
 
 // insert brings a block into all its tables.
@@ -138,103 +136,6 @@ func TestABlockIsSentOncePerToken(t *testing.T) {
 	insert(t, h, b, unique(t))
 	if _, err := parts[0].Present(t.Context()); !errors.Is(err, ErrTorn) {
 		t.Errorf("a block that is there twice: %v", err)
-	}
-}
-
-func TestLateAndFutureCallsAreMarked(t *testing.T) {
-	t.Parallel()
-	at := noon + 90_000_000 // 12:01:30
-	minute := func(m, s int64) usage.Micros { return noon + usage.Micros(m*60_000_000+s*1_000_000) }
-	b := block(t, 1, at, ksuid.New(),
-		usage.Call{Time: minute(-1, 59), Account: "a"},    // its minute ended 90 s ago
-		usage.Call{Time: minute(0, 0), Account: "a"},      // its minute ended 30 s ago
-		usage.Call{Time: minute(1, 30), Account: "a"},     // now
-		usage.Call{Time: minute(1, 30) + 1, Account: "a"}, // ahead
-		usage.Call{Time: usage.At(time.Date(2198, 1, 1, 0, 0, 0, 0, time.UTC)), Account: "a"},
-	)
-	if got := fmt.Sprint(b.late, b.flags); got != "[1 0 0 0 0] [0 0 0 4 4]" {
-		t.Errorf("late and flags are %s", got)
-	}
-	// What is ahead counts for the ledger's own time.
-	if len(b.minutely.sums) != 3 {
-		t.Errorf("%d minutes, wanted 11:59, 12:00 and 12:01", len(b.minutely.sums))
-	}
-}
-
-func TestLeftOutRowsLeaveNoTrace(t *testing.T) {
-	t.Parallel()
-	tr := newTraffic(5, 30, "")
-	tr.ids = true
-	var f ledger.Frame
-	kept := NewBlock()
-	var rows []usage.Call
-	for _, fr := range tr.frames(t, 2000) {
-		if err := f.Decode(fr.data); err != nil {
-			t.Fatal(err)
-		}
-		var keep []uint32
-		for i := range f.N {
-			if i%3 != 1 {
-				keep = append(keep, uint32(i))
-				rows = append(rows, f.Call(i))
-			}
-		}
-		kept.AppendFrame(&f, fr.entry, keep)
-	}
-	if kept.Rows() != len(rows) {
-		t.Fatalf("%d rows, wanted %d", kept.Rows(), len(rows))
-	}
-	var want Totals
-	want.Meters = map[usage.Meter]int64{usage.ReasoningTokens: 0}
-	for i := range rows {
-		if !rows[i].Admitted() {
-			want.Refused++
-		}
-		for _, m := range usage.BuiltInMeters() {
-			if v, ok := rows[i].Usage(m); ok {
-				want.Meters[m] += v
-			}
-		}
-		if got := string(kept.account.value(kept.account.keys[i])); got != rows[i].Account || string(kept.requestID.buf[:kept.requestID.ends[0]]) != rows[0].RequestID || !bytes.Equal(kept.traceID.Buf[i*16:i*16+16], rows[i].TraceID[:]) {
-			t.Fatalf("row %d is of %q, wanted %q", i, got, rows[i].Account)
-		}
-	}
-	var got Totals
-	got.Meters = map[usage.Meter]int64{}
-	for _, s := range kept.hourly.sums {
-		got.Refused += int64(s.refused)
-		for i, m := range usage.BuiltInMeters() {
-			got.Meters[m] += s.meters[i]
-		}
-	}
-	if fmt.Sprint(got) != fmt.Sprint(want) {
-		t.Errorf("the rollup says %v, wanted %v", got, want)
-	}
-}
-
-func TestSumsStopAtTheEndOfTheirRange(t *testing.T) {
-	t.Parallel()
-	var c usage.Call
-	c.Time, c.Account = noon, "a"
-	c.Quantities.Set(usage.Cost, usage.MaxQuantity)
-	calls := make([]usage.Call, 1000)
-	for i := range calls {
-		calls[i] = c
-	}
-	var builder ledger.Builder
-	b := NewBlock()
-	for range 2 {
-		for i := range calls {
-			builder.Add(&calls[i])
-		}
-		var f ledger.Frame
-		if err := f.Decode(builder.Seal(ledger.Header{Producer: ksuid.New(), Number: 1})); err != nil {
-			t.Fatal(err)
-		}
-		b.AppendFrame(&f, Entry{Sequence: 1, Time: noon}, nil)
-	}
-	if got := b.hourly.sums[0].meters[usage.CostIndex]; got != math.MaxInt64 {
-		t.Errorf("the sum of 2000 times the greatest cost is %d", got)
 	}
 }
 
@@ -397,12 +298,12 @@ func TestSeveralServicesMayMigrateAtOnce(t *testing.T) {
 func TestAMigrationIsNeverChanged(t *testing.T) {
 	t.Parallel()
 	h := open(t)
-	all, err := readMigrations(schemas.ClickHouse)
+	all, err := migration.Read(schemas.ClickHouse)
 	if err != nil {
 		t.Fatal(err)
 	}
-	changed := append([]migration(nil), all...)
-	changed[1].checksum = "another"
+	changed := append([]migration.Migration(nil), all...)
+	changed[1].Checksum = "another"
 	var refused *MigrationError
 	if err := h.migrate(t.Context(), changed); !errors.As(err, &refused) || refused.Version != 2 {
 		t.Errorf("a changed migration gave %v", err)
@@ -414,30 +315,15 @@ func TestAMigrationIsNeverChanged(t *testing.T) {
 
 func TestMigrationsCanBeRepeated(t *testing.T) {
 	t.Parallel()
-	all, err := readMigrations(schemas.ClickHouse)
+	all, err := migration.Read(schemas.ClickHouse)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, m := range all {
-		for _, s := range m.statements {
+		for _, s := range m.Statements {
 			if up := strings.ToUpper(s); !strings.Contains(up, "IF NOT EXISTS") && !strings.Contains(up, "IF EXISTS") && !strings.Contains(up, "OR REPLACE") {
-				t.Errorf("%04d_%s: a statement can't be repeated: %.60s", m.version, m.name, s)
+				t.Errorf("%04d_%s: a statement can't be repeated: %.60s", m.Version, m.Name, s)
 			}
-		}
-	}
-}
-
-func TestMigrationFilesAreChecked(t *testing.T) {
-	t.Parallel()
-	for name, files := range map[string]fstest.MapFS{
-		"none":        {},
-		"a gap":       {"clickhouse/0001_a.sql": {Data: []byte("SELECT 1;\n")}, "clickhouse/0003_b.sql": {Data: []byte("SELECT 1;\n")}},
-		"no number":   {"clickhouse/a.sql": {Data: []byte("SELECT 1;\n")}},
-		"no content":  {"clickhouse/0001_a.sql": {Data: []byte("-- nothing\n")}},
-		"twice a one": {"clickhouse/0001_a.sql": {Data: []byte("SELECT 1;\n")}, "clickhouse/0001_b.sql": {Data: []byte("SELECT 1;\n")}},
-	} {
-		if _, err := readMigrations(files); err == nil {
-			t.Errorf("%s: taken", name)
 		}
 	}
 }

@@ -71,14 +71,14 @@ var ErrTorn = errors.New("the history holds another number of rows of this block
 // Parts returns what each table gets of the block; the block must not change
 // until they are inserted. A block without rows has none.
 func (h *History) Parts(b *Block) []Part {
-	if b.rows == 0 {
+	if b.Rows() == 0 {
 		return nil
 	}
 	var calls, hourly, minutely proto.Input // made once, also when tried again
 	rollupPresent := func(table string) func(context.Context) (bool, error) {
 		return func(ctx context.Context) (bool, error) {
-			last, err := h.lastSequence(ctx, table, Month(b.until))
-			return last >= b.last, err
+			last, err := h.lastSequence(ctx, table, Month(b.Until()))
+			return last >= b.Last(), err
 		}
 	}
 	once := func(in *proto.Input, build func() proto.Input) func() proto.Input {
@@ -89,13 +89,15 @@ func (h *History) Parts(b *Block) []Part {
 			return *in
 		}
 	}
+	hours, hourlyColumns := b.Hourly()
+	minutes, minutelyColumns := b.Minutely()
 	return []Part{
-		{h: h, target: targetCalls, rows: b.rows, input: once(&calls, b.input), present: func(ctx context.Context) (bool, error) {
-			n, err := h.CountCalls(ctx, b.first, b.last, b.since, b.until)
-			return present(n, b.rows, err)
+		{h: h, target: targetCalls, rows: b.Rows(), input: once(&calls, b.Calls), present: func(ctx context.Context) (bool, error) {
+			n, err := h.CountCalls(ctx, b.First(), b.Last(), b.Since(), b.Until())
+			return present(n, b.Rows(), err)
 		}},
-		{h: h, target: targetHourly, rows: len(b.hourly.sums), input: once(&hourly, func() proto.Input { return b.hourly.input(b) }), present: rollupPresent("usage_hourly")},
-		{h: h, target: targetMinutely, rows: len(b.minutely.sums), input: once(&minutely, func() proto.Input { return b.minutely.input(b) }), present: rollupPresent("traffic_minute")},
+		{h: h, target: targetHourly, rows: hours, input: once(&hourly, hourlyColumns), present: rollupPresent("usage_hourly")},
+		{h: h, target: targetMinutely, rows: minutes, input: once(&minutely, minutelyColumns), present: rollupPresent("traffic_minute")},
 	}
 }
 
@@ -227,18 +229,4 @@ func loopback(addr string) bool {
 	}
 	ip := net.ParseIP(host)
 	return host == "localhost" || ip != nil && ip.IsLoopback()
-}
-
-// Fingerprint returns what the block would send to all its tables, as bytes: two
-// blocks with the same fingerprint are the same. The block can't be added to
-// afterwards.
-func (b *Block) Fingerprint() []byte {
-	var out proto.Buffer
-	for _, in := range []proto.Input{b.input(), b.hourly.input(b), b.minutely.input(b)} {
-		for _, c := range in {
-			out.PutString(c.Name)
-			c.Data.EncodeColumn(&out)
-		}
-	}
-	return out.Buf
 }

@@ -1,31 +1,16 @@
 package history
 
 import (
-	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
-	"path"
-	"slices"
-	"strconv"
-	"strings"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
 	"github.com/ClickHouse/clickhouse-go/v2/lib/driver"
 
 	"github.com/tollkeeper/tollkeeper/schemas"
+	"github.com/tollkeeper/tollkeeper/services/internal/history/migration"
 )
-
-// migration is one file of schemas/clickhouse.
-type migration struct {
-	version    uint32
-	name       string
-	checksum   string
-	statements []string
-}
 
 // MigrationError says that the tables and this program do not belong together.
 type MigrationError struct {
@@ -47,7 +32,7 @@ func (e *MigrationError) Error() string {
 // or a database of a newer program, is refused with a *MigrationError and nothing
 // is changed.
 func (h *History) Migrate(ctx context.Context) error {
-	all, err := readMigrations(schemas.ClickHouse)
+	all, err := migration.Read(schemas.ClickHouse)
 	if err != nil {
 		return err
 	}
@@ -70,7 +55,7 @@ func (h *History) Migrate(ctx context.Context) error {
 // transient says that the server did not answer with an error of its own.
 func transient(err error) bool { return errorCode(err) == 0 }
 
-func (h *History) migrate(ctx context.Context, all []migration) error {
+func (h *History) migrate(ctx context.Context, all []migration.Migration) error {
 	// The database may not exist, and a connection to a database that does not
 	// exist is refused.
 	base, err := clickhouse.Open(h.options(""))
@@ -91,28 +76,28 @@ func (h *History) migrate(ctx context.Context, all []migration) error {
 	if err != nil {
 		return err
 	}
-	newest := all[len(all)-1].version
+	newest := all[len(all)-1].Version
 	for v, m := range applied {
 		if v > newest {
-			return &MigrationError{v, m.name, "it was applied by a newer program: run that one, or one as new"}
+			return &MigrationError{v, m.Name, "it was applied by a newer program: run that one, or one as new"}
 		}
 	}
 	for _, m := range all {
-		if a, ok := applied[m.version]; ok {
-			if a.checksum != m.checksum {
-				return &MigrationError{m.version, m.name, "it was applied with other content: a migration is never changed, add a new one instead"}
+		if a, ok := applied[m.Version]; ok {
+			if a.Checksum != m.Checksum {
+				return &MigrationError{m.Version, m.Name, "it was applied with other content: a migration is never changed, add a new one instead"}
 			}
 			continue
 		}
-		for i, s := range m.statements {
+		for i, s := range m.Statements {
 			if err := h.conn.Exec(ctx, s); err != nil {
-				return fmt.Errorf("ClickHouse migration %04d (%s), statement %d: %w", m.version, m.name, i+1, err)
+				return fmt.Errorf("ClickHouse migration %04d (%s), statement %d: %w", m.Version, m.Name, i+1, err)
 			}
 		}
-		if err := h.conn.Exec(ctx, "INSERT INTO schema_migrations (version, name, checksum) VALUES (?, ?, ?)", m.version, m.name, m.checksum); err != nil {
-			return fmt.Errorf("note ClickHouse migration %04d (%s): %w", m.version, m.name, err)
+		if err := h.conn.Exec(ctx, "INSERT INTO schema_migrations (version, name, checksum) VALUES (?, ?, ?)", m.Version, m.Name, m.Checksum); err != nil {
+			return fmt.Errorf("note ClickHouse migration %04d (%s): %w", m.Version, m.Name, err)
 		}
-		h.o.Logger.Info().Uint32("version", m.version).Str("name", m.name).Msg("ClickHouse migration applied")
+		h.o.Logger.Info().Uint32("version", m.Version).Str("name", m.Name).Msg("ClickHouse migration applied")
 	}
 	return nil
 }
@@ -123,22 +108,22 @@ const createMigrations = `CREATE TABLE IF NOT EXISTS schema_migrations
 )
 ENGINE = MergeTree ORDER BY (version, applied_at)`
 
-func (h *History) applied(ctx context.Context) (out map[uint32]migration, err error) {
+func (h *History) applied(ctx context.Context) (out map[uint32]migration.Migration, err error) {
 	rows, err := h.conn.Query(ctx, "SELECT version, name, checksum FROM schema_migrations ORDER BY version, applied_at")
 	if err != nil {
 		return nil, fmt.Errorf("read the table of migrations: %w", err)
 	}
 	defer func() { err = closeRows(rows, err) }()
-	out = map[uint32]migration{}
+	out = map[uint32]migration.Migration{}
 	for rows.Next() {
-		var m migration
-		if err := rows.Scan(&m.version, &m.name, &m.checksum); err != nil {
+		var m migration.Migration
+		if err := rows.Scan(&m.Version, &m.Name, &m.Checksum); err != nil {
 			return nil, fmt.Errorf("read the table of migrations: %w", err)
 		}
-		if first, ok := out[m.version]; ok && first.checksum != m.checksum {
-			return nil, &MigrationError{m.version, m.name, "two programs applied it with different content: they must be of one version"}
+		if first, ok := out[m.Version]; ok && first.Checksum != m.Checksum {
+			return nil, &MigrationError{m.Version, m.Name, "two programs applied it with different content: they must be of one version"}
 		}
-		out[m.version] = m
+		out[m.Version] = m
 	}
 	return out, nil
 }
@@ -153,64 +138,4 @@ func closeRows(rows driver.Rows, err error) error {
 		return fmt.Errorf("read from ClickHouse: %w", err)
 	}
 	return cerr
-}
-
-// readMigrations reads clickhouse/NNNN_name.sql in order. A statement ends with
-// a line that ends with ';'; lines that begin with "--" are comments, and count
-// for the checksum like everything else.
-func readMigrations(files fs.FS) ([]migration, error) {
-	names, err := fs.Glob(files, "clickhouse/*.sql")
-	if err != nil {
-		return nil, fmt.Errorf("ClickHouse migrations: %w", err)
-	}
-	var all []migration
-	for _, name := range names {
-		number, rest, ok := strings.Cut(strings.TrimSuffix(path.Base(name), ".sql"), "_")
-		version, err := strconv.ParseUint(number, 10, 32)
-		if !ok || err != nil || version == 0 {
-			return nil, fmt.Errorf("ClickHouse migration %s is not named NNNN_name.sql", name)
-		}
-		text, err := fs.ReadFile(files, name)
-		if err != nil {
-			return nil, fmt.Errorf("ClickHouse migrations: %w", err)
-		}
-		sum := sha256.Sum256(text)
-		m := migration{version: uint32(version), name: rest, checksum: hex.EncodeToString(sum[:]), statements: statements(string(text))}
-		if len(m.statements) == 0 {
-			return nil, fmt.Errorf("ClickHouse migration %s holds no statement", name)
-		}
-		all = append(all, m)
-	}
-	slices.SortFunc(all, func(a, b migration) int { return cmp.Compare(a.version, b.version) })
-	for i, m := range all {
-		if m.version != uint32(i+1) {
-			return nil, fmt.Errorf("ClickHouse migrations are numbered 1, 2, 3 …: the one after %d is %d", i, m.version)
-		}
-	}
-	if len(all) == 0 {
-		return nil, errors.New("ClickHouse migrations: there are none")
-	}
-	return all, nil
-}
-
-func statements(text string) []string {
-	var out []string
-	var b strings.Builder
-	for line := range strings.Lines(text) {
-		trimmed := strings.TrimSpace(line)
-		if trimmed == "" || strings.HasPrefix(trimmed, "--") {
-			continue
-		}
-		if end, ok := strings.CutSuffix(strings.TrimRight(line, " \t\r\n"), ";"); ok {
-			b.WriteString(end)
-			out = append(out, b.String())
-			b.Reset()
-			continue
-		}
-		b.WriteString(line)
-	}
-	if rest := strings.TrimSpace(b.String()); rest != "" {
-		out = append(out, rest)
-	}
-	return out
 }

@@ -8,124 +8,52 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/history/columnar"
 )
 
-// latestTime is the last microsecond that DateTime64(6) holds, 2299-12-31.
-const latestTime = int64(10413791999_999999)
+// What the historian fills and Parts sends.
+type (
+	Block       = columnar.Block
+	Entry       = columnar.Entry
+	Position    = columnar.Position
+	DecisionRow = columnar.DecisionRow
+	ControlRow  = columnar.ControlRow
+	AlertRow    = columnar.AlertRow
+)
 
-// Position is where a row stands in its stream.
-type Position struct {
-	Sequence uint64
-	Time     usage.Micros // the stream's time
-}
+// NewBlock returns an empty block.
+func NewBlock() *Block { return columnar.NewBlock() }
 
-// DecisionRow is one revision of a decision.
-type DecisionRow struct {
-	Position
-	usage.Decision
-}
-
-// ControlRow is one control entry.
-type ControlRow struct {
-	Position
-	Shard     uint32
-	ID        string
-	Author    string
-	CreatedAt usage.Micros
-	Kind      string // plan_set, account_set, producer_closed
-	Body      string // JSON
-}
-
-// AlertRow is one transition of an episode. Body is the whole of it, JSON.
-type AlertRow struct {
-	Position
-	usage.Alert
-	Body string
-}
+// Month returns the month of a time as the tables' partitions have it, in UTC:
+// 202511.
+func Month(t usage.Micros) uint32 { return columnar.Month(t) }
 
 // DecisionParts returns the part of a block of decisions; from and to are the
 // block's stretch of the stream.
 func (h *History) DecisionParts(rows []DecisionRow, from, to uint64) []Part {
-	return h.streamPart(targetDecisions, len(rows), from, to, func(c *rowColumns) {
-		for i := range rows {
-			r := &rows[i]
-			c.position(r.Position)
-			c.text("id", r.ID)
-			c.text("account", r.Account)
-			c.low("limit_id", r.LimitID)
-			c.low("meter", string(r.Meter))
-			c.low("verdict", r.Verdict.String())
-			c.low("code", string(r.Code))
-			c.uint64("revision", r.Revision)
-			c.uint16("shard", uint16(r.Shard))
-			c.uint64("epoch", r.Epoch)
-			c.int64("used", r.Used)
-			c.int64("amount", r.Amount)
-			c.low("window", string(r.Window))
-			c.time("period_start", r.PeriodStart)
-			c.time("period_end", r.PeriodEnd)
-			c.low("plan_version", r.PlanVersion)
-			c.time("decided_at", r.DecidedAt)
-			c.time("cause", r.Cause)
-		}
-	})
+	return h.streamPart(targetDecisions, len(rows), from, to, func() proto.Input { return columnar.Decisions(rows) })
 }
 
 // ControlParts returns the part of a block of control entries.
 func (h *History) ControlParts(rows []ControlRow, from, to uint64) []Part {
-	return h.streamPart(targetControl, len(rows), from, to, func(c *rowColumns) {
-		for i := range rows {
-			r := &rows[i]
-			c.position(r.Position)
-			c.uint16("shard", uint16(r.Shard))
-			c.text("id", r.ID)
-			c.low("author", r.Author)
-			c.time("created_at", r.CreatedAt)
-			c.low("kind", r.Kind)
-			c.text("body", r.Body)
-		}
-	})
+	return h.streamPart(targetControl, len(rows), from, to, func() proto.Input { return columnar.Control(rows) })
 }
 
 // AlertParts returns the part of a block of alert transitions.
 func (h *History) AlertParts(rows []AlertRow, from, to uint64) []Part {
-	return h.streamPart(targetAlerts, len(rows), from, to, func(c *rowColumns) {
-		for i := range rows {
-			r := &rows[i]
-			c.position(r.Position)
-			c.text("episode_id", r.EpisodeID)
-			c.low("transition", string(r.Transition))
-			c.int64("n", int64(r.N))
-			c.low("rule", r.Rule)
-			c.text("scope", r.Scope)
-			c.low("severity", r.Severity)
-			c.time("started_at", r.StartedAt)
-			c.time("at", r.At)
-			c.float64("value", r.Value)
-			c.float64("threshold", r.Threshold)
-			c.int64("refused_accounts", int64(r.Refused))
-			c.int64("active_accounts", int64(r.Active))
-			c.text("reason", r.Reason)
-			c.text("summary", r.Summary)
-			c.text("body", r.Body)
-		}
-	})
+	return h.streamPart(targetAlerts, len(rows), from, to, func() proto.Input { return columnar.Alerts(rows) })
 }
 
 // streamPart makes a part of a small table that is sorted by stream position.
 // An insert is kept whole or not at all, so any row of the stretch says that all
 // of them are there.
-func (h *History) streamPart(t target, rows int, from, to uint64, build func(*rowColumns)) []Part {
+func (h *History) streamPart(t target, rows int, from, to uint64, input func() proto.Input) []Part {
 	if rows == 0 {
 		return nil
 	}
 	return []Part{{
 		h: h, target: t, rows: rows,
-		input: func() proto.Input {
-			var c rowColumns
-			build(&c)
-			return c.in
-		},
+		input: input,
 		present: func(ctx context.Context) (bool, error) {
 			ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 			defer cancel()
@@ -136,59 +64,4 @@ func (h *History) streamPart(t target, rows int, from, to uint64, build func(*ro
 			return n > 0, nil
 		},
 	}}
-}
-
-// rowColumns gathers rows of a small table value by value; a column appears with
-// its first value.
-type rowColumns struct {
-	in proto.Input
-	at int // next column of the row
-}
-
-func column[T proto.ColInput](c *rowColumns, name string, make func() T) T {
-	if c.at == len(c.in) || c.in[c.at].Name != name {
-		if c.at == len(c.in) && (c.at == 0 || c.in[0].Name != name) {
-			c.in = append(c.in, proto.InputColumn{Name: name, Data: make()})
-		} else {
-			c.at = 0 // the next row begins
-		}
-	}
-	data := c.in[c.at].Data.(T)
-	c.at++
-	return data
-}
-
-func (c *rowColumns) position(p Position) {
-	c.uint64("sequence", p.Sequence)
-	c.time("stream_time", p.Time)
-}
-
-func (c *rowColumns) text(name, v string) {
-	column(c, name, func() *texts { return new(texts) }).append([]byte(v))
-}
-
-func (c *rowColumns) low(name, v string) {
-	l := column(c, name, func() low { return low{new(words)} })
-	l.appendKey(l.id([]byte(v)))
-}
-
-func (c *rowColumns) uint16(name string, v uint16) {
-	column(c, name, func() *proto.ColUInt16 { return new(proto.ColUInt16) }).Append(v)
-}
-
-func (c *rowColumns) uint64(name string, v uint64) {
-	column(c, name, func() *proto.ColUInt64 { return new(proto.ColUInt64) }).Append(v)
-}
-
-func (c *rowColumns) int64(name string, v int64) {
-	column(c, name, func() *proto.ColInt64 { return new(proto.ColInt64) }).Append(v)
-}
-
-func (c *rowColumns) float64(name string, v float64) {
-	column(c, name, func() *proto.ColFloat64 { return new(proto.ColFloat64) }).Append(v)
-}
-
-func (c *rowColumns) time(name string, v usage.Micros) {
-	b := column(c, name, func() bits { return bits{new(int64s), proto.ColumnTypeDateTime64.With("6", "'UTC'")} })
-	b.Append(min(int64(v), latestTime))
 }

@@ -114,7 +114,7 @@ func (t *traffic) frames(tb testing.TB, n int) []trafficFrame {
 		t.sequence++
 		g.numbers[shard]++
 		sealed := t.now + 100
-		all = append(all, trafficFrame{Entry{t.sequence, sealed + 300}, g.builders[shard].Seal(ledger.Header{Producer: g.producer, Shard: shard, Number: g.numbers[shard], Gateway: g.name, SealedAt: sealed})})
+		all = append(all, trafficFrame{Entry{Sequence: t.sequence, Time: sealed + 300}, g.builders[shard].Seal(ledger.Header{Producer: g.producer, Shard: shard, Number: g.numbers[shard], Gateway: g.name, SealedAt: sealed})})
 	}
 	for range n {
 		c := t.call()

@@ -1,4 +1,4 @@
-package history
+package columnar
 
 import (
 	"encoding/binary"

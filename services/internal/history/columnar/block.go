@@ -1,4 +1,7 @@
-package history
+// Package columnar lays calls, their sums and the rows of the smaller tables out as
+// the columns that ClickHouse takes, with the dictionaries that the ledger's frames
+// brought. It does no I/O; the same rows give the same columns.
+package columnar
 
 import (
 	"math"
@@ -109,6 +112,12 @@ func (b *Block) Reset() {
 
 // Rows returns how many calls the block holds.
 func (b *Block) Rows() int { return b.rows }
+
+// Since and Until return the ledger's time of the first and the last row.
+func (b *Block) Since() usage.Micros { return b.since }
+
+// Until returns the ledger's time of the last row.
+func (b *Block) Until() usage.Micros { return b.until }
 
 // First and Last return the ledger positions of the first and the last row.
 func (b *Block) First() uint64 { return b.first }
@@ -299,8 +308,33 @@ type bits struct {
 
 func (b bits) Type() proto.ColumnType { return b.as }
 
-// input names the block's columns.
-func (b *Block) input() proto.Input {
+// Hourly returns the sums by account and hour: how many, and their columns. The
+// block can't be added to afterwards.
+func (b *Block) Hourly() (rows int, columns func() proto.Input) {
+	return len(b.hourly.sums), func() proto.Input { return b.hourly.input(b) }
+}
+
+// Minutely is Hourly by minute, of all accounts together.
+func (b *Block) Minutely() (rows int, columns func() proto.Input) {
+	return len(b.minutely.sums), func() proto.Input { return b.minutely.input(b) }
+}
+
+// Fingerprint returns what the block would send to all its tables, as bytes: two
+// blocks with the same fingerprint are the same. The block can't be added to
+// afterwards.
+func (b *Block) Fingerprint() []byte {
+	var out proto.Buffer
+	for _, in := range []proto.Input{b.Calls(), b.hourly.input(b), b.minutely.input(b)} {
+		for _, c := range in {
+			out.PutString(c.Name)
+			c.Data.EncodeColumn(&out)
+		}
+	}
+	return out.Buf
+}
+
+// Calls returns the columns of the calls themselves.
+func (b *Block) Calls() proto.Input {
 	in := proto.Input{
 		{Name: "account", Data: text{&b.account}},
 		{Name: "time", Data: bits{&b.time, proto.ColumnTypeDateTime64.With("6", "'UTC'")}},
