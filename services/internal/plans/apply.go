@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"time"
@@ -104,15 +105,30 @@ func (a *Applier) current(ctx context.Context, s *store) (Applied, error) {
 	return out, nil
 }
 
-// Plan checks a document and returns what applying it would change. Problems of
-// the document are of type *Error.
+// Plan checks a document and returns what applying it would change: from what
+// holds or, when another act was left unfinished, from what that one would make
+// hold. Problems of the document are of type *Error.
 func (a *Applier) Plan(ctx context.Context, doc *Document) (Diff, error) {
 	if err := Check(doc); err != nil {
 		return Diff{}, err
 	}
-	now, err := a.Current(ctx)
+	s, err := openStore(ctx, a.JS)
 	if err != nil {
 		return Diff{}, err
+	}
+	now, err := a.current(ctx, s)
+	if err != nil {
+		return Diff{}, err
+	}
+	if now.Unfinished != "" && now.Unfinished != Version(doc) {
+		// Some of it may hold already, and it would be completed first.
+		m, rev, _, pending, err := s.read(ctx, pendingKey)
+		if err != nil {
+			return Diff{}, err
+		}
+		if m != nil {
+			now.Document, now.closed, now.Revision = pending.Document, pending.Closed, rev
+		}
 	}
 	if err := planfile.CheckMove(now.Document, now.closed, doc); err != nil {
 		return Diff{}, err
@@ -143,8 +159,6 @@ func (a *Applier) Apply(ctx context.Context, doc *Document, author string) (Diff
 	if err != nil {
 		return Diff{}, err
 	}
-	given := doc // problems are told by its place in the file
-	doc = doc.Canonical()
 	if err := a.finishOther(ctx, s, geometry, Version(doc)); err != nil {
 		return Diff{}, err
 	}
@@ -152,9 +166,16 @@ func (a *Applier) Apply(ctx context.Context, doc *Document, author string) (Diff
 	if err != nil {
 		return Diff{}, err
 	}
+	return a.replace(ctx, s, geometry, now, doc, author)
+}
+
+// replace makes given hold in place of now.
+func (a *Applier) replace(ctx context.Context, s *store, g ledger.Geometry, now Applied, given *Document, author string) (Diff, error) {
+	// given, because problems are told by its place in the file.
 	if err := planfile.CheckMove(now.Document, now.closed, given); err != nil {
 		return Diff{}, err
 	}
+	doc := given.Canonical()
 	diff := compareApplied(now, doc)
 	if diff.Empty() && now.Revision != 0 && now.Unfinished == "" {
 		return diff, nil
@@ -162,7 +183,55 @@ func (a *Applier) Apply(ctx context.Context, doc *Document, author string) (Diff
 	if err := a.begin(ctx, s, now, doc, author); err != nil {
 		return Diff{}, err
 	}
-	return diff, a.complete(ctx, s, geometry)
+	return diff, a.complete(ctx, s, g)
+}
+
+// Change makes what change returns for the document that holds hold in its place.
+// What others apply meanwhile is kept: change is called again, with theirs, and
+// must not alter its argument. While another act is under way it waits, until ctx
+// is done. Errors are those of Apply, without ErrConflict and *BusyError.
+func (a *Applier) Change(ctx context.Context, author string, change func(now *Document) *Document) (Diff, error) {
+	geometry, err := ledger.ReadGeometry(ctx, a.JS)
+	if err != nil {
+		return Diff{}, err
+	}
+	s, err := openStore(ctx, a.JS)
+	if err != nil {
+		return Diff{}, err
+	}
+	for {
+		diff, err := a.changeOnce(ctx, s, geometry, author, change)
+		var busy *BusyError
+		if !errors.Is(err, ErrConflict) && !errors.As(err, &busy) {
+			return diff, err
+		}
+		timer := time.NewTimer(changePause + time.Duration(rand.Int64N(int64(changePause))))
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return Diff{}, errors.Join(ctx.Err(), err)
+		}
+	}
+}
+
+// changePause is how long a change at least waits for others to be through.
+const changePause = 50 * time.Millisecond
+
+func (a *Applier) changeOnce(ctx context.Context, s *store, g ledger.Geometry, author string, change func(*Document) *Document) (Diff, error) {
+	// Whatever is under way is another's: no document of ours is known yet.
+	if err := a.finishOther(ctx, s, g, ""); err != nil {
+		return Diff{}, err
+	}
+	now, err := a.current(ctx, s)
+	if err != nil {
+		return Diff{}, err
+	}
+	doc := change(now.Document)
+	if err := Check(doc); err != nil {
+		return Diff{}, err
+	}
+	return a.replace(ctx, s, g, now, doc, author)
 }
 
 // finishOther completes or refuses to wait for another's act with another

@@ -386,6 +386,57 @@ func TestAnUnfinishedActIsCompletedBeforeAnother(t *testing.T) {
 	}
 }
 
+func TestWhatIsHalfDoneIsSeenByWhoeverAsksWhatWouldChange(t *testing.T) {
+	t.Parallel()
+	b := newBus(t)
+	if _, err := b.applier().Apply(t.Context(), first(), "ada"); err != nil {
+		t.Fatal(err)
+	}
+	dies := b.applier()
+	dies.step = func(step string) error {
+		if step == "entries" {
+			return errCrash
+		}
+		return nil
+	}
+	if _, err := dies.Apply(t.Context(), second(), "bob"); !errors.Is(err, errCrash) {
+		t.Fatal(err)
+	}
+	// What holds is still the first by name, and in the shards no more.
+	for name, doc := range map[string]*Document{"going back": first(), "going on": second()} {
+		if diff, err := b.applier().Plan(t.Context(), doc); err != nil || diff.Empty() {
+			t.Errorf("%s: it says that nothing would change: %v", name, err)
+		}
+	}
+}
+
+func TestChangesMadeAtOnceAreAllMade(t *testing.T) {
+	t.Parallel()
+	b := newBus(t)
+	if _, err := b.applier().Apply(t.Context(), first(), "ada"); err != nil {
+		t.Fatal(err)
+	}
+	want := first()
+	extra := func(i int) *Document {
+		return &Document{Version: 1, Accounts: []Account{{ID: fmt.Sprint("extra-", i), Plan: "team"}}}
+	}
+	errs := make(chan error)
+	const n = 4
+	for i := range n {
+		want = Merge(want, extra(i))
+		go func() {
+			_, err := b.applier().Change(t.Context(), fmt.Sprint(i), func(now *Document) *Document { return Merge(now, extra(i)) })
+			errs <- err
+		}()
+	}
+	for range n {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	b.expect(t, want)
+}
+
 func TestOneWhoWasPausedAndOvertakenDoesNoHarm(t *testing.T) {
 	t.Parallel()
 	b := newBus(t)
