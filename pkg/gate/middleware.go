@@ -185,6 +185,9 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handl
 	}
 	model := ""
 	if x.o.Model != nil {
+		if r.Header.Get("Expect") != "" && x.refuseEarly(w, r, id) {
+			return
+		}
 		var err error
 		if model, err = x.o.Model(r); err != nil {
 			x.refuseUnmetered(w, r, unreadable, asRefusal(err, id))
@@ -207,6 +210,20 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handl
 		x.call.Flags |= usage.AdmittedUnknown
 	}
 	x.pass(w, r, next)
+}
+
+// refuseEarly answers a client that waits to be told whether to send its body at
+// all (100-continue), where no body could change the answer.
+func (x *exchange) refuseEarly(w http.ResponseWriter, r *http.Request, id string) bool {
+	req := Request{Route: x.o.Route, Method: usage.CleanText(r.Method)}
+	v := x.g.Violations(x.caller.Account, req, 1)
+	if len(v) == 0 || len(v[0].Filter.Models) > 0 {
+		return false
+	}
+	x.g.metrics.refused(v[0].Code)
+	x.begin(r, id, "")
+	x.refuse(w, r, req, Verdict{Code: v[0].Code, Decision: v[0]})
+	return true
 }
 
 // begin fills in what is known of the call before it is decided.

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -218,5 +219,215 @@ func TestASecretWithANewline(t *testing.T) {
 	var bad *ConfigError
 	if !errors.As(err, &bad) || !strings.Contains(bad.Text, "Authorization") || !strings.Contains(bad.Text, "line break") || strings.Contains(bad.Error(), "s3cret") {
 		t.Errorf("%v", err)
+	}
+}
+
+func TestWhatHTTPAllows(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/trailer":
+			w.Header().Set("Trailer", "X-Sum")
+			_, _ = io.Copy(w, r.Body)
+			w.Header().Set("X-Sum", "42")
+		case "/length":
+			w.Header().Set("Content-Length", "5")
+			if r.Method != http.MethodHead {
+				_, _ = io.WriteString(w, "12345")
+			}
+		case "/none":
+			w.WriteHeader(http.StatusNoContent)
+		}
+	}))
+	t.Cleanup(up.Close)
+	g := startGateway(t, w.srv.ClientURL(), func(o *Options) { o.Config = SingleUpstream("x", up.URL, "") })
+	g.ready()
+	key := "Host: x\r\nAuthorization: Bearer sk-search\r\n"
+
+	conn, resp := raw(t, g.proxy, "POST /trailer HTTP/1.1\r\n"+key+"Transfer-Encoding: chunked\r\nX-Request-Id: chunks\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
+	body, err := io.ReadAll(resp.Body)
+	if err != nil || string(body) != "abcde" || resp.Trailer.Get("X-Sum") != "42" {
+		t.Errorf("chunks and trailers: %q %v %v", body, resp.Trailer, err)
+	}
+	_ = conn.Close()
+
+	conn, resp = raw(t, g.proxy, "POST /trailer HTTP/1.1\r\n"+key+"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n")
+	if resp.StatusCode != http.StatusContinue {
+		t.Errorf("who asks first is told %d", resp.StatusCode)
+	}
+	_, _ = io.WriteString(conn, "abcde")
+	answers := bufio.NewReader(conn)
+	for resp.StatusCode == http.StatusContinue { // the upstream's too
+		if resp, err = http.ReadResponse(answers, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if resp.StatusCode != 200 {
+		t.Errorf("and then %d", resp.StatusCode)
+	}
+	_ = resp.Body.Close()
+	_ = conn.Close()
+
+	if got := do(t, http.MethodHead, g.proxy+"/length", "sk-search", "", "X-Request-Id", "head"); got.status != 200 || got.header.Get("Content-Length") != "5" || got.body != "" {
+		t.Errorf("HEAD: %+v", got)
+	}
+	if got := do(t, http.MethodPost, g.proxy+"/none", "sk-search", ""); got.status != 204 {
+		t.Errorf("no content: %+v", got)
+	}
+	if _, resp = raw(t, g.proxy, "GET /length HTTP/1.1\r\n"+key+"X-Long: "+strings.Repeat("x", 80<<10)+"\r\n\r\n"); resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("huge headers: %d", resp.StatusCode)
+	}
+
+	w.decide("acme", usage.Deny)
+	within(t, 5*time.Second, "402", func() bool { return do(t, http.MethodHead, g.proxy+"/length", "sk-search", "").status == 402 })
+	if got := do(t, http.MethodHead, g.proxy+"/length", "sk-search", ""); got.body != "" || got.header.Get("Content-Length") == "" || got.header.Get("Link") == "" {
+		t.Errorf("HEAD refused: %+v", got)
+	}
+	if _, resp = raw(t, g.proxy, "POST /trailer HTTP/1.1\r\n"+key+"Content-Length: 5000000\r\nExpect: 100-continue\r\n\r\n"); resp.StatusCode != http.StatusPaymentRequired {
+		t.Errorf("who asks first and has used it up is told %d", resp.StatusCode)
+	}
+	seen := map[string]int64{}
+	for _, c := range w.callsUntil(func(all []usage.Call) bool { return len(all) >= 6 }) {
+		n, _ := c.Quantities.Get(usage.Bytes)
+		seen[c.RequestID] = n
+	}
+	if seen["chunks"] != 5 || seen["head"] != 0 {
+		t.Errorf("bytes: %v", seen)
+	}
+}
+
+// freezer stands between the gateway and NATS and can stop passing anything on.
+type freezer struct {
+	net.Listener
+	mu sync.RWMutex // held while frozen
+}
+
+func freeze(t *testing.T, target string) *freezer {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &freezer{Listener: l}
+	var wg sync.WaitGroup
+	pass := func(from, to net.Conn) {
+		defer wg.Done()
+		defer func() { _, _ = from.Close(), to.Close() }()
+		buf := make([]byte, 32<<10)
+		for {
+			n, err := from.Read(buf)
+			if err != nil {
+				return
+			}
+			f.mu.RLock()
+			_, err = to.Write(buf[:n])
+			f.mu.RUnlock()
+			if err != nil {
+				return
+			}
+		}
+	}
+	wg.Add(1)
+	go func() {
+		defer wg.Done()
+		for {
+			in, err := l.Accept()
+			if err != nil {
+				return
+			}
+			out, err := net.Dial("tcp", strings.TrimPrefix(target, "nats://"))
+			if err != nil {
+				_ = in.Close()
+				continue
+			}
+			wg.Add(2)
+			go pass(in, out)
+			go pass(out, in)
+		}
+	}()
+	t.Cleanup(func() { _ = l.Close(); wg.Wait() })
+	return f
+}
+
+// Ctrl-C ends everything within 5 s and loses nothing, whatever NATS does.
+func TestStoppingWithoutNATSLosesNothing(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []string{"away", "hangs", "hangs, and calls too"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			dir, spool := t.TempDir(), t.TempDir()
+			srv := startNATS(t, dir, 0)
+			port := srv.Addr().(*net.TCPAddr).Port
+			w := worldOn(t, srv)
+			between := freeze(t, srv.ClientURL())
+			hold := make(chan struct{})
+			up := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == "/hang" {
+					<-hold
+				}
+			}))
+			t.Cleanup(up.Close)
+			t.Cleanup(func() { close(hold) })
+			config := func(o *Options) { o.SpoolDir, o.Config = spool, SingleUpstream("x", up.URL, "") }
+			g := startGateway(t, "nats://"+between.Addr().String(), config)
+			g.ready()
+			thawed := false
+			if mode == "away" {
+				stopNATS(t, srv)
+			} else {
+				between.mu.Lock()
+			}
+			thaw := func() {
+				if !thawed && mode != "away" {
+					between.mu.Unlock()
+				}
+				thawed = true
+			}
+			t.Cleanup(thaw)
+			const n = 20
+			for i := range n {
+				if got := do(t, http.MethodGet, g.proxy+"/", "sk-search", "", "X-Request-Id", fmt.Sprint("last-", i)); got.status != 200 {
+					t.Fatalf("%+v", got)
+				}
+			}
+			want := n
+			if mode == "hangs, and calls too" {
+				want++
+				conn, err := net.Dial("tcp", strings.TrimPrefix(g.proxy, "http://"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { _ = conn.Close() })
+				if _, err := io.WriteString(conn, "GET /hang HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-search\r\nX-Request-Id: hung\r\n\r\n"); err != nil {
+					t.Fatal(err)
+				}
+				within(t, 5*time.Second, "it is in flight", func() bool {
+					return strings.Contains(do(t, http.MethodGet, g.admin+"/metrics", "", "").body, fmt.Sprintf("tollkeeper_gate_calls_total{outcome=\"admitted\"} %d", n+1))
+				})
+			}
+			began := time.Now()
+			err := g.stop()
+			if d := time.Since(began); d > 5*time.Second {
+				t.Errorf("it took %s (%v)", d, err)
+			} else if err != nil {
+				t.Errorf("after %s: %v", d, err)
+			} else {
+				t.Logf("stopped within %s", d)
+			}
+			thaw()
+			if mode == "away" {
+				w = worldOn(t, startNATS(t, dir, port))
+			}
+			startGateway(t, w.srv.ClientURL(), config).ready()
+			seen := map[string]int{}
+			w.callsUntil(func(all []usage.Call) bool {
+				clear(seen)
+				for _, c := range all {
+					seen[c.RequestID]++
+				}
+				return len(seen) == want
+			})
+		})
 	}
 }

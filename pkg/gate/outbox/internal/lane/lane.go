@@ -14,7 +14,6 @@ package lane
 
 import (
 	"maps"
-	"time"
 
 	"github.com/segmentio/ksuid"
 
@@ -88,11 +87,6 @@ type Position struct {
 	Offset  int64
 }
 
-// Before reports whether p was written before q.
-func (p Position) Before(q Position) bool {
-	return p.Segment < q.Segment || p.Segment == q.Segment && p.Offset < q.Offset
-}
-
 // Frame is a sealed frame on its way.
 type Frame struct {
 	Number uint64
@@ -123,7 +117,7 @@ type Lane struct {
 	shard    uint32
 	gateway  string
 	// earlier: the frames of a producer that is no more; its spool is all hole
-	// until Exhausted.
+	// until Retire.
 	earlier bool
 
 	builder ledger.Builder
@@ -209,7 +203,7 @@ func (l *Lane) Publish(now usage.Micros) (f *Frame, freed int64) {
 	if l.inflight || now < l.retryAt {
 		return nil, 0
 	}
-	if len(l.queue) == 0 && l.hole == 0 && !l.unread() {
+	if len(l.queue) == 0 && l.hole == 0 {
 		freed = l.Seal(now)
 	}
 	if len(l.queue) == 0 {
@@ -221,9 +215,6 @@ func (l *Lane) Publish(now usage.Micros) (f *Frame, freed int64) {
 	f.Sends++
 	return f, freed
 }
-
-// unread: an earlier producer's spool may hold more.
-func (l *Lane) unread() bool { return l.earlier }
 
 // Acked takes note of an acknowledgement and returns the frame, nil when it was
 // acknowledged before.
@@ -475,9 +466,6 @@ func (l *Lane) GatheredSince() usage.Micros {
 	}
 	return l.first
 }
-
-// RetryAt returns when a failed send is tried again.
-func (l *Lane) RetryAt() time.Time { return l.retryAt.Time() }
 
 // Waiting reports whether frames are sealed that are not acknowledged.
 func (l *Lane) Waiting() bool { return len(l.queue) > 0 || l.hole > 0 || len(l.tail) > 0 }

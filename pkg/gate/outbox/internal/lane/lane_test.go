@@ -75,7 +75,7 @@ func TestPausesGrowToABound(t *testing.T) {
 		if again, _ := l.Publish(now); again != nil {
 			t.Fatal("sent again without a pause")
 		}
-		last = usage.At(l.RetryAt()) - now
+		last = l.retryAt - now
 		now += last
 	}
 	if last != lastPause {
