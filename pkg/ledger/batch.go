@@ -21,6 +21,7 @@ const (
 	batchSequenceHeader = "Nats-Batch-Sequence"
 	batchCommitHeader   = "Nats-Batch-Commit"
 	expectLastSubject   = "Nats-Expected-Last-Subject-Sequence"
+	expectSubject       = "Nats-Expected-Last-Subject-Sequence-Subject"
 )
 
 // APIError is a refusal by JetStream.
@@ -50,6 +51,14 @@ func ExpectLast(m *nats.Msg, sequence uint64) {
 		m.Header = nats.Header{}
 	}
 	m.Header.Set(expectLastSubject, strconv.FormatUint(sequence, 10))
+}
+
+// ExpectLastOf makes a message conditional on another subject of its stream: it
+// is stored only when the newest message there has this sequence (0: there is
+// none).
+func ExpectLastOf(m *nats.Msg, subject string, sequence uint64) {
+	ExpectLast(m, sequence)
+	m.Header.Set(expectSubject, subject)
 }
 
 // PublishBatch stores messages of one stream all or none and returns the

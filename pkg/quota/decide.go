@@ -170,6 +170,13 @@ func (s *Shard) decide(b *Batch) {
 	}
 	s.touched = s.touched[:0]
 	s.f.endFrame()
+	// In one order, whether the state was built entry by entry or read from a
+	// snapshot: who publishes them says with one of them how far it is.
+	if len(s.effects.Decisions) > 1 {
+		slices.SortFunc(s.effects.Decisions, func(x, y usage.Decision) int {
+			return cmp.Or(cmp.Compare(x.Account, y.Account), cmp.Compare(x.LimitID, y.LimitID))
+		})
+	}
 }
 
 // lift ends the warning or denial of a limit that the account has no more.

@@ -120,7 +120,8 @@ type Entry struct {
 // Effects of an entry.
 type Effects struct {
 	// Decisions are the shard's until the next Apply; their Epoch is the
-	// owner's to fill in. At most one for an account and limit.
+	// owner's to fill in. At most one for an account and limit, in the order
+	// of account, then limit.
 	Decisions []usage.Decision
 	// Invalid says why the entry was not folded (time passed nevertheless, and
 	// a frame's number is taken): it belongs in the dead-letter stream.

@@ -375,3 +375,20 @@ func TestAppliesWithoutAllocating(t *testing.T) {
 		t.Errorf("%f allocations a frame", got)
 	}
 }
+
+// Who publishes decisions says with the newest of them how far it is: so they
+// must come in the same order from a state that was read from a snapshot.
+func TestDecisionsOfAnEntryStandInTheOrderOfAccountAndLimit(t *testing.T) {
+	t.Parallel()
+	tl := newTeller(t, perMinute(1), usage.Limit{ID: "always", Meter: usage.Calls, Window: usage.Lifetime, Amount: 1})
+	tl.accounts(usage.Account{ID: "zeta", Plan: "free"}, usage.Account{ID: "alpha", Plan: "free"}, usage.Account{ID: "mid", Plan: "free"})
+	fx := tl.calls(noon, append(append(n("zeta", noon, 1), n("alpha", noon, 1)...), n("mid", noon, 1)...)...)
+	var got []string
+	for _, d := range fx.Decisions {
+		got = append(got, d.Account+" "+d.LimitID)
+	}
+	want := []string{"alpha free/always", "alpha free/rpm", "mid free/always", "mid free/rpm", "zeta free/always", "zeta free/rpm"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+}

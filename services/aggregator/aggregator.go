@@ -285,29 +285,30 @@ func (s *service) open(ctx context.Context, shard uint32) (*owner, error) {
 		service: s, shard: shard, log: s.log.With().Uint32("shard", shard).Logger(),
 		in: make(chan ledger.Message, inputBuffer), queries: make(chan *nats.Msg, queryBuffer), results: make(chan func() error, 8),
 	}
-	revision, last, err := s.readCheckpoint(ctx, shard)
+	before, err := s.readPosition(ctx, shard)
 	if err != nil {
 		return nil, err
 	}
-	next := last
-	next.epoch, next.owner = last.epoch+1, s.name
+	next := before.found
+	next.epoch, next.owner = before.found.epoch+1, s.name
 	m, err := next.message(shard)
 	if err != nil {
 		return nil, err
 	}
-	ledger.ExpectLast(m, revision)
+	ledger.ExpectLast(m, before.revision)
 	if _, err := ledger.PublishBatch(ctx, s.nc, []*nats.Msg{m}); err != nil && !errors.Is(err, ledger.ErrStale) {
 		s.log.Debug().Err(err).Uint32("shard", shard).Msg("it is not clear whether the shard is taken over")
 	}
 	// Whatever the answer was: what stands there now is ours or not.
-	revision, found, err := s.readCheckpoint(ctx, shard)
+	// Nobody else publishes from there on, so the newest decision is too.
+	at, err := s.readPosition(ctx, shard)
 	switch {
 	case err != nil:
 		return nil, err
-	case found != next:
-		return nil, fmt.Errorf("shard %d: it is at epoch %d of another owner", shard, found.epoch)
+	case at.found != next:
+		return nil, fmt.Errorf("shard %d: it is at epoch %d of another owner", shard, at.found.epoch)
 	}
-	o.pub = publisher{shard: shard, revision: revision, last: next, owed: next.count, applied: next.sequence}
+	o.pub = newPublisher(shard, at.revision, next, at.newest)
 	if o.state, err = s.load(ctx, shard, next.snapshot); err != nil {
 		if ctx.Err() != nil || errors.Is(err, nats.ErrTimeout) || errors.Is(err, context.DeadlineExceeded) {
 			return nil, err
@@ -325,7 +326,7 @@ func (s *service) open(ctx context.Context, shard uint32) (*owner, error) {
 	}
 	// Decisions on entries that are gone would hide those on the entries that
 	// take their numbers.
-	if told, end := max(o.state.Sequence(), next.sequence, next.partly), stream.CachedInfo().State.LastSeq; told > end {
+	if told, end := max(o.state.Sequence(), next.sequence, at.newest.revision), stream.CachedInfo().State.LastSeq; told > end {
 		return nil, fmt.Errorf("shard %d is counted up to entry %d, but the ledger ends at %d: restore the ledger, or delete the bucket %s and the snapshots to count what it holds anew: %w",
 			shard, told, end, ledger.DecisionsBucket, ledger.ErrRewound)
 	}
@@ -333,12 +334,12 @@ func (s *service) open(ctx context.Context, shard uint32) (*owner, error) {
 		return nil, fmt.Errorf("shard %d: the ledger begins at %d and there is no snapshot: %w", shard, first, ledger.ErrPurged)
 	}
 	for _, subject := range ledger.ShardSubjects(shard) {
-		m, err := stream.GetLastMsgForSubject(ctx, subject)
-		switch {
-		case errors.Is(err, jetstream.ErrMsgNotFound):
+		m, found, err := ledger.LastMessage(ctx, s.js, ledger.Stream, subject)
+		if err != nil {
+			return nil, err
+		}
+		if !found {
 			continue
-		case err != nil:
-			return nil, fmt.Errorf("stream %s: %w", ledger.Stream, err)
 		}
 		o.target = max(o.target, m.Sequence)
 		if subject == ledger.ControlSubject(shard) {
@@ -354,25 +355,37 @@ func (s *service) open(ctx context.Context, shard uint32) (*owner, error) {
 	return o, nil
 }
 
-// readCheckpoint returns a shard's newest checkpoint and its stream sequence; 0
-// when there is none.
-func (s *service) readCheckpoint(ctx context.Context, shard uint32) (uint64, checkpoint, error) {
-	stream, err := s.js.Stream(ctx, "KV_"+ledger.DecisionsBucket)
+// readPosition returns how a shard stands in the decisions' stream.
+func (s *service) readPosition(ctx context.Context, shard uint32) (position, error) {
+	var at position
+	const stream = "KV_" + ledger.DecisionsBucket
+	m, ok, err := ledger.LastMessage(ctx, s.js, stream, checkpointSubject(shard))
 	if err != nil {
-		return 0, checkpoint{}, fmt.Errorf("bucket %s: %w", ledger.DecisionsBucket, err)
+		return at, fmt.Errorf("checkpoint of shard %d: %w", shard, err)
 	}
-	m, err := stream.GetLastMsgForSubject(ctx, kvPrefix+ledger.CheckpointKey(shard))
+	if ok {
+		at.revision = m.Sequence
+		if at.found, err = readCheckpoint(shard, m.Header, m.Data); err != nil {
+			return at, fmt.Errorf("%w: %w", errForGood, err)
+		}
+	}
+	m, ok, err = ledger.LastMessage(ctx, s.js, stream, decisionsSubject(shard))
 	switch {
-	case errors.Is(err, jetstream.ErrMsgNotFound):
-		return 0, checkpoint{}, nil
 	case err != nil:
-		return 0, checkpoint{}, fmt.Errorf("checkpoint of shard %d: %w", shard, err)
+		return at, fmt.Errorf("newest decision of shard %d: %w", shard, err)
+	case !ok:
+	case len(m.Data) == 0:
+		// Somebody has deleted a key by hand. What was published after the
+		// checkpoint is published again: the same, under the same ids.
+		s.log.Warn().Uint32("shard", shard).Str("key", m.Subject).Msg("the newest decision was deleted by hand")
+	default:
+		d, err := ledger.UnmarshalDecision(m.Data)
+		if err != nil {
+			return at, fmt.Errorf("%w: newest decision of shard %d: %w", errForGood, shard, err)
+		}
+		at.newest, at.newestAt = toldBy(&d), m.Sequence
 	}
-	c, err := readCheckpoint(shard, m.Header, m.Data)
-	if err != nil {
-		return 0, checkpoint{}, fmt.Errorf("%w: %w", errForGood, err)
-	}
-	return m.Sequence, c, nil
+	return at, nil
 }
 
 // listen lets a shard be asked as long as the connection is open.

@@ -169,14 +169,6 @@ func BenchmarkCrossingToFeed(b *testing.B) {
 			const n = 1000
 			w := newWorld(b, 8, sync)
 			w.plans("v1", lifetimeLimit(1))
-			accounts := make([][]*tollkeeperv1.Account, 8)
-			for i := range n {
-				id := fmt.Sprintf("account-%d", i)
-				accounts[w.shardOf(id)] = append(accounts[w.shardOf(id)], &tollkeeperv1.Account{Id: id, Plan: "free"})
-			}
-			for shard, list := range accounts {
-				w.control(uint32(shard), &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_AccountSet{AccountSet: &tollkeeperv1.AccountSet{Accounts: list}}})
-			}
 			feed := make(chan *nats.Msg, 2*n)
 			sub, err := w.nc.ChanSubscribe("feed.decisions.*.*.*", feed)
 			if err != nil {
@@ -191,9 +183,18 @@ func BenchmarkCrossingToFeed(b *testing.B) {
 			}()
 			p := ksuid.New()
 			var took []time.Duration
-			for b.Loop() {
+			for round := 0; b.Loop(); round++ {
+				// A quota of a whole life is spent once: each round has its own.
+				accounts := make([][]*tollkeeperv1.Account, 8)
 				for i := range n {
-					cs := calls(fmt.Sprintf("account-%d", i), 1)
+					id := fmt.Sprintf("account-%d-%d", round, i)
+					accounts[w.shardOf(id)] = append(accounts[w.shardOf(id)], &tollkeeperv1.Account{Id: id, Plan: "free"})
+				}
+				for shard, list := range accounts {
+					w.control(uint32(shard), &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_AccountSet{AccountSet: &tollkeeperv1.AccountSet{Accounts: list}}})
+				}
+				for i := range n {
+					cs := calls(fmt.Sprintf("account-%d-%d", round, i), 1)
 					begin := time.Now()
 					w.send(p, cs)
 					<-feed

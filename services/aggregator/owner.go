@@ -268,22 +268,22 @@ func (o *owner) publish(io context.Context, b *batch) {
 		if err != nil {
 			return func() error { return fmt.Errorf("shard %d: %w", o.shard, err) }
 		}
-		revision, err := ledger.PublishBatch(ctx, o.nc, msgs)
+		sequence, err := o.send(ctx, b, msgs)
 		if err == nil {
 			at := time.Now()
-			return func() error { return o.published(io, b, revision, at) }
+			return func() error { o.stored(io, b, o.pub.acked(sequence), at); return nil }
 		}
 		// Stored or not: the stream knows.
 		ask, cancel := context.WithTimeout(io, ioTimeout)
 		defer cancel()
-		revision, found, askErr := o.readCheckpoint(ask, o.shard)
+		stands, askErr := o.readPosition(ask, o.shard)
 		return func() error {
 			o.m.batches.WithLabelValues("unclear").Inc()
 			if askErr != nil {
 				o.later(errors.Join(err, askErr))
 				return nil
 			}
-			again, obsolete, err2 := o.pub.failed(revision, found)
+			again, obsolete, err2 := o.pub.failed(stands)
 			switch {
 			case err2 != nil:
 				return err2
@@ -305,9 +305,16 @@ func (o *owner) later(err error) {
 	o.log.Warn().Err(err).Dur("again_in_ms", wait).Msg("decisions could not be published")
 }
 
-func (o *owner) published(io context.Context, b *batch, revision uint64, at time.Time) error {
-	o.stored(io, b, o.pub.acked(revision), at)
-	return nil
+// send returns the stream sequence of the last message.
+func (o *owner) send(ctx context.Context, b *batch, msgs []*nats.Msg) (uint64, error) {
+	if !b.lone {
+		return ledger.PublishBatch(ctx, o.nc, msgs)
+	}
+	ack, err := o.js.PublishMsg(ctx, msgs[0])
+	if err != nil {
+		return 0, fmt.Errorf("publish decision: %w", err)
+	}
+	return ack.Sequence, nil
 }
 
 func (o *owner) stored(io context.Context, b *batch, obsolete string, at time.Time) {
@@ -438,7 +445,7 @@ func (o *owner) beacon() {
 	}
 	data, err := proto.Marshal(&tollkeeperv1.Beacon{
 		Shard: o.shard, Epoch: o.pub.last.epoch, LedgerSequence: o.state.Sequence(), StreamTimeUnixMicros: int64(o.state.Now()),
-		DecisionsSequence: o.pub.revision, SentAtUnixMicros: time.Now().UnixMicro(),
+		DecisionsSequence: o.pub.written, SentAtUnixMicros: time.Now().UnixMicro(),
 	})
 	if err == nil {
 		err = o.nc.Publish(ledger.BeaconSubject(o.shard), data)
