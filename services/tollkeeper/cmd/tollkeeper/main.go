@@ -25,6 +25,7 @@ type cli struct {
 	Replay     replayCmd     `cmd:"" help:"Drive recorded traffic through a gateway and check that nothing is lost or doubled."`
 	Bench      benchCmd      `cmd:"" help:"Measure throughput and latency beside the raw limits."`
 	Apply      applyCmd      `cmd:"" help:"Show what a plans file would change, and apply it."`
+	Explain    explainCmd    `cmd:"" help:"Say why a decision was made: limit, counter, ledger position, the calls that led there, and the verdict replayed from the log."`
 	Engine     engineCmd     `cmd:"" help:"The embedded ClickHouse engine."`
 	NATS       natsCmd       `cmd:"" name:"nats" help:"Run the embedded NATS server alone."`
 	ClickHouse clickhouseCmd `cmd:"" name:"clickhouse" help:"Run the embedded ClickHouse server alone."`

@@ -1,0 +1,448 @@
+// Package explain says why a decision was made (law 7): it finds the decision,
+// replays its shard of the ledger with the rules that count up to the entry that
+// led to it, compares the verdicts, and lists the calls that fed the counter, out
+// of the ledger itself. Neither ClickHouse nor an aggregator is needed.
+package explain
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"math/bits"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/segmentio/ksuid"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// Bounds of an explanation.
+const (
+	DefaultPage = 100
+	MaxPage     = 1000
+	// maxIndexed is how many of the calls that fed a counter are remembered by
+	// position between two pages; older ones cost another replay.
+	maxIndexed = 1 << 17
+	// maxCached is how many explanations are remembered for their next page.
+	maxCached = 8
+	// maxReplays run at once: each holds the state of a shard.
+	maxReplays = 2
+)
+
+// Errors about what was asked. Those about the ledger are ledger.ErrPurged (the
+// entries that led to the decision are gone) and ledger.ErrRewound.
+var (
+	ErrID      = errors.New("it is not a decision's id")
+	ErrCursor  = errors.New("the cursor is not one of this list")
+	ErrUnknown = errors.New("there is no such decision")
+)
+
+// Options of an Explainer.
+type Options struct {
+	JS jetstream.JetStream
+	// Horizon of foreign events, as the aggregator has it; 0 means a day. It
+	// matters to replays from the ledger's beginning.
+	Horizon time.Duration
+}
+
+// Explainer explains decisions. Its methods may be called concurrently.
+type Explainer struct {
+	o     Options
+	slots chan struct{}
+
+	mu    sync.Mutex
+	cache []*replayed // most recently used last
+}
+
+// New returns an explainer.
+func New(o Options) *Explainer {
+	return &Explainer{o: o, slots: make(chan struct{}, maxReplays)}
+}
+
+// Query asks for an explanation.
+type Query struct {
+	ID string
+	// Limit bounds the calls of the page, 1 to MaxPage; 0 means DefaultPage.
+	Limit int
+	// Cursor is the NextCursor of the page before; empty: the newest calls.
+	Cursor string
+	// Progress, if set, is called about once a second when it takes longer than
+	// two; not concurrently.
+	Progress func(Progress)
+}
+
+// Progress of an explanation that takes long.
+type Progress struct {
+	// Stage is what is being done, for people.
+	Stage string
+	// Done of Total positions of the stream.
+	Done, Total uint64
+}
+
+// Explanation of a decision. Times are microseconds since the Unix epoch, 0 is
+// none.
+type Explanation struct {
+	Decision Decision `json:"decision"`
+	Replay   Replay   `json:"replay"`
+	Limit    Limit    `json:"limit"`
+	Counter  Counter  `json:"counter"`
+	Reason   Reason   `json:"reason"`
+	Entry    Entry    `json:"entry"`
+	// Crossing is the call that reached the threshold; nil when no call did.
+	Crossing *Call `json:"crossing_call"`
+	Fed      Fed   `json:"fed"`
+	// Calls that fed the counter, newest first.
+	Calls      []Call `json:"calls"`
+	NextCursor string `json:"next_cursor"`
+}
+
+// Decision as it was published or, when no copy is kept, as the replay made it.
+type Decision struct {
+	ID          string       `json:"id"`
+	Account     string       `json:"account"`
+	LimitID     string       `json:"limit_id"`
+	Verdict     string       `json:"verdict"`
+	Code        string       `json:"code,omitempty"`
+	Revision    uint64       `json:"revision"`
+	Shard       uint32       `json:"shard"`
+	Epoch       uint64       `json:"epoch,omitempty"`
+	Used        int64        `json:"used"`
+	Amount      int64        `json:"amount"`
+	PeriodStart usage.Micros `json:"period_start_unix_micros"`
+	PeriodEnd   usage.Micros `json:"period_end_unix_micros"`
+	DecidedAt   usage.Micros `json:"decided_at_unix_micros"`
+	Cause       usage.Micros `json:"cause_unix_micros"`
+}
+
+// Replay is what replaying the ledger gave.
+type Replay struct {
+	// Same: the replay came to the very same decision, and the calls that fed
+	// the counter add up to it.
+	Same bool   `json:"same"`
+	Text string `json:"text"`
+	// Published: a published copy was there to compare with.
+	Published   bool         `json:"published"`
+	Differences []Difference `json:"differences"`
+	// Snapshot that the replay began with; empty: it began at the ledger's
+	// beginning.
+	Snapshot string `json:"snapshot,omitempty"`
+	// From is the first ledger sequence that was replayed, Entries how many of
+	// the shard were.
+	From    uint64 `json:"from_sequence"`
+	Entries uint64 `json:"entries"`
+	// Took in microseconds.
+	Took int64 `json:"took_micros"`
+}
+
+// Difference between what was published and what the replay gave.
+type Difference struct {
+	Field     string `json:"field"`
+	Published string `json:"published"`
+	Replayed  string `json:"replayed"`
+}
+
+// Limit as it stood when it was decided.
+type Limit struct {
+	ID          string           `json:"id"`
+	PlanVersion string           `json:"plan_version"`
+	Meter       usage.Meter      `json:"meter"`
+	Models      []string         `json:"models,omitempty"`
+	Routes      []string         `json:"routes,omitempty"`
+	Methods     []string         `json:"methods,omitempty"`
+	Window      usage.WindowKind `json:"window"`
+	Amount      int64            `json:"amount"`
+	// WarnAt is the use from which it warns; 0: it does not.
+	WarnPercent uint32 `json:"warn_percent,omitempty"`
+	WarnAt      int64  `json:"warn_at,omitempty"`
+	ActionURL   string `json:"action_url,omitempty"`
+}
+
+// Counter's value before and after the entry that led to the decision.
+type Counter struct {
+	Before int64 `json:"before"`
+	After  int64 `json:"after"`
+}
+
+// Kinds of reasons.
+const (
+	ReasonCall     = "call"     // a call reached the threshold
+	ReasonPlan     = "plan"     // plans took effect
+	ReasonAccount  = "account"  // the account was changed
+	ReasonPeriod   = "period"   // a new period began
+	ReasonStanding = "standing" // the counter stood there before, and is told anew
+)
+
+// Reason of a decision.
+type Reason struct {
+	Kind string `json:"kind"`
+	Text string `json:"text"`
+}
+
+// Entry of the ledger that led to the decision.
+type Entry struct {
+	Stream     string       `json:"stream"`
+	Shard      uint32       `json:"shard"`
+	Sequence   uint64       `json:"sequence"`
+	StreamTime usage.Micros `json:"stream_time_unix_micros"`
+	// Kind: calls, control or lease.
+	Kind string `json:"kind"`
+	// Of calls:
+	Producer string       `json:"producer,omitempty"`
+	Frame    uint64       `json:"frame,omitempty"`
+	Gateway  string       `json:"gateway,omitempty"`
+	SealedAt usage.Micros `json:"sealed_at_unix_micros,omitempty"`
+	Calls    int          `json:"calls,omitempty"`
+	// Of control:
+	ID        string       `json:"id,omitempty"`
+	Author    string       `json:"author,omitempty"`
+	CreatedAt usage.Micros `json:"created_at_unix_micros,omitempty"`
+	What      string       `json:"what,omitempty"`
+}
+
+// Fed is what the counter is made of: Carried + Used + Adjusted + Unexplained is
+// the decision's Used.
+type Fed struct {
+	// Calls that fed it, and what they used together.
+	Calls int64 `json:"calls"`
+	Used  int64 `json:"used"`
+	// Carried is what a snapshot brought along of calls before it, whose entries
+	// the ledger does not hold any more.
+	Carried int64 `json:"carried"`
+	// Adjusted by control entries.
+	Adjusted int64 `json:"adjusted"`
+	// Unexplained must be 0.
+	Unexplained int64 `json:"unexplained"`
+	// Since is the ledger sequence of the first entry that can have fed it: the
+	// window's first, or that of the plan change with which it began at 0.
+	Since uint64 `json:"since_sequence"`
+}
+
+// Call that fed the counter, or with Index -1 a control entry that changed it.
+type Call struct {
+	Sequence   uint64       `json:"sequence"`
+	Index      int          `json:"index"`
+	StreamTime usage.Micros `json:"stream_time_unix_micros"`
+	// Adds is what it added to the counter, UsedAfter the counter with it.
+	Adds      int64        `json:"adds"`
+	UsedAfter int64        `json:"used_after"`
+	Time      usage.Micros `json:"time_unix_micros"`
+	Account   string       `json:"account,omitempty"`
+	KeyID     string       `json:"key_id,omitempty"`
+	RequestID string       `json:"request_id,omitempty"`
+	TraceID   string       `json:"trace_id,omitempty"`
+	Method    string       `json:"method,omitempty"`
+	Route     string       `json:"route,omitempty"`
+	Model     string       `json:"model,omitempty"`
+	Region    string       `json:"region,omitempty"`
+	Status    uint16       `json:"status,omitempty"`
+	Source    string       `json:"source,omitempty"`
+	EventID   string       `json:"event_id,omitempty"`
+	Producer  string       `json:"producer,omitempty"`
+	Frame     uint64       `json:"frame,omitempty"`
+	Gateway   string       `json:"gateway,omitempty"`
+}
+
+// Explain explains a decision. Beside ErrID, ErrCursor, ErrUnknown, ledger.ErrPurged
+// and ledger.ErrRewound its errors are NATS's and ctx's. A replay that comes to
+// something else is no error: Replay says so.
+func (x *Explainer) Explain(ctx context.Context, q Query) (*Explanation, error) {
+	id, err := ksuid.Parse(q.ID)
+	if err != nil {
+		return nil, fmt.Errorf("%q: %w: it has 27 letters and digits, as in the decision_id of a refusal", q.ID, ErrID)
+	}
+	below := newest
+	if q.Cursor != "" {
+		if below, err = parseCursor(q.Cursor); err != nil {
+			return nil, err
+		}
+	}
+	limit := q.Limit
+	if limit <= 0 {
+		limit = DefaultPage
+	}
+	limit = min(limit, MaxPage)
+	r := x.cached(q.ID, below, limit)
+	if r == nil {
+		select {
+		case x.slots <- struct{}{}:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for other explanations: %w", ctx.Err())
+		}
+		defer func() { <-x.slots }()
+		// Somebody else may have asked the same meanwhile.
+		if r = x.cached(q.ID, below, limit); r == nil {
+			if r, err = x.replay(ctx, id, below, &progress{tell: q.Progress, begin: time.Now()}); err != nil {
+				return nil, err
+			}
+			x.keep(r)
+		}
+	}
+	rows, next := r.page(below, limit)
+	calls, err := x.calls(ctx, rows)
+	if err != nil {
+		return nil, err
+	}
+	e := r.explanation
+	e.Calls, e.NextCursor = calls, next
+	return &e, nil
+}
+
+// cached returns a replay that holds the page, or nil.
+func (x *Explainer) cached(id string, below position, limit int) *replayed {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for i, r := range x.cache {
+		if r.explanation.Decision.ID == id && r.covers(below, limit) {
+			x.cache = append(slices.Delete(x.cache, i, i+1), r)
+			return r
+		}
+	}
+	return nil
+}
+
+func (x *Explainer) keep(r *replayed) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.cache = append(x.cache, r)
+	if len(x.cache) > maxCached {
+		x.cache = slices.Delete(x.cache, 0, 1)
+	}
+}
+
+// position of a call in the ledger.
+type position struct {
+	sequence uint64
+	row      int32
+}
+
+var newest = position{sequence: math.MaxUint64}
+
+func (p position) less(o position) bool {
+	return p.sequence < o.sequence || p.sequence == o.sequence && p.row < o.row
+}
+
+func (p position) String() string {
+	return strconv.FormatUint(p.sequence, 10) + "." + strconv.Itoa(int(p.row))
+}
+
+func parseCursor(s string) (position, error) {
+	sequence, row, ok := strings.Cut(s, ".")
+	n, err := strconv.ParseUint(sequence, 10, 64)
+	i, err2 := strconv.ParseInt(row, 10, 32)
+	if !ok || err != nil || err2 != nil || i < -1 {
+		return position{}, fmt.Errorf("%q: %w: take the next_cursor of the page before", s, ErrCursor)
+	}
+	return position{n, int32(i)}, nil
+}
+
+// progress tells of what takes long.
+type progress struct {
+	tell        func(Progress)
+	begin, last time.Time
+	n           uint
+}
+
+// Pauses before the first telling and between two.
+const (
+	firstTelling = 2 * time.Second
+	nextTelling  = time.Second
+)
+
+func (p *progress) at(stage string, done, total uint64) {
+	// The clock is not looked at for every entry.
+	if p.n++; p.tell == nil || p.n%64 != 0 {
+		return
+	}
+	now := time.Now()
+	if now.Sub(p.begin) < firstTelling || now.Sub(p.last) < nextTelling {
+		return
+	}
+	p.last = now
+	p.tell(Progress{Stage: stage, Done: min(done, total), Total: total})
+}
+
+// threshold is the use at which the decision's verdict begins; 0 for Allow.
+func threshold(d *usage.Decision) int64 {
+	switch d.Verdict {
+	case usage.Deny:
+		return d.Amount
+	case usage.Warn:
+		return warnAt(d)
+	}
+	return 0
+}
+
+// warnAt is the least use of which the hundredfold is at least the amount times
+// the percentage; 0: the limit does not warn.
+func warnAt(d *usage.Decision) int64 {
+	if d.WarnPercent == 0 || d.WarnPercent > 100 || d.Amount < 0 {
+		return 0
+	}
+	hi, lo := bits.Mul64(uint64(d.Amount), uint64(d.WarnPercent))
+	q, rest := bits.Div64(hi, lo, 100)
+	if rest > 0 {
+		q++
+	}
+	return int64(q)
+}
+
+// differences compares what was published with what the replay gave. Epochs are
+// left out: they say who counted.
+func differences(p, r *usage.Decision) []Difference {
+	list := []Difference{}
+	note := func(field string, a, b any) {
+		if x, y := fmt.Sprint(a), fmt.Sprint(b); x != y {
+			list = append(list, Difference{field, x, y})
+		}
+	}
+	note("id", p.ID, r.ID)
+	note("account", p.Account, r.Account)
+	note("limit_id", p.LimitID, r.LimitID)
+	note("verdict", p.Verdict, r.Verdict)
+	note("code", p.Code, r.Code)
+	note("revision", p.Revision, r.Revision)
+	note("shard", p.Shard, r.Shard)
+	note("used", p.Used, r.Used)
+	note("amount", p.Amount, r.Amount)
+	note("meter", p.Meter, r.Meter)
+	note("window", p.Window, r.Window)
+	note("period_start", p.PeriodStart, r.PeriodStart)
+	note("period_end", p.PeriodEnd, r.PeriodEnd)
+	note("filter", fmt.Sprintf("%q", [][]string{p.Filter.Models, p.Filter.Routes, p.Filter.Methods}), fmt.Sprintf("%q", [][]string{r.Filter.Models, r.Filter.Routes, r.Filter.Methods}))
+	note("warn_percent", p.WarnPercent, r.WarnPercent)
+	note("plan_version", p.PlanVersion, r.PlanVersion)
+	note("decided_at", p.DecidedAt, r.DecidedAt)
+	note("cause", p.Cause, r.Cause)
+	note("action_url", p.ActionURL, r.ActionURL)
+	return list
+}
+
+// moment writes a time for people.
+func moment(m usage.Micros) string { return m.Time().Format(time.RFC3339Nano) }
+
+func decisionOf(d *usage.Decision) Decision {
+	return Decision{
+		ID: d.ID, Account: d.Account, LimitID: d.LimitID, Verdict: d.Verdict.String(), Code: string(d.Code), Revision: d.Revision, Shard: d.Shard,
+		Epoch: d.Epoch, Used: d.Used, Amount: d.Amount, PeriodStart: d.PeriodStart, PeriodEnd: d.PeriodEnd, DecidedAt: d.DecidedAt, Cause: d.Cause,
+	}
+}
+
+func limitOf(d *usage.Decision) Limit {
+	return Limit{
+		ID: d.LimitID, PlanVersion: d.PlanVersion, Meter: d.Meter, Models: d.Filter.Models, Routes: d.Filter.Routes, Methods: d.Filter.Methods,
+		Window: d.Window, Amount: d.Amount, WarnPercent: d.WarnPercent, WarnAt: warnAt(d), ActionURL: d.ActionURL,
+	}
+}
+
+// purged says what is missing of a decision that is known.
+func purged(d *usage.Decision, first uint64, since usage.Micros) error {
+	return fmt.Errorf("the decision is known (%s of %s for %s at %d of %d, entry %d of %s), but the ledger begins at entry %d of %s and no snapshot before the decision is kept: it is older than what can be explained: %w",
+		d.Verdict, d.LimitID, d.Account, d.Used, d.Amount, d.Revision, moment(d.DecidedAt), first, moment(since), ledger.ErrPurged)
+}
