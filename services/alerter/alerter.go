@@ -153,7 +153,7 @@ func Run(ctx context.Context, o Options) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	if o.AdminListen != "" {
-		l, err := telemetry.Listen("alerter-admin-listen", o.AdminListen, o.AdminToken != "")
+		l, err := telemetry.Listen("admin-listen", o.AdminListen, o.AdminToken != "")
 		if err != nil {
 			return fmt.Errorf("alerter: %w", err)
 		}

@@ -526,7 +526,7 @@ func TestWrongOptionsAreRefusedWithASentence(t *testing.T) {
 		"would end by mistake":      {EndsAfter: time.Second},
 		"two alert rules":           {Rules: []alert.Rule{alert.DefaultRule(), alert.DefaultRule()}},
 		"name must have":            {Rules: []alert.Rule{{}}},
-		"alerter-admin-listen":      {AdminListen: "0.0.0.0:0", NATS: natsconn.Options{URL: "nats://127.0.0.1:1"}},
+		"listen 0.0.0.0:0: other machines could reach it and no credentials are configured: configure them, or choose a loopback address such as 127.0.0.1 with --admin-listen": {AdminListen: "0.0.0.0:0", NATS: natsconn.Options{URL: "nats://127.0.0.1:1"}},
 	} {
 		err := Run(t.Context(), o)
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "hidden") {
