@@ -21,7 +21,7 @@ func random(seed uint64) plan {
 		return r.IntN(n) + 1
 	}
 	p := plan{
-		seed: seed, gateways: 1 + r.IntN(4), clients: 1 + r.IntN(5), windows: 1 + r.IntN(3), width: Micros(300+r.IntN(1200)) * ms,
+		seed: seed, gateways: 1 + r.IntN(4), clients: 1 + r.IntN(5), windows: 1 + r.IntN(3), levels: 1 + r.IntN(2), width: Micros(300+r.IntN(1200)) * ms,
 		amount: 1 + r.Int64N(200), think: Micros(1+r.IntN(20)) * ms, most: 1 + r.Int64N(3), reserve: on(1000), bound: 1 + r.Int64N(20),
 	}
 	p.faults = faults{
@@ -88,10 +88,39 @@ func worlds(t *testing.T, name string, make func(uint64) plan) {
 // quiet returns a large world in which nothing dies and nothing is lost.
 func quiet(seed uint64) plan {
 	p := plan{
-		seed: seed, gateways: 3, clients: 64, amount: 10_000, windows: 1, width: 3 * second, think: 10 * ms, most: 1,
+		seed: seed, gateways: 3, clients: 64, amount: 10_000, windows: 1, levels: 1, width: 3 * second, think: 10 * ms, most: 1,
 	}
 	p.faults = faults{delay: 2 * ms, skew: 10 * ms}
 	return p
+}
+
+// A test that can't fail proves nothing: each way to break the protocol is found.
+func TestTheSimulationFindsABrokenProtocol(t *testing.T) {
+	t.Parallel()
+	for _, broken := range []string{
+		"a unit is used twice",
+		"use goes on after the lease's end",
+		"the spool forgets",
+		"grants die with the owner",
+		"a restarted gateway keeps its name",
+		"answered before it is in the ledger",
+		"who ends has used nothing",
+	} {
+		t.Run(broken, func(t *testing.T) {
+			t.Parallel()
+			for seed := uint64(1); seed <= 300; seed++ {
+				p := random(seed)
+				p.broken = broken
+				w := newWorld(p)
+				w.run()
+				if w.failure != "" {
+					t.Log(w.failure)
+					return
+				}
+			}
+			t.Error("300 worlds did not show it")
+		})
+	}
 }
 
 func TestWithoutFaultsAllButAThousandthIsAdmitted(t *testing.T) {
@@ -101,6 +130,7 @@ func TestWithoutFaultsAllButAThousandthIsAdmitted(t *testing.T) {
 		"counted calls, a slow network":  func(p *plan) { p.faults.delay = 25 * ms },
 		"calls of several units":         func(p *plan) { p.most = 5 },
 		"twenty gateways":                func(p *plan) { p.gateways, p.clients = 20, 10 },
+		"two limits on the path":         func(p *plan) { p.levels = 2 },
 		"one gateway that does all":      func(p *plan) { p.gateways, p.clients = 1, 192 },
 		"reservations":                   func(p *plan) { p.reserve, p.bound = 1000, 20 },
 		"reservations and counted calls": func(p *plan) { p.reserve, p.bound, p.amount = 500, 100, 100_000 },

@@ -29,6 +29,7 @@ type plan struct {
 	gateways, clients int
 	amount            int64
 	windows           int
+	levels            int // allowances that every call needs at once: account, parent, …
 	width             Micros
 	think             Micros // mean pause of a client
 	most              int64  // units a counted call takes
@@ -102,8 +103,7 @@ type simGateway struct {
 	deaf    bool
 	leaving bool
 	busy    bool     // several calls try one after the other
-	purses  []*Purse // by window; nil: not yet
-	asks    []uint64
+	purses  []*Purse // by allowance; nil: not yet
 	holds   *Holds
 	open    map[*Hold]simHold
 	order   []*Hold
@@ -112,8 +112,8 @@ type simGateway struct {
 }
 
 type simHold struct {
-	window int
-	bound  int64
+	allowances []int
+	bound      int64
 }
 
 type simClient struct {
@@ -126,7 +126,7 @@ type simClient struct {
 	began   Micros
 }
 
-// truth of a window, whoever knows it.
+// truth of an allowance, whoever knows it.
 type truth struct {
 	admitted int64 // units: counted calls, open bounds, settled costs within the lease
 	used     int64 // units spent for certain: never shrinks
@@ -163,14 +163,14 @@ type world struct {
 
 func newWorld(p plan) *world {
 	w := &world{plan: p, rng: rand.New(rand.NewPCG(p.seed, 7)), now: second / 2}
-	for i := range p.windows {
-		w.fold = append(w.fold, NewEscrow(p.amount, simTerms(i, p.width, p.faults)))
-		w.amounts = append(w.amounts, p.amount)
-		w.truth = append(w.truth, truth{cap: p.amount})
+	for i := range w.allowances() {
+		w.fold = append(w.fold, NewEscrow(w.first(i), w.terms(i)))
+		w.amounts = append(w.amounts, w.first(i))
+		w.truth = append(w.truth, truth{cap: w.first(i)})
 		w.history = append(w.history, nil)
 		w.note(i)
 	}
-	w.early = make([][]int64, p.windows)
+	w.early = make([][]int64, w.allowances())
 	w.stopAt = second + Micros(p.windows)*p.width
 	w.newOwner()
 	for range p.gateways {
@@ -214,6 +214,14 @@ func newWorld(p plan) *world {
 	}
 	return w
 }
+
+// Allowances are numbered level by level; within one by window.
+func (w *world) allowances() int { return w.windows * w.levels }
+
+func (w *world) terms(i int) Terms { return simTerms(i%w.windows, w.width, w.plan.faults) }
+
+// first is an allowance at the beginning: the levels differ by a quarter.
+func (w *world) first(i int) int64 { return w.amount + w.amount*int64(i/w.windows)/4 }
 
 func (w *world) note(i int) {
 	w.history[i] = append(w.history[i], struct {
@@ -337,6 +345,27 @@ func (w *world) append(window int, en Entry) {
 	}
 }
 
+func (w *world) hear(i int, m *Ask) {
+	if w.broken == "answered before it is in the ledger" && w.chance(300) {
+		o := w.owners[len(w.owners)-1]
+		hasty := w.fold[i].Clone()
+		for _, a := range hasty.Apply(Entry{Sequence: uint64(len(w.log) + 1), Time: w.now, Ask: m}).Answers {
+			w.say(o, i, a)
+		}
+		return // and then it is lost
+	}
+	if w.broken == "who ends has used nothing" {
+		// What a release without a word would do in the exact tier.
+		e := w.fold[i]
+		for k := range e.leases {
+			if l := &e.leases[k]; l.lapsed && !l.closed && l.out() > 0 {
+				w.append(i, Entry{Ask: &Ask{Gateway: l.gateway, Seq: finalSeq, Used: l.used, Closing: true}})
+			}
+		}
+	}
+	w.append(i, Entry{Ask: m})
+}
+
 // checkFold holds the state machine to its invariant after every entry.
 func (w *world) checkFold(window int, before State, en Entry) {
 	e := w.fold[window]
@@ -386,15 +415,15 @@ func (w *world) newOwner() {
 			o.escrows = append(o.escrows, e.Clone())
 		}
 	} else {
-		for i := range w.windows {
-			o.escrows = append(o.escrows, NewEscrow(w.amount, simTerms(i, w.width, w.plan.faults)))
+		for i := range w.allowances() {
+			o.escrows = append(o.escrows, NewEscrow(w.first(i), w.terms(i)))
 		}
 	}
 	w.owners = append(w.owners, o)
 	if w.broken == "grants die with the owner" && o.epoch > 1 {
 		o.escrows, o.position = nil, len(w.log)
-		for i := range w.windows {
-			o.escrows = append(o.escrows, NewEscrow(w.amount, simTerms(i, w.width, w.plan.faults)))
+		for i := range w.allowances() {
+			o.escrows = append(o.escrows, NewEscrow(w.first(i), w.terms(i)))
 			w.fold[i] = o.escrows[i].Clone()
 		}
 	}
@@ -450,8 +479,13 @@ func (w *world) ownerTimers() {
 	}
 	if w.chance(20) {
 		w.snapshot = &simOwner{position: o.position}
-		for _, e := range o.escrows {
-			w.snapshot.escrows = append(w.snapshot.escrows, e.Clone())
+		for i, e := range o.escrows {
+			read, _, err := Read(e.Append(nil), w.terms(i))
+			if err != nil {
+				w.fail("a snapshot can't be read: %v", err)
+				return
+			}
+			w.snapshot.escrows = append(w.snapshot.escrows, read)
 		}
 	}
 }
@@ -475,7 +509,7 @@ func (w *world) crashOwner() {
 }
 
 func (w *world) changeAmount() {
-	i := w.rng.IntN(w.windows)
+	i := w.rng.IntN(w.allowances())
 	n := w.rng.Int64N(2*w.amount + 1)
 	if w.chance(300) {
 		n = w.amounts[i] + w.rng.Int64N(w.amount+1)
@@ -487,7 +521,7 @@ func (w *world) changeAmount() {
 
 func (w *world) newGateway() *simGateway {
 	w.ids++
-	g := &simGateway{alive: true, holds: NewHolds(64), open: map[*Hold]simHold{}, purses: make([]*Purse, w.windows), asks: make([]uint64, w.windows)}
+	g := &simGateway{alive: true, holds: NewHolds(64), open: map[*Hold]simHold{}, purses: make([]*Purse, w.allowances())}
 	binary.BigEndian.PutUint64(g.id[:], w.rng.Uint64())
 	binary.BigEndian.PutUint64(g.id[8:], w.ids)
 	w.gateways = append(w.gateways, g)
@@ -536,10 +570,9 @@ func (w *world) pump(g *simGateway) {
 				w.fail("a purse does not stop talking: %+v", m)
 				break
 			}
-			g.asks[i]++
 			w.asks++
 			if !g.deaf {
-				w.carry(func() { w.append(i, Entry{Ask: &m}) })
+				w.carry(func() { w.hear(i, &m) })
 			}
 		}
 	}
@@ -554,7 +587,9 @@ func (w *world) crash(at int) {
 	speaks := w.chance(w.faults.spool)
 	for _, hold := range g.open {
 		if speaks {
-			w.truth[hold.window].used += hold.bound // what the spool will say
+			for _, i := range hold.allowances {
+				w.truth[i].used += hold.bound // what the spool will say
+			}
 		}
 	}
 	for i, p := range g.purses {
@@ -621,26 +656,20 @@ func (w *world) again(c *simClient, d Micros) {
 func (w *world) attempt(c *simClient) {
 	g := c.gateway
 	for c.window < w.windows {
-		p := g.purses[c.window]
-		if p == nil {
-			p = NewPurse(g.id, simTerms(c.window, w.width, w.faults).End, simHabits(w.faults))
-			g.purses[c.window] = p
-		}
-		out := w.try(c, p)
+		out, at := w.try(c)
 		switch out {
 		case Over:
 			c.window++
 			continue
 		case Admitted, AdmittedLow:
 			w.admittedCalls++
-			w.checkAdmission(c)
 			if out == AdmittedLow {
 				w.pump(g)
 			}
 			w.again(c, 2*w.think)
 		case Fetch:
 			if w.now < c.by {
-				p.Need(c.amount, w.clock(g)+c.by-w.now)
+				g.purses[at].Need(c.amount, w.clock(g)+c.by-w.now)
 				if !c.waits {
 					c.waits = true
 					g.waiters = append(g.waiters, c)
@@ -652,11 +681,11 @@ func (w *world) attempt(c *simClient) {
 			w.again(c, 4*w.think)
 		case Refused:
 			w.refused++
-			w.checkRefusal(c, p)
+			w.checkRefusal(c, at)
 			w.again(c, 8*w.think)
 		case RefusedEarly:
 			w.refusedEarly++
-			w.early[c.window] = append(w.early[c.window], c.amount)
+			w.early[at] = append(w.early[at], c.amount)
 			w.again(c, 8*w.think)
 		case Full:
 			w.again(c, 8*w.think)
@@ -681,31 +710,51 @@ func (w *world) retry(g *simGateway) {
 	}
 }
 
-func (w *world) try(c *simClient, p *Purse) Outcome {
-	g, t := c.gateway, &w.truth[c.window]
+// try takes what the call needs of every level, and returns the allowance that
+// decided.
+func (w *world) try(c *simClient) (Outcome, int) {
+	g := c.gateway
 	now := w.clock(g)
-	if w.broken == "use goes on after the lease's end" {
-		p.until.Store(int64(never))
+	var parts []Part
+	var which []int
+	for i := c.window; i < w.allowances(); i += w.windows {
+		p := g.purses[i]
+		if p == nil {
+			p = NewPurse(g.id, w.terms(i).End, simHabits(w.plan.faults))
+			g.purses[i] = p
+		}
+		if w.broken == "use goes on after the lease's end" {
+			p.until.Store(int64(never))
+		}
+		parts, which = append(parts, Part{p, c.amount}), append(which, i)
+	}
+	var h *Hold
+	var out Outcome
+	var at int
+	if c.reserve {
+		h, out, at = g.holds.Reserve(parts, now, now+60*ms)
+	} else {
+		out, at = Take(parts, now)
+	}
+	if !out.OK() {
+		return out, which[at]
+	}
+	for _, i := range which {
+		t := &w.truth[i]
+		t.calls++
+		t.admitted += c.amount
+		if !c.reserve {
+			t.used += c.amount
+		}
+		if w.broken == "a unit is used twice" && w.chance(5) {
+			t.admitted += c.amount
+		}
+		w.checkAdmission(i)
 	}
 	if !c.reserve {
-		out, _ := Take([]Part{{p, c.amount}}, now)
-		if out.OK() {
-			t.admitted += c.amount
-			t.used += c.amount
-			t.calls++
-			if w.broken == "a unit is used twice" && w.chance(5) {
-				t.admitted += c.amount
-			}
-		}
-		return out
+		return out, 0
 	}
-	h, out, _ := g.holds.Reserve([]Part{{p, c.amount}}, now, now+60*ms)
-	if !out.OK() {
-		return out
-	}
-	t.admitted += c.amount
-	t.calls++
-	hold := simHold{c.window, c.amount}
+	hold := simHold{which, c.amount}
 	g.open[h] = hold
 	g.order = append(g.order, h)
 	f := w.faults
@@ -717,7 +766,7 @@ func (w *world) try(c *simClient, p *Purse) Outcome {
 	case w.chance(f.lateHolds):
 		takes += 60 * ms
 	case w.chance(f.lostHolds):
-		return out // resolved when the world ends
+		return out, 0 // resolved when the world ends
 	case w.chance(f.void):
 		cost = -1
 	}
@@ -728,7 +777,7 @@ func (w *world) try(c *simClient, p *Purse) Outcome {
 			w.pump(g)
 		}
 	})
-	return out
+	return out, 0
 }
 
 // resolve settles a hold, twice, and keeps the truth of it.
@@ -737,23 +786,29 @@ func (w *world) resolve(g *simGateway, h *Hold, hold simHold, cost int64) {
 		return
 	}
 	delete(g.open, h)
-	t, p := &w.truth[hold.window], g.purses[hold.window]
-	over := p.over.Load()
+	var over []int64
+	var actual []int64
+	for _, i := range hold.allowances {
+		over, actual = append(over, g.purses[i].over.Load()), append(actual, max(0, cost))
+	}
 	var how Resolution
 	if cost < 0 {
 		cost, how = 0, h.Void(w.clock(g))
 	} else {
-		how, _ = h.Settle([]int64{cost}, w.clock(g))
+		how, _ = h.Settle(actual, w.clock(g))
+	}
+	if again, _ := h.Settle(actual, w.clock(g)); again != Already || how == Already {
+		w.fail("a reservation was resolved as %d and then as %d", how, again)
 	}
 	if how == Forgotten {
 		return // it stays held
 	}
-	t.admitted += cost - hold.bound - (p.over.Load() - over)
-	t.used += cost
-	if again, _ := h.Settle([]int64{cost}, w.clock(g)); again != Already || how == Already {
-		w.fail("a reservation was resolved as %d and then as %d", how, again)
+	for n, i := range hold.allowances {
+		t := &w.truth[i]
+		t.admitted += cost - hold.bound - (g.purses[i].over.Load() - over[n])
+		t.used += cost
+		w.checkBound(i)
 	}
-	w.checkBound(hold.window)
 }
 
 func (w *world) checkBound(window int) {
@@ -763,33 +818,33 @@ func (w *world) checkBound(window int) {
 		allowed += w.fold[window].terms.MaxExposure + int64(len(w.gateways))*simHabits(w.faults).ReleaseHolds
 	}
 	if t.admitted > allowed {
-		w.fail("window %d: %d units are admitted, %d are allowed", window, t.admitted, allowed)
+		w.fail("allowance %d: %d units are admitted, %d are allowed", window, t.admitted, allowed)
 	}
 }
 
-func (w *world) checkAdmission(c *simClient) {
-	w.checkBound(c.window)
-	t := w.fold[c.window].terms
+func (w *world) checkAdmission(i int) {
+	w.checkBound(i)
+	t := w.terms(i)
 	if w.now < t.Start || w.now >= t.End {
-		w.fail("a call is admitted in the wrong window: %d, which is [%d, %d) ms", c.window, t.Start/ms, t.End/ms)
+		w.fail("a call is admitted in the wrong window: %d, which is [%d, %d) ms", i, t.Start/ms, t.End/ms)
 	}
 	// What the log says may be used covers what is.
-	s := w.fold[c.window].State()
-	if able := s.Settled - s.Counts.Above + s.Outstanding + s.Exposure; w.truth[c.window].admitted > able && !w.plan.faults.release {
-		w.fail("%d units are admitted, the ledger knows of %d", w.truth[c.window].admitted, able)
+	s := w.fold[i].State()
+	if able := s.Settled - s.Counts.Above + s.Outstanding + s.Exposure; w.truth[i].admitted > able && !w.plan.faults.release {
+		w.fail("%d units are admitted, the ledger knows of %d", w.truth[i].admitted, able)
 	}
 }
 
 // checkRefusal: a refusal for good must be true by the calls that are finished,
 // under the allowance of the position that the gateway has heard of.
-func (w *world) checkRefusal(c *simClient, p *Purse) {
+func (w *world) checkRefusal(c *simClient, i int) {
 	amount := int64(0)
-	for _, h := range w.history[c.window] {
-		if h.sequence <= p.seen {
+	for _, h := range w.history[i] {
+		if h.sequence <= c.gateway.purses[i].seen {
 			amount = h.amount
 		}
 	}
-	if used := w.truth[c.window].used; used+c.amount <= amount {
+	if used := w.truth[i].used; used+c.amount <= amount {
 		w.fail("a call of %d is refused for good where %d of %d are used", c.amount, used, amount)
 	}
 }
@@ -801,7 +856,7 @@ func (w *world) audit() {
 	}
 	last := w.owners[len(w.owners)-1]
 	w.replay(last, false)
-	for i := range w.windows {
+	for i := range w.allowances() {
 		e := w.fold[i]
 		e.answers, last.escrows[i].answers = nil, nil
 		if !reflect.DeepEqual(e, last.escrows[i]) {
@@ -820,7 +875,7 @@ func (w *world) audit() {
 			at, known := e.find(g.id)
 			if !known {
 				if used != 0 {
-					w.fail("window %d: the ledger does not know a lease of which %d units were used", i, used)
+					w.fail("allowance %d: the ledger does not know a lease of which %d units were used", i, used)
 				}
 				continue
 			}
@@ -828,11 +883,11 @@ func (w *world) audit() {
 			settled += l.used + l.over
 			switch {
 			case g.alive && !p.Done() && p.held.Load() == 0:
-				w.fail("window %d: a living gateway could not close its lease: %+v", i, p.sent)
+				w.fail("allowance %d: a living gateway could not close its lease: %+v", i, p.sent)
 			case g.spoke && (l.used+l.over != used || l.out() != 0):
-				w.fail("window %d: the ledger knows of %d units used and %d out, the gateway used %d", i, l.used+l.over, l.out(), used)
+				w.fail("allowance %d: the ledger knows of %d units used and %d out, the gateway used %d", i, l.used+l.over, l.out(), used)
 			case used < l.used+l.over || used > l.used+l.over+l.out()+p.over.Load():
-				w.fail("window %d: a silent gateway used %d units; the ledger knows of %d and %d out", i, used, l.used, l.out())
+				w.fail("allowance %d: a silent gateway used %d units; the ledger knows of %d and %d out", i, used, l.used, l.out())
 			}
 			if !g.spoke {
 				silent += l.out()
@@ -840,10 +895,10 @@ func (w *world) audit() {
 		}
 		s := e.State()
 		if settled != s.Settled {
-			w.fail("window %d: %d units are settled, the leases say %d", i, s.Settled, settled)
+			w.fail("allowance %d: %d units are settled, the leases say %d", i, s.Settled, settled)
 		}
 		if s.Outstanding+s.Exposure != silent {
-			w.fail("window %d: %d units are out, %d of them with who never spoke", i, s.Outstanding+s.Exposure, silent)
+			w.fail("allowance %d: %d units are out, %d of them with who never spoke", i, s.Outstanding+s.Exposure, silent)
 		}
 		for _, n := range w.early[i] {
 			if s.Settled+n <= s.Amount {

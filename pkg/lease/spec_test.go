@@ -1,0 +1,415 @@
+package lease
+
+import (
+	"bytes"
+	"reflect"
+	"testing"
+)
+
+// desk is an escrow and what it last said to whom.
+type desk struct {
+	t        *testing.T
+	e        *Escrow
+	sequence uint64
+	now      Micros
+	said     map[Gateway]Answer
+}
+
+func newDesk(t *testing.T, amount int64, change func(*Terms)) *desk {
+	terms := Terms{Term: second, Patience: 100 * ms, Horizon: 5 * second, MaxLeases: 8}
+	if change != nil {
+		change(&terms)
+	}
+	return &desk{t: t, e: NewEscrow(amount, terms), said: map[Gateway]Answer{}}
+}
+
+func (d *desk) apply(en Entry) Effects {
+	d.t.Helper()
+	d.sequence++
+	en.Sequence, en.Time = d.sequence, d.now
+	fx := d.e.Apply(en)
+	for _, a := range fx.Answers {
+		d.said[a.Gateway] = a
+	}
+	// A snapshot in between changes nothing.
+	read, rest, err := Read(append(d.e.Append(nil), "rest"...), d.e.terms)
+	if err != nil || string(rest) != "rest" || !bytes.Equal(read.Append(nil), d.e.Append(nil)) {
+		d.t.Fatalf("a snapshot is read as something else: %v\n%+v\n%+v", err, d.e, read)
+	}
+	d.e = read
+	return fx
+}
+
+func (d *desk) ask(m Ask) (Answer, Effects) {
+	d.t.Helper()
+	m.Sent = d.now
+	fx := d.apply(Entry{Ask: &m})
+	return d.said[m.Gateway], fx
+}
+
+func (d *desk) is(what string, got, want any) {
+	d.t.Helper()
+	if !reflect.DeepEqual(got, want) {
+		d.t.Errorf("%s: %v, want %v (%+v)", what, got, want, d.e.State())
+	}
+}
+
+var (
+	anna = Gateway{1}
+	bert = Gateway{2}
+	cleo = Gateway{3}
+)
+
+func TestLeasesShrinkAsTheAllowanceRunsOut(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 1000, nil)
+	last := int64(1001)
+	for n := uint64(1); ; n++ {
+		a := d.said[anna]
+		next, _ := d.ask(Ask{Gateway: anna, Seq: n, Known: a.Granted, Used: a.Granted, Need: 1, Want: 600})
+		got := next.Granted - a.Granted
+		if got == 0 {
+			d.is("the verdict after all", next.Verdict, DeniedFinal)
+			d.is("granted", next.Granted, int64(1000))
+			break
+		}
+		if got > last || got > 500 {
+			t.Fatalf("a lease of %d after one of %d", got, last)
+		}
+		last = got
+	}
+	d.is("the last lease", last, int64(1))
+}
+
+func TestACopyIsAnsweredAgainAndGrantsNothing(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 1000, nil)
+	m := Ask{Gateway: anna, Seq: 1, Need: 5, Want: 100}
+	first, _ := d.ask(m)
+	again, fx := d.ask(m)
+	d.is("duplicate", fx.Duplicate, true)
+	d.is("granted", again.Granted, first.Granted)
+	// A newer ask that has not heard of the grant does not double it either.
+	m.Seq = 2
+	third, _ := d.ask(m)
+	d.is("granted to one that has not heard", third.Granted, first.Granted)
+	d.is("outstanding", d.e.State().Outstanding, first.Granted)
+}
+
+func TestUnusedUnitsAreRecalledBeforeAnybodyIsDenied(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 10, nil)
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 10})
+	b, _ := d.ask(Ask{Gateway: bert, Seq: 1, Need: 4})
+	d.is("bert", b.Verdict, Waiting)
+	d.is("anna's recall", d.said[anna].Recall, d.sequence)
+	// Anna has used 3 and holds 2.
+	d.ask(Ask{Gateway: anna, Seq: 2, Seen: d.sequence, Known: 10, Used: 3, Held: 2, Returned: 5})
+	d.is("bert", d.said[bert].Granted, int64(4))
+	// What is held may come back: a denial is early, and says how much could be had.
+	c, _ := d.ask(Ask{Gateway: cleo, Seq: 1, Need: 3})
+	d.is("cleo", c.Verdict, Waiting)
+	d.is("bert's recall", d.said[bert].Recall, d.sequence)
+	d.ask(Ask{Gateway: bert, Seq: 2, Seen: d.sequence, Known: 4, Used: 3, Held: 1})
+	d.is("anna's recall, who has only what is held", d.said[anna].Recall, d.sequence)
+	d.ask(Ask{Gateway: anna, Seq: 3, Seen: d.sequence, Known: 10, Used: 3, Held: 2, Returned: 5})
+	d.is("cleo", d.said[cleo].Verdict, DeniedEarly)
+	d.is("cleo's room", d.said[cleo].Room, int64(1))
+	// A call that would not fit even if all came back is denied for good at once.
+	b, _ = d.ask(Ask{Gateway: bert, Seq: 3, Seen: d.sequence, Known: 4, Used: 4, Need: 4})
+	d.is("bert", b.Verdict, DeniedFinal)
+	// Anna's hold turns out to be free: who was denied early hears of it.
+	d.ask(Ask{Gateway: anna, Seq: 4, Seen: d.sequence, Known: 10, Used: 3, Returned: 7})
+	d.is("cleo", d.said[cleo].Verdict, Open)
+	c, _ = d.ask(Ask{Gateway: cleo, Seq: 2, Need: 3})
+	d.is("cleo", c.Granted, int64(3))
+	s := d.e.State()
+	d.is("early", s.Counts.DeniedEarly, int64(1))
+	d.is("final", s.Counts.DeniedFinal, int64(1))
+}
+
+func TestASilentGatewayIsWaitedForOnce(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 10, nil)
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 10})
+	d.ask(Ask{Gateway: bert, Seq: 1, Need: 1})
+	at, _ := d.e.Due()
+	d.is("patience ends", at, 100*ms)
+	d.now = at
+	d.apply(Entry{})
+	d.is("bert", d.said[bert].Verdict, DeniedEarly)
+	b, _ := d.ask(Ask{Gateway: bert, Seq: 2, Need: 1})
+	d.is("bert, at once", b.Verdict, DeniedEarly)
+}
+
+func TestWhatADeadGatewayHeldStaysSpentUntilItsSpoolSpeaks(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 10, nil)
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 6})
+	d.ask(Ask{Gateway: anna, Seq: 2, Known: 6, Used: 2})
+	d.now = 100 * second
+	d.apply(Entry{})
+	d.is("dead", d.e.State().Dead, int64(4))
+	b, _ := d.ask(Ask{Gateway: bert, Seq: 1, Need: 5})
+	d.is("bert", b.Verdict, Waiting)
+	d.now += 100 * ms
+	d.apply(Entry{})
+	d.is("bert", d.said[bert].Verdict, DeniedEarly)
+	d.ask(LastWord(anna, d.now, 3, 0))
+	d.is("bert", d.said[bert].Verdict, Open)
+	b, _ = d.ask(Ask{Gateway: bert, Seq: 2, Need: 5})
+	d.is("bert", b.Granted, int64(5))
+	s := d.e.State()
+	d.is("settled", s.Settled, int64(3))
+	d.is("dead", s.Dead, int64(0))
+	// Whatever of it comes late changes nothing.
+	a, fx := d.ask(Ask{Gateway: anna, Seq: 3, Known: 6, Used: 2, Need: 1})
+	d.is("a late message", [2]bool{fx.Duplicate, a.Verdict == Ended}, [2]bool{true, true})
+}
+
+func TestAPolicyReleasesWhatTheDeadHeldUpToItsExposure(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 10, func(t *Terms) { t.ReleaseAfter, t.MaxExposure = second, 5 })
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 4})
+	d.ask(Ask{Gateway: bert, Seq: 1, Need: 6})
+	d.now = 2 * second
+	d.apply(Entry{})
+	s := d.e.State()
+	d.is("exposure", s.Exposure, int64(4))
+	d.is("what does not fit stays dead", s.Dead, int64(6))
+	c, _ := d.ask(Ask{Gateway: cleo, Seq: 1, Need: 4})
+	d.is("cleo", c.Granted, int64(4))
+	// Anna had used 3 of them: a measured overdraft.
+	d.ask(LastWord(anna, d.now, 3, 0))
+	d.ask(Ask{Gateway: cleo, Seq: 2, Known: 4, Used: 4})
+	d.ask(LastWord(bert, d.now, 6, 0))
+	s = d.e.State()
+	d.is("late", s.Counts.Late, int64(3))
+	d.is("overdraft", s.Overdraft, int64(3))
+	d.is("settled", s.Settled, int64(13))
+	d.is("exposure", s.Exposure, int64(0))
+}
+
+func TestALoweredAllowanceCallsBackAndARaisedOneUnblocks(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 100, nil)
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 80})
+	d.ask(Ask{Gateway: anna, Seq: 2, Known: 80, Used: 20})
+	lower := int64(30)
+	d.apply(Entry{Amount: &lower})
+	d.is("lowered", d.e.State().Counts.Lowered, int64(50))
+	d.is("anna's recall", d.said[anna].Recall, d.sequence)
+	d.ask(Ask{Gateway: anna, Seq: 3, Seen: d.sequence, Known: 80, Used: 25, Returned: 55})
+	d.is("excess", d.e.State().Excess, int64(0))
+	b, _ := d.ask(Ask{Gateway: bert, Seq: 1, Need: 10})
+	d.is("bert", b.Verdict, DeniedFinal)
+	d.is("bert's room", b.Room, int64(5))
+	higher := int64(35)
+	d.apply(Entry{Amount: &higher})
+	d.is("bert", d.said[bert].Verdict, Open)
+	b, _ = d.ask(Ask{Gateway: bert, Seq: 2, Need: 10})
+	d.is("bert", b.Granted, int64(10))
+}
+
+func TestAWindowGrantsNothingBeforeItBeginsAndAfterItEnds(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 100, func(t *Terms) { t.Start, t.End = second, 2*second })
+	d.now = second - ms
+	a, _ := d.ask(Ask{Gateway: anna, Seq: 1, Need: 1})
+	d.is("before", a.Verdict, Waiting)
+	d.now, _ = d.e.Due()
+	d.is("due", d.now, second)
+	d.apply(Entry{})
+	d.is("granted", d.said[anna].Granted, int64(1))
+	d.is("no lease outlives the window", d.said[anna].Expiry, 2*second)
+	d.now = 2 * second
+	b, _ := d.ask(Ask{Gateway: bert, Seq: 1, Need: 1})
+	d.is("after", b.Verdict, Ended)
+	// What was used in it is settled late.
+	d.ask(Ask{Gateway: anna, Seq: 2, Known: 1, Used: 1, Closing: true})
+	d.is("settled", d.e.State().Settled, int64(1))
+}
+
+func TestMessagesOfAForgottenLeaseBeginNoNewOne(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 100, nil)
+	first := Ask{Gateway: anna, Seq: 1, Need: 10}
+	last := Ask{Gateway: anna, Seq: 2, Known: 10, Used: 7, Closing: true}
+	d.ask(first)
+	d.ask(last)
+	d.now = 6 * second
+	d.apply(Entry{})
+	d.is("leases", d.e.State().Leases, 0)
+	before := d.e.State()
+	for _, m := range []Ask{first, last} {
+		fx := d.apply(Entry{Ask: &m}) // as it was sent, at time 0
+		d.is("unknown", fx.Unknown, true)
+	}
+	before.Counts.Unknown = 2
+	d.is("the state", d.e.State(), before)
+	// A last word that overtakes all others leaves no room for them either.
+	d.ask(Ask{Gateway: bert, Seq: 2, Closing: true})
+	a, _ := d.ask(Ask{Gateway: bert, Seq: 1, Need: 10})
+	d.is("granted", a.Granted, int64(0))
+}
+
+func TestWhatNoGatewayCanMeanIsRefused(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 100, nil)
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 10})
+	before := d.e.State()
+	for name, m := range map[string]Ask{
+		"no number":                 {Need: 1},
+		"a negative amount":         {Seq: 2, Need: -1},
+		"too large an amount":       {Seq: 2, Need: MaxUnits + 1},
+		"more used than granted":    {Seq: 2, Known: 10, Used: 11},
+		"a grant that never was":    {Seq: 2, Known: 11, Used: 11},
+		"a last word that holds":    {Seq: 2, Known: 10, Held: 1, Closing: true},
+		"a spool with more than is": LastWord(anna, 0, 11, 0),
+	} {
+		m.Gateway = anna
+		if _, fx := d.ask(m); fx.Invalid == "" {
+			t.Errorf("%s is accepted", name)
+		}
+	}
+	d.is("the state", d.e.State(), before)
+}
+
+func TestACallTakesEveryLimitOrNone(t *testing.T) {
+	t.Parallel()
+	p := filled(3, 10)
+	if out, at := Take([]Part{{p[0], 4}, {p[1], 11}, {p[2], 4}}, 1); out != Fetch || at != 1 {
+		t.Errorf("outcome %d at %d", out, at)
+	}
+	for i := range p {
+		if p[i].free.Load() != 10 || p[i].used.Load() != 0 {
+			t.Errorf("purse %d has %d free, %d used", i, p[i].free.Load(), p[i].used.Load())
+		}
+	}
+	// A refusal anywhere is told rather than what would have to be fetched.
+	p[2].Receive(Answer{Gateway: Gateway{1}, Epoch: 1, Revision: 2, Granted: 10, Verdict: DeniedFinal, Room: 2}, 1)
+	p[2].denial.Load().until = never
+	if out, at := Take([]Part{{p[0], 4}, {p[1], 11}, {p[2], 14}}, 1); out != Refused || at != 2 {
+		t.Errorf("outcome %d at %d", out, at)
+	}
+	if out, _ := Take([]Part{{p[0], 4}, {p[1], 4}, {p[2], -4}}, 1); out.OK() {
+		t.Error("a negative amount is taken")
+	}
+}
+
+func TestUseStopsBeforeTheLeaseEndsAndABlockEndsInAQuestion(t *testing.T) {
+	t.Parallel()
+	h := Habits{Skew: 10 * ms, Term: second, ReportEvery: ms, RetryAfter: ms, Recheck: 10 * second, FirstWant: 1, MaxWant: 1}
+	p := NewPurse(anna, 2*second, h)
+	p.Receive(Answer{Gateway: anna, Epoch: 2, Revision: 5, Granted: 3, Expiry: second}, 0)
+	one := []Part{{p, 1}}
+	out := func(now Micros) Outcome { o, _ := Take(one, now); return o }
+	if o := out(second - 10*ms - 1); !o.OK() {
+		t.Errorf("before the end: %d", o)
+	}
+	if o := out(second - 10*ms); o != Fetch {
+		t.Errorf("less than the skew before the end: %d", o)
+	}
+	m, ok := p.Next(second - 10*ms)
+	if !ok || m.Used != 1 || m.Returned != 2 {
+		t.Errorf("what is left goes back: %+v", m)
+	}
+	// An owner of the past has no say.
+	p.Receive(Answer{Gateway: anna, Epoch: 1, Revision: 9, Seq: 1, Granted: 9, Expiry: 2 * second}, second)
+	if o := out(second); o != Fetch {
+		t.Errorf("after an answer of a former owner: %d", o)
+	}
+	p.Receive(Answer{Gateway: anna, Epoch: 2, Revision: 6, Seq: 1, Granted: 3, Expiry: second, Verdict: DeniedFinal}, second)
+	if o := out(2*second - 10*ms - 1); o != Refused {
+		t.Errorf("in the window: %d", o)
+	}
+	if o := out(2*second - 10*ms); o != Over {
+		t.Errorf("when nobody can tell the window: %d", o)
+	}
+}
+
+func TestAReservationIsResolvedOnceAndNothingIsDropped(t *testing.T) {
+	t.Parallel()
+	// What is free, used, held and beyond of a lease of 100 of which 10 + 20 were
+	// reserved until 50 and 20 was the rest of what was not returned.
+	type left struct{ free, used, held, over int64 }
+	for name, c := range map[string]struct {
+		release int64
+		do      func(h *Hold, hs *Holds) Resolution
+		want    Resolution
+		left    left
+	}{
+		"settled below":            {0, func(h *Hold, _ *Holds) Resolution { r, _ := h.Settle([]int64{4}, 10); return r }, Settled, left{26, 4, 0, 0}},
+		"nothing said":             {0, func(h *Hold, _ *Holds) Resolution { r, _ := h.Settle(nil, 10); return r }, Settled, left{20, 10, 0, 0}},
+		"settled above, into free": {0, func(h *Hold, _ *Holds) Resolution { r, _ := h.Settle([]int64{25}, 10); return r }, Settled, left{5, 25, 0, 0}},
+		"settled above all":        {0, func(h *Hold, _ *Holds) Resolution { r, _ := h.Settle([]int64{37}, 10); return r }, Settled, left{0, 30, 0, 7}},
+		"voided":                   {0, func(h *Hold, _ *Holds) Resolution { return h.Void(10) }, Voided, left{30, 0, 0, 0}},
+		"late, not swept":          {0, func(h *Hold, _ *Holds) Resolution { r, _ := h.Settle([]int64{4}, 50); return r }, Late, left{26, 4, 0, 0}},
+		"late, swept":              {0, func(h *Hold, hs *Holds) Resolution { hs.Sweep(50); r, _ := h.Settle([]int64{4}, 60); return r }, Late, left{26, 4, 0, 0}},
+		"late, released":           {10, func(h *Hold, hs *Holds) Resolution { hs.Sweep(50); r, _ := h.Settle([]int64{34}, 60); return r }, Late, left{0, 30, 0, 4}},
+		"late, no room to release": {9, func(h *Hold, hs *Holds) Resolution { r, _ := h.Settle([]int64{4}, 50); return r }, Late, left{26, 4, 0, 0}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := filled(1, 30)[0]
+			p.habits.ReleaseHolds = c.release
+			hs := NewHolds(4)
+			h, out, _ := hs.Reserve([]Part{{p, 10}}, 1, 50)
+			if !out.OK() || p.free.Load() != 20 || p.held.Load() != 10 {
+				t.Fatalf("outcome %d", out)
+			}
+			if r := c.do(h, hs); r != c.want {
+				t.Errorf("resolved as %d, want %d", r, c.want)
+			}
+			if r, _ := h.Settle([]int64{9}, 100); r != Already {
+				t.Errorf("a second time: %d", r)
+			}
+			if r := h.Void(100); r != Already {
+				t.Errorf("a third time: %d", r)
+			}
+			if got := (left{p.free.Load(), p.used.Load(), p.held.Load(), p.over.Load()}); got != c.left {
+				t.Errorf("left is %+v, want %+v", got, c.left)
+			}
+			if p.exposed.Load() != 0 {
+				t.Errorf("%d units are exposed", p.exposed.Load())
+			}
+		})
+	}
+}
+
+func TestReservationsAreBounded(t *testing.T) {
+	t.Parallel()
+	p := filled(1, 100)[0]
+	hs := NewHolds(2)
+	first, _, _ := hs.Reserve([]Part{{p, 10}}, 1, 50)
+	hs.Reserve([]Part{{p, 10}}, 1, 60)
+	if _, out, _ := hs.Reserve([]Part{{p, 10}}, 1, 70); out != Full || p.free.Load() != 80 {
+		t.Errorf("a third: %d, %d free", out, p.free.Load())
+	}
+	hs.Sweep(60)
+	if _, out, _ := hs.Reserve([]Part{{p, 10}}, 61, 70); !out.OK() {
+		t.Errorf("in the place of one that expired: %d", out)
+	}
+	if r, _ := first.Settle([]int64{1}, 61); r != Forgotten {
+		t.Errorf("the one that was forgotten: %d", r)
+	}
+	if p.held.Load() != 30 || p.free.Load() != 70 {
+		t.Errorf("%d held, %d free: what was forgotten must stay held", p.held.Load(), p.free.Load())
+	}
+}
+
+func TestBrokenSnapshotsAreRefused(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 100, nil)
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 10})
+	whole := d.e.Append(nil)
+	for n := range whole {
+		if _, _, err := Read(whole[:n], d.e.terms); err == nil {
+			t.Errorf("the first %d of %d bytes are read", n, len(whole))
+		}
+	}
+	whole[0]++
+	if _, _, err := Read(whole, d.e.terms); err == nil {
+		t.Error("another version is read")
+	}
+}
