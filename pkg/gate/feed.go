@@ -156,7 +156,7 @@ func (g *Gate) hearBeacons(ctx context.Context, nc *nats.Conn, announce func(uin
 		}
 		now := usage.At(g.now())
 		g.write.Lock()
-		fresh := g.table.Load().Hear(table.Beacon{Shard: b.GetShard(), Epoch: b.GetEpoch(), StreamTime: usage.Micros(b.GetStreamTimeUnixMicros())}, now)
+		fresh := g.table.Load().Hear(table.Beacon{Shard: b.GetShard(), Epoch: b.GetEpoch(), StreamTime: usage.Micros(b.GetStreamTimeUnixMicros()), SentAt: usage.Micros(b.GetSentAtUnixMicros())}, now)
 		g.write.Unlock()
 		if fresh {
 			announce(b.GetDecisionsSequence())

@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -48,6 +50,17 @@ type admit struct {
 	region string
 	record func(r *http.Request, shard uint32, c *usage.Call)
 	now    func() usage.Micros
+	asks   *prometheus.CounterVec
+}
+
+func newAsks(r prometheus.Registerer) (*prometheus.CounterVec, error) {
+	asks := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "tollkeeper_gateway_admit_answers_total", Help: "Answers of /v1/admit: admitted, unknown (admitted under the policy for unknown verdicts), refused, unauthenticated.",
+	}, []string{"outcome"})
+	for _, o := range []string{"admitted", "unknown", "refused", "unauthenticated"} {
+		asks.WithLabelValues(o)
+	}
+	return asks, r.Register(asks)
 }
 
 func (a *admit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -86,9 +99,12 @@ func (a *admit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set(AccountHeader, headerSafe(caller.Account.ID()))
 		w.Header().Set(KeyIDHeader, headerSafe(keyID))
 		w.Header().Set("Cache-Control", "no-store")
+		outcome := "admitted"
 		if v.Unknown {
+			outcome = "unknown"
 			w.Header().Set(UnknownHeader, "1")
 		}
+		a.asks.WithLabelValues(outcome).Inc()
 		w.WriteHeader(http.StatusOK)
 		return
 	}
@@ -109,6 +125,11 @@ func (a *admit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (a *admit) refuse(w http.ResponseWriter, r *http.Request, p refusal.Profile, f *refusal.Refusal) {
 	status := f.HTTPStatus()
+	outcome := "refused"
+	if status == http.StatusUnauthorized {
+		outcome = "unauthenticated"
+	}
+	a.asks.WithLabelValues(outcome).Inc()
 	w.Header().Set(StatusHeader, strconv.Itoa(status))
 	w.Header().Set(CodeHeader, string(f.Code))
 	if f.Decision != nil {

@@ -208,6 +208,10 @@ func TestAskingProxies(t *testing.T) {
 			t.Errorf("%s: %d, want %d", name, got.status, c.want)
 		}
 	}
+	// The rate of what passes is half of what bounds the eventual tier (law 4).
+	if got := do(t, http.MethodGet, g.admin+"/metrics", "admin-token", "").body; !strings.Contains(got, `tollkeeper_gateway_admit_answers_total{outcome="admitted"} `) || strings.Contains(got, `tollkeeper_gateway_admit_answers_total{outcome="admitted"} 0`) {
+		t.Error("the admissions are not counted")
+	}
 }
 
 // A file's or a secret store's newline at the end of a secret would cost every call.

@@ -316,12 +316,16 @@ func (s *service) adminHandler() (http.Handler, error) {
 	if s.o.AdminToken != "" {
 		h = telemetry.RequireToken(s.o.AdminToken, guarded)
 	}
+	asks, err := newAsks(s.o.Registerer)
+	if err != nil {
+		return nil, err
+	}
 	// Callers forward the client's Authorization here: the API key is what is
 	// asked for. Some ask with the client's method, and below this path with the
 	// client's, which no ServeMux may tidy up.
 	asked := &admit{
 		gate: s.gate, proxy: s.proxy, key: gate.KeyFromHeaders(keyHeaders...), region: usage.CleanText(s.o.Region), record: s.record,
-		now: func() usage.Micros { return usage.At(time.Now()) },
+		now: func() usage.Micros { return usage.At(time.Now()) }, asks: asks,
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == admitPath || strings.HasPrefix(r.URL.Path, admitPath+"/") {

@@ -25,12 +25,15 @@ const (
 	clockSlack = int64(1_500_000)
 )
 
-// observe takes a new stream time heard at the own time now.
-func (c *streamClock) observe(stream, now usage.Micros) {
+// observe takes a new stream time heard at the own time now, and when it was sent by
+// its owner's clock. A stream time that is late by the owner's clock as well tells of
+// an owner that lags, and not of clocks: then it is the owner's clock that ours is
+// compared with, so that no block lasts longer because counting is behind.
+func (c *streamClock) observe(stream, sent, now usage.Micros) {
 	if now-c.from >= clockHalf || now < c.from {
 		c.last, c.now, c.from = c.now, sample{}, now
 	}
-	if lead := int64(stream - now); !c.now.ok || lead > c.now.lead {
+	if lead := int64(max(stream, min(sent, now)) - now); !c.now.ok || lead > c.now.lead {
 		c.now = sample{lead, true}
 	}
 }

@@ -8,6 +8,8 @@ type Beacon struct {
 	Epoch uint64
 	// StreamTime up to which the shard is counted.
 	StreamTime usage.Micros
+	// SentAt by the owner's clock.
+	SentAt usage.Micros
 }
 
 // Hear takes a beacon that arrived at the own time now and reports whether it
@@ -23,7 +25,7 @@ func (t *Table) Hear(b Beacon, now usage.Micros) bool {
 	s.epoch, s.heard, s.everHeard = b.Epoch, now, true
 	if b.StreamTime > s.streamTime {
 		s.streamTime = b.StreamTime
-		t.clock.observe(b.StreamTime, now)
+		t.clock.observe(b.StreamTime, b.SentAt, now)
 		t.offset.Store(t.clock.offset())
 	}
 	t.tickShard(s, now)

@@ -584,22 +584,56 @@ func TestTheOffsetOfTheLedgersClock(t *testing.T) {
 	if c.offset() != 0 {
 		t.Fatal("an offset out of nothing")
 	}
-	c.observe(100*second, 101*second) // late, as beacons are
+	c.observe(100*second, 0, 101*second) // late, as beacons are
 	if got := c.offset(); got != 0 {
 		t.Fatalf("lateness is taken for a difference: %d", got)
 	}
-	c.observe(110*second, 105*second)
+	c.observe(110*second, 0, 105*second)
 	if got := c.offset(); got != int64(5*second) {
 		t.Fatalf("ahead: %d", got)
 	}
-	c.observe(100*second, 106*second) // an older one does not count less
+	c.observe(100*second, 0, 106*second) // an older one does not count less
 	if got := c.offset(); got != int64(5*second) {
 		t.Fatalf("the best is forgotten: %d", got)
 	}
 	// Half a minute later twice: what was learned is gone, and we are ahead.
-	c.observe(130*second, 140*second)
-	c.observe(165*second, 175*second)
+	c.observe(130*second, 0, 140*second)
+	c.observe(165*second, 0, 175*second)
 	if got := c.offset(); got != int64(-10*second)+clockSlack {
 		t.Fatalf("behind: %d", got)
+	}
+}
+
+// Counting that lags is not a clock that is behind: a block still ends at its time
+// (law 6).
+func TestALaggingOwnerDoesNotProlongBlocks(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		ours, owners usage.Micros // ahead of the ledger's clock
+		late         usage.Micros // the block's end, at most by the lag
+	}{
+		"all clocks agree":      {0, 0, 0},
+		"ours is ahead":         {600 * second, 0, 0},
+		"ours is behind":        {-600 * second, 0, 58 * second},
+		"the owner's is ahead":  {0, 600 * second, 0},
+		"the owner's is behind": {0, -600 * second, 57 * second},
+	} {
+		tab := New(1, func(string, uint32) uint32 { return 0 }, Policy{StaleAfter: 3 * second})
+		tab.ResetDirectory(nil, []AccountRecord{{ID: "acme", Path: []string{"acme"}}})
+		tab.ResetDecisions(nil)
+		start := usage.Micros(1_700_000_000) * second
+		end := start + 300*second
+		tab.Apply(Keyed{Key: "k", Seq: 1, Decision: usage.Decision{Account: "acme", LimitID: "l", Verdict: usage.Deny, Revision: 1, PeriodEnd: end}})
+		a, _ := tab.ByID("acme")
+		freed := usage.Micros(0)
+		for at := start; at < end+1000*second && freed == 0; at += second / 4 { // the ledger's clock
+			tab.Hear(Beacon{Shard: 0, Epoch: 1, StreamTime: at - 58*second, SentAt: at + c.owners}, at+c.ours)
+			if tab.Decide(a, Request{}, at+c.ours).Allowed {
+				freed = at
+			}
+		}
+		if d := freed - end; d < c.late-2*second || d > c.late+2*second {
+			t.Errorf("%s: the block ends %d s after its time, want %d", name, d/second, c.late/second)
+		}
 	}
 }
