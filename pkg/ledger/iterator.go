@@ -2,8 +2,10 @@ package ledger
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -17,28 +19,51 @@ import (
 // It stands in for jetstream.OrderedConsumer, which recreates its consumer by
 // itself, in calls that no context ends, without looking whether the stream
 // still has what comes next, and leaves it behind at the server when stopped.
+// And it asks for messages by itself: the client's own iterator has as many
+// places as it asks for messages, but what the server says of a request needs
+// places too, so that a reader that is slow for some seconds loses messages.
 type iterator struct {
 	js       jetstream.JetStream
 	stream   string
 	consumer string
-	messages jetstream.MessagesContext
+	sub      *nats.Subscription
+	arrived  chan *nats.Msg
+	// asked is how many messages the server still owes.
+	asked   int
+	request []byte
+	to      string // where requests go
 	// delivered is the consumer's number of the last message.
 	delivered uint64
 	// pending is how many messages the consumer had when it was made.
 	pending uint64
+	// silent ends when the server has owed messages for too long in silence.
+	silent *time.Timer
 }
 
 // Bounds of what is on its way from the server to one iterator. All that waits
 // for a connection must stay below the 64 MiB that the server keeps for it, or
 // the connection is cut; one message of the greatest size must fit.
 const (
-	pullMessages = 256
-	pullBytes    = 4 << 20
+	// pullMessages and pullBytes are what one request asks for. The next is
+	// sent when the server owes less than that: two are open at most.
+	pullMessages = 128
+	pullBytes    = 2 << 20
+	// A request ends after pullExpiry, and says each pullHeartbeat that it is
+	// there while nothing comes.
+	pullExpiry    = 4 * time.Second
+	pullHeartbeat = time.Second
+	pullSilence   = 3 * pullHeartbeat
+	// arrivedPlaces: two requests' messages, and what the server says of them:
+	// heartbeats until they expire, and how they ended.
+	arrivedPlaces = 2*pullMessages + 2*(int(pullExpiry/pullHeartbeat)+2)
 )
 
-var errGap = errors.New("messages were lost on the way")
+var (
+	errGap    = errors.New("messages were lost on the way")
+	errSilent = errors.New("the server has gone silent")
+)
 
-func openIterator(ctx context.Context, js jetstream.JetStream, stream jetstream.Stream, cfg jetstream.ConsumerConfig) (*iterator, error) {
+func openIterator(ctx context.Context, js jetstream.JetStream, stream jetstream.Stream, cfg jetstream.ConsumerConfig) (_ *iterator, err error) {
 	cfg.Name = "tollkeeper-" + ksuid.New().String()
 	cfg.AckPolicy = jetstream.AckNonePolicy
 	cfg.MemoryStorage = true
@@ -49,40 +74,133 @@ func openIterator(ctx context.Context, js jetstream.JetStream, stream jetstream.
 	if err != nil {
 		return nil, fmt.Errorf("create consumer: %w", err)
 	}
-	in := &iterator{js: js, stream: stream.CachedInfo().Config.Name, consumer: cfg.Name, pending: cons.CachedInfo().NumPending}
-	in.messages, err = cons.Messages(
-		jetstream.PullMaxMessagesWithBytesLimit(pullMessages, pullBytes),
-		jetstream.PullExpiry(4*time.Second), jetstream.PullHeartbeat(time.Second))
+	in := &iterator{
+		js: js, stream: stream.CachedInfo().Config.Name, consumer: cfg.Name, pending: cons.CachedInfo().NumPending,
+		arrived: make(chan *nats.Msg, arrivedPlaces), silent: time.NewTimer(pullSilence),
+	}
+	in.to = apiSubject(js, "CONSUMER.MSG.NEXT."+in.stream+"."+in.consumer)
+	in.request, err = json.Marshal(map[string]int64{
+		"batch": pullMessages, "max_bytes": pullBytes, "expires": int64(pullExpiry), "idle_heartbeat": int64(pullHeartbeat),
+	})
+	if err == nil {
+		in.sub, err = js.Conn().ChanSubscribe(js.Conn().NewInbox(), in.arrived)
+	}
+	if err == nil {
+		err = in.ask()
+	}
 	if err != nil {
-		in.delete()
+		in.close()
 		return nil, fmt.Errorf("consume: %w", err)
 	}
 	return in, nil
 }
 
+// ask asks for more when less than a request's messages are owed.
+func (in *iterator) ask() error {
+	if in.asked >= pullMessages {
+		return nil
+	}
+	if err := in.js.Conn().PublishRequest(in.to, in.sub.Subject, in.request); err != nil {
+		return err
+	}
+	in.asked += pullMessages
+	return nil
+}
+
 // next waits for a message until ctx is done. After an error the iterator is
 // of no use unless the error is ctx's own.
 func (in *iterator) next(ctx context.Context) (Message, error) {
-	msg, err := in.messages.Next(jetstream.NextContext(ctx))
-	if err != nil {
-		return Message{}, err
+	for {
+		m, err := in.receive(ctx)
+		if err != nil {
+			return Message{}, err
+		}
+		if m.Reply == "" {
+			if err := in.heard(m.Header); err != nil {
+				return Message{}, err
+			}
+			continue
+		}
+		in.asked--
+		if err := in.ask(); err != nil {
+			return Message{}, err
+		}
+		meta, err := m.Metadata()
+		if err != nil {
+			return Message{}, err
+		}
+		if meta.Sequence.Consumer != in.delivered+1 {
+			return Message{}, errGap
+		}
+		in.delivered++
+		return Message{
+			Subject: m.Subject, Header: m.Header, Data: m.Data,
+			Sequence: meta.Sequence.Stream, Time: meta.Timestamp, Pending: meta.NumPending,
+		}, nil
 	}
-	meta, err := msg.Metadata()
-	if err != nil {
-		return Message{}, err
+}
+
+func (in *iterator) receive(ctx context.Context) (*nats.Msg, error) {
+	select {
+	case m, open := <-in.arrived:
+		return m, closedUnless(open)
+	default:
 	}
-	if meta.Sequence.Consumer != in.delivered+1 {
-		return Message{}, errGap
+	in.silent.Reset(pullSilence)
+	select {
+	case m, open := <-in.arrived:
+		return m, closedUnless(open)
+	case <-in.silent.C:
+		return nil, errSilent
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
-	in.delivered++
-	return Message{
-		Subject: msg.Subject(), Header: msg.Headers(), Data: msg.Data(),
-		Sequence: meta.Sequence.Stream, Time: meta.Timestamp, Pending: meta.NumPending,
-	}, nil
+}
+
+func closedUnless(open bool) error {
+	if open {
+		return nil
+	}
+	return nats.ErrConnectionClosed
+}
+
+// Statuses of what the server says of a request.
+const (
+	statusHeartbeat = "100"
+	statusNotFound  = "404"
+	statusTimeout   = "408"
+	statusConflict  = "409"
+)
+
+// The conflicts that are only the end of a request: what comes next is larger
+// than the bytes that are left of it, or bytes are left but no messages.
+const (
+	bytesUsedUp    = "Message Size Exceeds MaxBytes"
+	messagesUsedUp = "Batch Completed"
+)
+
+// heard takes note of what the server says of a request.
+func (in *iterator) heard(h nats.Header) error {
+	status, text := h.Get("Status"), h.Get("Description")
+	switch {
+	case status == statusHeartbeat:
+		return nil
+	case status == statusTimeout, status == statusNotFound, status == statusConflict && (text == bytesUsedUp || text == messagesUsedUp):
+		left, err := strconv.Atoi(h.Get("Nats-Pending-Messages"))
+		if err != nil || left < 0 || left > in.asked {
+			return fmt.Errorf("a request ended with %q, which does not say what is left of it", text)
+		}
+		in.asked -= left
+		return in.ask()
+	}
+	return fmt.Errorf("a request was answered %s %s", status, text)
 }
 
 func (in *iterator) close() {
-	in.messages.Stop()
+	in.silent.Stop()
+	if in.sub != nil {
+		_ = in.sub.Unsubscribe() // the connection may be gone, and with it the subscription
+	}
 	in.delete()
 }
 

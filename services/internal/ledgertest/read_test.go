@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -441,4 +442,49 @@ func TestAReaderWaitsForAStreamThatIsNotThereYet(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.has(appendEntries(t, js, "calls.0", 0, 3))
+}
+
+// What the server says of a request needs a place beside the messages: a
+// handler that takes longer than requests last must not lose any.
+func TestAReaderThatIsSlowIsNeverInterrupted(t *testing.T) {
+	t.Parallel()
+	_, _, js := provisioned(t)
+	want := appendEntries(t, js, "calls.0", 0, 1)
+	free := make(chan struct{})
+	n := 0
+	r := read(t, js, ledger.ReadOptions{}, func(ledger.Message) error {
+		if n++; n == 1 {
+			<-free
+		}
+		return nil
+	})
+	// Two heartbeats wait for it when the rush begins.
+	idle := time.NewTimer(2300 * time.Millisecond)
+	defer idle.Stop()
+	<-idle.C
+	want = append(want, appendEntries(t, js, "calls.0", 1, 600)...)
+	close(free)
+	r.has(want)
+	if n := r.interruptions(); n != 0 {
+		t.Errorf("it was interrupted %d times: %v", n, r.errs)
+	}
+}
+
+// Messages that together are larger than a request's bytes.
+func TestLargeEntriesAreReadWithoutAnInterruption(t *testing.T) {
+	t.Parallel()
+	_, _, js := provisioned(t)
+	var want []string
+	for i := range 40 {
+		text := strings.Repeat(string(rune('a'+i%26)), 600_000+i)
+		if _, err := js.Publish(t.Context(), "calls.1", []byte(text)); err != nil {
+			t.Fatal(err)
+		}
+		want = append(want, text)
+	}
+	r := read(t, js, ledger.ReadOptions{Subjects: []string{"calls.1"}}, nil)
+	r.has(want)
+	if n := r.interruptions(); n != 0 {
+		t.Errorf("it was interrupted %d times: %v", n, r.errs)
+	}
 }
