@@ -1,7 +1,9 @@
 package gateway
 
 import (
+	"bytes"
 	"errors"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -16,6 +18,13 @@ func TestTheExampleIsValid(t *testing.T) {
 	}
 	if len(c.Routes) != 2 || c.Routes[0].Model.JSON != "model" || c.Routes[0].Profile != refusal.OpenAI {
 		t.Errorf("%+v", c)
+	}
+	for _, part := range []reflect.Type{reflect.TypeFor[Config](), reflect.TypeFor[RouteConfig](), reflect.TypeFor[ModelConfig]()} {
+		for i := range part.NumField() {
+			if field := part.Field(i).Tag.Get("yaml"); !bytes.Contains(Example, []byte(field+":")) {
+				t.Errorf("the example does not have %s", field)
+			}
+		}
 	}
 	single := SingleUpstream("x", "http://127.0.0.1:1", "")
 	if err := single.Validate(); err != nil {
@@ -102,6 +111,8 @@ routes:
 		{"h", "POST", "/v1/chat/x", "chat-post"},
 		{"api.example", "GET", "/v1/chat", "host"},
 		{"Api.Example:8080", "GET", "/", "host"},
+		{"api.example.", "GET", "/", "host"}, // the same host, written in full
+		{"api.example.:8080", "GET", "/", "host"},
 		{"api.example", "GET", "/only/x", "host-get"},
 		{"api.example", "POST", "/only/x", "host"},
 	} {

@@ -272,6 +272,12 @@ func (s *service) serve(ctx context.Context, listener, adminListener net.Listene
 		}()
 	}
 	s.o.Logger.Info().Stringer("proxy", listener.Addr()).Msg("the gateway serves")
+	if s.o.SpoolDir == "" {
+		s.o.Logger.Warn().Msg("there is no spool directory: calls that NATS has not taken are lost when the gateway ends")
+	}
+	if s.o.TrustEventTime {
+		s.o.Logger.Warn().Msg("clients may say when their calls took place (" + EventTimeHeader + "): for replays only")
+	}
 	if s.o.Ready != nil {
 		s.o.Ready(listener.Addr(), adminAddr)
 	}

@@ -117,7 +117,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 			return nil, err
 		}
 		p.routes = append(p.routes, &route{
-			o: c, host: strings.ToLower(c.Host), prefix: c.prefix(), model: m.Model,
+			o: c, host: strings.TrimSuffix(strings.ToLower(c.Host), "."), prefix: c.prefix(), model: m.Model,
 			handler: o.gate.Middleware(m, upstream),
 		})
 	}
@@ -191,7 +191,7 @@ func (p *proxy) find(host, path, method string) *route {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
-	host = strings.ToLower(host)
+	host = strings.TrimSuffix(strings.ToLower(host), ".") // the same host, written in full
 	for _, r := range p.routes {
 		if r.host != "" && r.host != host {
 			continue

@@ -39,7 +39,7 @@ type flags struct {
 	StaleAfter      time.Duration `help:"How long nothing may be heard of a shard before its state is unknown." default:"3s" env:"TOLLKEEPER_STALE_AFTER"`
 	TrustEventTime  bool          `help:"Let clients say when a call took place (Tollkeeper-Event-Time): for replays only." env:"TOLLKEEPER_TRUST_EVENT_TIME"`
 
-	SpoolDir          string `help:"Directory for events while NATS is away; memory only when empty." env:"TOLLKEEPER_SPOOL_DIR" placeholder:"DIR"`
+	SpoolDir          string `help:"Directory for events while NATS is away. Without it they are in memory only, and lost when the gateway ends." env:"TOLLKEEPER_SPOOL_DIR" placeholder:"DIR"`
 	SpoolBytes        int64  `help:"Bound of the spool." env:"TOLLKEEPER_SPOOL_BYTES"`
 	SpoolBeforeAnswer bool   `help:"Answer a call only when its event is on disk or in the ledger." env:"TOLLKEEPER_SPOOL_BEFORE_ANSWER"`
 	OnFull            string `help:"What happens when memory and spool are full: block, refuse or drop." enum:"block,refuse,drop" default:"block" env:"TOLLKEEPER_ON_FULL"`
