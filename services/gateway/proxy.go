@@ -46,6 +46,7 @@ type proxy struct {
 	usage      *prometheus.CounterVec
 	meters     *prometheus.CounterVec
 	buffer     bufferPool
+	bodies     room
 	logger     zerolog.Logger
 	told       atomic.Int64 // when a failing upstream was last logged, unix seconds
 }
@@ -79,7 +80,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 		usage: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "tollkeeper_gateway_usage_answers_total", Help: "Answers of routes that read token counts, by what was found.",
 		}, []string{"outcome"}),
-		logger: o.logger,
+		bodies: room{limit: maxModelBodies}, logger: o.logger,
 	}
 	p.meters = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "tollkeeper_gateway_reported_readings_total", Help: "Readings that upstreams reported in meters_header, by whether they could be counted.",
@@ -108,7 +109,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 		if p.transports[timeout] == nil {
 			p.transports[timeout] = newTransport(timeout)
 		}
-		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model)}
+		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model, &p.bodies)}
 		if o.trustEventTime {
 			m.Time = replayedTime
 		}
@@ -397,7 +398,7 @@ func headerSafe(s string) string {
 }
 
 // modelOf returns what finds a request's model; nil when nothing has to.
-func modelOf(c *ModelConfig) func(*http.Request) (string, error) {
+func modelOf(c *ModelConfig, bodies *room) func(*http.Request) (string, error) {
 	switch {
 	case c.Fixed != "":
 		return func(*http.Request) (string, error) { return c.Fixed, nil }
@@ -408,7 +409,7 @@ func modelOf(c *ModelConfig) func(*http.Request) (string, error) {
 		if bound == 0 {
 			bound = DefaultMaxModelBody
 		}
-		return func(r *http.Request) (string, error) { return modelInBody(r, c.JSON, bound) }
+		return func(r *http.Request) (string, error) { return modelInBody(r, c.JSON, bound, bodies) }
 	}
 	return nil
 }
@@ -420,7 +421,7 @@ const maxModel = 6*256 + 2
 // no JSON object is not read on, but of one that something follows the upstream may
 // read the object. One that is, is read whole: the last of several
 // members of the name counts, for the upstream too.
-func modelInBody(r *http.Request, member string, bound int64) (string, error) {
+func modelInBody(r *http.Request, member string, bound int64, bodies *room) (string, error) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return "", nil
 	}
@@ -436,7 +437,13 @@ func modelInBody(r *http.Request, member string, bound int64) (string, error) {
 	}
 	scanner := tokens.NewScanner(member, maxModel)
 	chunk := make([]byte, 4096)
-	for {
+	for taken := int64(0); ; {
+		if need := int64(kept.Len()); need > smallBody && need >= taken {
+			if !bodies.take(r.Context(), roomStep) {
+				return "", &refusal.Refusal{Code: refusal.TooLarge, Status: http.StatusServiceUnavailable, Detail: "Too many large bodies are being read at once: try again in a moment."}
+			}
+			taken = need + roomStep
+		}
 		n, err := r.Body.Read(chunk)
 		kept.Write(chunk[:n])
 		_, _ = scanner.Write(chunk[:n]) // never fails
@@ -453,6 +460,32 @@ func modelInBody(r *http.Request, member string, bound int64) (string, error) {
 			return "", tooLarge()
 		}
 	}
+}
+
+// room bounds what the bodies that are read for their models take together.
+type room struct {
+	limit int64
+	used  atomic.Int64
+}
+
+const (
+	// maxModelBodies bounds large bodies in memory; while they grow their buffers
+	// may take twice as much.
+	maxModelBodies = 1 << 30
+	// smallBody is not worth counting: connections bound those.
+	smallBody = 64 << 10
+	roomStep  = 1 << 20
+)
+
+// take reports whether there are n more bytes; they are free again when the request
+// is over.
+func (r *room) take(request context.Context, n int64) bool {
+	if r.used.Add(n) > r.limit {
+		r.used.Add(-n)
+		return false
+	}
+	context.AfterFunc(request, func() { r.used.Add(-n) })
+	return true
 }
 
 func tooLarge() error {
