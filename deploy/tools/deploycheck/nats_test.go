@@ -426,9 +426,21 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 		ledger.ExpectLast(checkpoint, 0)
 		_, err = ledger.PublishBatch(ctx, aggregator.Conn, []*nats.Msg{{Subject: "$KV.decisions." + ledger.DecisionKey(3, "a", "p/l"), Data: []byte("d")}, checkpoint})
 		must(t, "publish decisions", err)
-		stream, err := aggregator.js.Stream(ctx, "KV_"+ledger.DecisionsBucket)
-		must(t, "decisions", err)
-		last(ctx, t, stream, checkpoint.Subject)
+		// Where it stands it asks the leaders.
+		newest, found, err := ledger.LastMessage(ctx, aggregator.js, "KV_"+ledger.DecisionsBucket, checkpoint.Subject)
+		must(t, "read the checkpoint", err)
+		if !found {
+			t.Error("the checkpoint is not there")
+		}
+		for stream, subject := range map[string]string{ledger.Stream: ledger.CallsSubject(3), "OBJ_" + ledger.SnapshotsBucket: "$O.snapshots.M.x"} {
+			_, _, err = ledger.LastMessage(ctx, aggregator.js, stream, subject)
+			must(t, "ask the leader of "+stream, err)
+		}
+		// One decision alone, under the checkpoint.
+		lone := &nats.Msg{Subject: "$KV.decisions." + ledger.DecisionKey(3, "b", "p/l"), Data: []byte("d")}
+		ledger.ExpectLastOf(lone, checkpoint.Subject, newest.Sequence)
+		_, err = aggregator.js.PublishMsg(ctx, lone)
+		must(t, "publish one decision", err)
 		for _, subject := range []string{ledger.ControlSubject(3), ledger.DeadLetterSubject(3, 1)} {
 			_, err := aggregator.js.Publish(ctx, subject, []byte("x"))
 			must(t, subject, err)
