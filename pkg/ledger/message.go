@@ -61,11 +61,15 @@ func DecodeCalls(f *Frame, subject string, header nats.Header, data []byte) erro
 	if f.Producer != ksuid.Nil && f.Number == 0 {
 		return malformed("a producer's frames are numbered from 1")
 	}
-	if f.Producer == ksuid.Nil {
+	if f.Producer == ksuid.Nil || !f.Source.Absent() {
 		// Without a frame's identity each event must have its own, or all of
-		// them would be taken for one.
+		// them would be taken for one; the same holds for those with a source.
 		for i := range f.N {
-			if len(f.Source.At(i)) == 0 || len(f.EventID.At(i)) == 0 {
+			source, id := len(f.Source.At(i)) > 0, len(f.EventID.At(i)) > 0
+			if source && !id {
+				return malformed("call %d has a source and no event id", i)
+			}
+			if !source && f.Producer == ksuid.Nil {
 				return malformed("call %d has neither a producer nor a source and event id", i)
 			}
 		}
@@ -287,6 +291,9 @@ type CloudEventData struct {
 	DurationMicros int64             `json:"duration_micros,omitempty"`
 	Meters         map[string]*int64 `json:"meters,omitempty"` // null: unknown
 	Currency       string            `json:"currency,omitempty"`
+	// AdmittedUnknown: it passed under the policy for unknown verdicts, as the
+	// answer of /v1/admit has said (law 5).
+	AdmittedUnknown bool `json:"admitted_unknown,omitempty"`
 }
 
 // CallFromCloudEvent makes a call of a CloudEvent's attributes and JSON data.
@@ -323,6 +330,9 @@ func CallFromCloudEvent(specVersion, typ, source, id, subject, eventTime string,
 	}
 	if most := usage.NumBuiltIn + usage.MaxCustomMeters; len(d.Meters) > most {
 		return usage.Call{}, &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("the event reports %d meters, at most %d are allowed", len(d.Meters), most)}
+	}
+	if d.AdmittedUnknown {
+		c.Flags |= usage.AdmittedUnknown
 	}
 	for name, v := range d.Meters {
 		if v != nil {
