@@ -19,7 +19,7 @@ const (
 	CodeHeader       = "X-Tollkeeper-Code"
 	DecisionIDHeader = "X-Tollkeeper-Decision-Id"
 	// UnknownHeader is set when the call passes under the policy for unknown
-	// verdicts.
+	// verdicts; the caller's event says so in admitted_unknown.
 	UnknownHeader = "X-Tollkeeper-Admitted-Unknown"
 	// ModelHeader names the model of the call that is asked for.
 	ModelHeader = "X-Tollkeeper-Model"

@@ -284,3 +284,15 @@ func TestASlowSendersEventsAreTaken(t *testing.T) {
 		}
 	})
 }
+
+// What passed while the verdict was unknown leaves an audit trail (law 5), also
+// where another gateway let it pass.
+func TestAForeignCallThatPassedUnknownSaysSo(t *testing.T) {
+	t.Parallel()
+	for extra, want := range map[string]usage.Flags{`,"admitted_unknown":true`: usage.AdmittedUnknown, `,"admitted_unknown":false`: 0, "": 0} {
+		e := parseStructured([]byte(strings.Replace(good("acme"), `"account":"acme"`, `"account":"acme"`+extra, 1)), now)
+		if e.Err != nil || e.Call.Flags != want {
+			t.Errorf("%s: %v %v", extra, e.Call.Flags, e.Err)
+		}
+	}
+}
