@@ -9,12 +9,14 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/historian/internal/blocks"
+	"github.com/tollkeeper/tollkeeper/services/historian/internal/seen"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 )
 
 // calls gathers the ledger's calls.
 type calls struct {
-	fold    *fold
+	fold    *seen.Fold
 	horizon usage.Micros
 	parts   func(*history.Block) []part
 	metrics *metrics
@@ -32,19 +34,19 @@ type calls struct {
 }
 
 func newCalls(horizon usage.Micros, parts func(*history.Block) []part, m *metrics, log zerolog.Logger) *calls {
-	c := &calls{fold: newFold(horizon), horizon: horizon, parts: parts, metrics: m, log: log, pool: make(chan *history.Block, 2)}
+	c := &calls{fold: seen.New(horizon), horizon: horizon, parts: parts, metrics: m, log: log, pool: make(chan *history.Block, 2)}
 	c.pool <- history.NewBlock()
 	c.block = history.NewBlock()
 	return c
 }
 
-func (c *calls) weigh(m ledger.Message) item {
-	it := item{sequence: m.Sequence, time: max(c.fold.high, streamTime(m)), near: m.Pending <= nearEntries}
+func (c *calls) weigh(m ledger.Message) blocks.Item {
+	it := blocks.Item{Sequence: m.Sequence, Time: max(c.fold.High(), streamTime(m)), Near: m.Pending <= nearEntries}
 	if c.kind, c.shard, c.err = ledger.ParseSubject(m.Subject); c.err != nil || c.kind != ledger.KindCalls {
 		return it
 	}
 	if c.err = ledger.DecodeCalls(&c.frame, m.Subject, m.Header, m.Data); c.err == nil {
-		it.rows, it.bytes = c.frame.N, len(m.Data)
+		it.Rows, it.Bytes = c.frame.N, len(m.Data)
 	}
 	return it
 }
@@ -54,11 +56,11 @@ func (c *calls) take(m ledger.Message, keep bool) {
 		c.undecodable(m, c.err, keep)
 		return
 	}
-	shard := c.fold.pass(c.shard, streamTime(m))
+	shard := c.fold.Pass(c.shard, streamTime(m))
 	switch {
 	case c.kind == ledger.KindControl:
 		if e, err := ledger.DecodeControl(m.Header, m.Data); err == nil {
-			shard.control(e)
+			shard.Control(e)
 		}
 		// The control lane counts the ones that can't be decoded.
 		return
@@ -68,28 +70,28 @@ func (c *calls) take(m ledger.Message, keep bool) {
 		c.undecodable(m, c.err, keep)
 		return
 	}
-	f := shard.calls(&c.frame, c.scratch)
-	if f.keep != nil {
-		c.scratch = f.keep
+	f := shard.Calls(&c.frame, c.scratch)
+	if f.Keep != nil {
+		c.scratch = f.Keep
 	}
 	if !keep {
 		return
 	}
-	switch f.verdict {
+	switch f.Verdict {
 	case dedup.Duplicate:
 		c.metrics.repeated.WithLabelValues("frame").Inc()
 		return
 	case dedup.Gap:
-		c.metrics.gaps.Add(float64(f.skipped))
-		c.log.Error().Str("producer", c.frame.Producer.String()).Uint32("shard", c.shard).Uint64("number", c.frame.Number).Uint64("skipped", f.skipped).Msg("a producer skipped frames: calls were sent that never came")
+		c.metrics.gaps.Add(float64(f.Skipped))
+		c.log.Error().Str("producer", c.frame.Producer.String()).Uint32("shard", c.shard).Uint64("number", c.frame.Number).Uint64("skipped", f.Skipped).Msg("a producer skipped frames: calls were sent that never came")
 	case dedup.Fresh:
 	}
-	if f.invalid {
+	if f.Invalid {
 		c.undecodable(m, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: "a call names no account"}, keep)
 		return
 	}
-	c.metrics.repeated.WithLabelValues("event").Add(float64(f.foreign))
-	c.block.AppendFrame(&c.frame, history.Entry{Sequence: m.Sequence, Time: c.fold.high}, f.keep)
+	c.metrics.repeated.WithLabelValues("event").Add(float64(f.Foreign))
+	c.block.AppendFrame(&c.frame, history.Entry{Sequence: m.Sequence, Time: c.fold.High()}, f.Keep)
 }
 
 // undecodable leaves an entry out. The aggregator does the same, and keeps it in
@@ -111,7 +113,7 @@ func reason(err error) string {
 	return usage.ReasonMalformed
 }
 
-func (c *calls) seal(ctx context.Context, _ span) (int, []part, func(), error) {
+func (c *calls) seal(ctx context.Context, _ blocks.Span) (int, []part, func(), error) {
 	full := c.block
 	if full.Rows() == 0 {
 		return 0, nil, nil, nil
@@ -128,15 +130,15 @@ func (c *calls) seal(ctx context.Context, _ span) (int, []part, func(), error) {
 }
 
 func (c *calls) snapshot(position uint64, stream string) []byte {
-	return c.fold.marshal(position, stream)
+	return c.fold.Marshal(position, stream)
 }
 
 func (c *calls) restore(data []byte, stream string) (uint64, error) {
 	if data == nil {
-		c.fold = newFold(c.horizon)
+		c.fold = seen.New(c.horizon)
 		return 0, nil
 	}
-	f, position, id, err := unmarshalFold(data)
+	f, position, id, err := seen.Unmarshal(data)
 	switch {
 	case err != nil:
 		return 0, err

@@ -16,6 +16,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/historian/internal/blocks"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
@@ -238,7 +239,7 @@ func lanes(o Options, s seams, m *metrics, js jetstream.JetStream, h *history.Hi
 	base := func(name, stream string, into []string, subjects ...string) *lane {
 		l := &lane{
 			name: name, into: into, stream: stream, subjects: subjects,
-			limits: limits{rows: o.MaxRows, bytes: maxBlockBytes, entries: maxBlockEntries, age: o.MaxAge, stall: maxStall},
+			limits: blocks.Limits{Rows: o.MaxRows, Bytes: maxBlockBytes, Entries: maxBlockEntries, Age: o.MaxAge, Stall: maxStall},
 			grace:  grace, js: js, journal: &kvJournal{js: js, key: name}, tables: h,
 			metrics: m, ready: components[name], log: o.Logger,
 		}
@@ -254,16 +255,18 @@ func lanes(o Options, s seams, m *metrics, js jetstream.JetStream, h *history.Hi
 
 	control := base("control", ledger.Stream, []string{"control"}, ledger.AllControl)
 	control.gather = &pump[history.ControlRow]{lane: "control", read: readControl, metrics: m, log: o.Logger,
-		parts: func(rows []history.ControlRow, s span) []part { return wrap(h.ControlParts(rows, s.from, s.to)) }}
+		parts: func(rows []history.ControlRow, s blocks.Span) []part { return wrap(h.ControlParts(rows, s.From, s.To)) }}
 
 	decisions := base("decisions", "KV_"+ledger.DecisionsBucket, []string{"decisions"})
 	decisions.gather = &pump[history.DecisionRow]{lane: "decisions", read: readDecision, metrics: m, log: o.Logger,
-		parts: func(rows []history.DecisionRow, s span) []part { return wrap(h.DecisionParts(rows, s.from, s.to)) }}
+		parts: func(rows []history.DecisionRow, s blocks.Span) []part {
+			return wrap(h.DecisionParts(rows, s.From, s.To))
+		}}
 	decisions.purgeIsFine = true
 
 	alerts := base("alerts", ledger.AlertsStream, []string{"alerts"})
 	alerts.gather = &pump[history.AlertRow]{lane: "alerts", read: readAlert, metrics: m, log: o.Logger,
-		parts: func(rows []history.AlertRow, s span) []part { return wrap(h.AlertParts(rows, s.from, s.to)) }}
+		parts: func(rows []history.AlertRow, s blocks.Span) []part { return wrap(h.AlertParts(rows, s.From, s.To)) }}
 	alerts.purgeIsFine = true
 	return []*lane{all, control, decisions, alerts}
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/historian/internal/blocks"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 )
 
@@ -29,12 +30,12 @@ type part interface {
 // gatherer turns a stream's entries into rows. It is used from one goroutine.
 type gatherer interface {
 	// weigh looks at an entry and changes nothing.
-	weigh(m ledger.Message) item
+	weigh(m ledger.Message) blocks.Item
 	// take folds the entry that was just weighed; without keep it leaves no rows.
 	take(m ledger.Message, keep bool)
 	// seal hands over what was taken since the last seal. release may be called
 	// from another goroutine, once the parts are not needed any more.
-	seal(ctx context.Context, s span) (rows int, parts []part, release func(), err error)
+	seal(ctx context.Context, s blocks.Span) (rows int, parts []part, release func(), err error)
 	// snapshot returns the fold of everything up to the newest entry taken; nil
 	// when there is nothing that a restart would have to know.
 	snapshot(position uint64, stream string) []byte
@@ -68,7 +69,7 @@ type lane struct {
 	into     []string // tables; the first one's identity is the history's
 	stream   string
 	subjects []string
-	limits   limits
+	limits   blocks.Limits
 	// snapshotEvery is after how many blocks with rows the fold is stored.
 	snapshotEvery int
 	// grace is how long an insert in flight may go on after the lane is told to
@@ -107,7 +108,7 @@ type laneTime struct {
 
 // sealed is a block on its way to the committer.
 type sealed struct {
-	span
+	blocks.Span
 	at       usage.Micros // the stream's time of its last entry; 0: it was not seen
 	rows     int
 	parts    []part
@@ -143,10 +144,10 @@ func (l *lane) run(ctx context.Context) error {
 
 	group, gctx := errgroup.WithContext(ctx)
 	entries := make(chan ledger.Message, 64)
-	blocks := make(chan sealed)
+	full := make(chan sealed)
 	group.Go(func() error { return l.readAll(gctx, start+1, entries) })
-	group.Go(func() error { return l.build(gctx, stands, entries, blocks) })
-	group.Go(func() error { return l.commitAll(gctx, blocks) })
+	group.Go(func() error { return l.build(gctx, stands, entries, full) })
+	group.Go(func() error { return l.commitAll(gctx, full) })
 	group.Go(func() error { return l.report(gctx) })
 	if err := group.Wait(); err != nil && ctx.Err() == nil {
 		return fmt.Errorf("history of %s: %w", l.name, err)
@@ -291,19 +292,19 @@ func (l *lane) readAll(ctx context.Context, from uint64, out chan<- ledger.Messa
 // build folds entries and cuts them into blocks.
 func (l *lane) build(ctx context.Context, stands boundary, in <-chan ledger.Message, out chan<- sealed) error {
 	committed := stands.committed()
-	plan := newPlanner(l.limits, committed+1)
+	plan := blocks.New(l.limits, committed+1)
 	redo := sealed{}
 	if !stands.Done {
-		plan.force(stands.To)
+		plan.Force(stands.To)
 		redo = sealed{redo: true, token: stands.Token}
 	}
-	blocks := 0
+	withRows := 0
 	last, lastTime := uint64(0), usage.Micros(0)
-	cut := func(s span) error {
+	cut := func(s blocks.Span) error {
 		b := redo
 		redo = sealed{}
-		b.span = s
-		if last == s.to {
+		b.Span = s
+		if last == s.To {
 			b.at = lastTime
 		}
 		if !b.redo {
@@ -314,11 +315,11 @@ func (l *lane) build(ctx context.Context, stands boundary, in <-chan ledger.Mess
 			return err
 		}
 		if b.rows > 0 {
-			if blocks++; l.snapshots != nil && blocks%l.snapshotEvery == 0 {
-				b.snapshot = l.gather.snapshot(s.to, l.streamID)
+			if withRows++; l.snapshots != nil && withRows%l.snapshotEvery == 0 {
+				b.snapshot = l.gather.snapshot(s.To, l.streamID)
 			}
 		}
-		l.sealedAt(s.to)
+		l.sealedAt(s.To)
 		select {
 		case out <- b:
 			return nil
@@ -341,7 +342,7 @@ func (l *lane) build(ctx context.Context, stands boundary, in <-chan ledger.Mess
 				l.sawEntry(m, false)
 				continue
 			}
-			if s, ok := plan.before(it); ok {
+			if s, ok := plan.Before(it); ok {
 				if err := cut(s); err != nil {
 					return err
 				}
@@ -349,18 +350,18 @@ func (l *lane) build(ctx context.Context, stands boundary, in <-chan ledger.Mess
 			last, lastTime = m.Sequence, streamTime(m)
 			l.gather.take(m, true)
 			l.sawEntry(m, true)
-			plan.add(it, time.Now())
+			plan.Add(it, time.Now())
 		case <-timer.C:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		if s, ok := plan.due(time.Now()); ok {
+		if s, ok := plan.Due(time.Now()); ok {
 			if err := cut(s); err != nil {
 				return err
 			}
 		}
 		wake := time.Hour
-		if at, ok := plan.wake(); ok {
+		if at, ok := plan.Wake(); ok {
 			wake = time.Until(at)
 		}
 		timer.Reset(wake)
@@ -369,8 +370,8 @@ func (l *lane) build(ctx context.Context, stands boundary, in <-chan ledger.Mess
 
 // token names a stretch of this very stream, whatever else wrote to the table
 // before.
-func (l *lane) token(s span) string {
-	return fmt.Sprintf("%s/%s/%d-%d", l.name, l.streamID, s.from, s.to)
+func (l *lane) token(s blocks.Span) string {
+	return fmt.Sprintf("%s/%s/%d-%d", l.name, l.streamID, s.From, s.To)
 }
 
 // commitAll brings block after block into the history.
@@ -401,7 +402,7 @@ func (l *lane) commitAll(ctx context.Context, in <-chan sealed) error {
 				return ctx.Err()
 			}
 		}
-		now := boundary{From: b.from, To: b.to, At: b.at, Rows: b.rows, Token: b.token, Stream: l.streamID, Table: l.tableID}
+		now := boundary{From: b.From, To: b.To, At: b.at, Rows: b.rows, Token: b.token, Stream: l.streamID, Table: l.tableID}
 		if b.rows > 0 {
 			if !b.redo {
 				if err := l.save(ctx, now); err != nil {
@@ -416,7 +417,7 @@ func (l *lane) commitAll(ctx context.Context, in <-chan sealed) error {
 			b.release()
 		}
 		arrived = &now
-		l.committedUpTo(b.to)
+		l.committedUpTo(b.To)
 		if b.snapshot != nil {
 			// Without it a restart only has more to read again.
 			bounded, cancel := context.WithTimeout(ctx, snapshotTimeout)
@@ -430,7 +431,7 @@ func (l *lane) commitAll(ctx context.Context, in <-chan sealed) error {
 				continue
 			}
 			l.metrics.snapshotBytes.Set(float64(len(b.snapshot)))
-			l.metrics.snapshotPosition.Set(float64(b.to))
+			l.metrics.snapshotPosition.Set(float64(b.To))
 		}
 	}
 }

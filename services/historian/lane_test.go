@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 
+	"github.com/tollkeeper/tollkeeper/services/historian/internal/blocks"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 )
 
@@ -168,12 +169,12 @@ func TestABoundaryStandsBeforeItsBlockAndOnlyOneIsOpen(t *testing.T) {
 			return false, nil
 		}
 		tab.trouble = []func(*table, string) (bool, error){note, note}
-		blocks := make(chan sealed)
+		full := make(chan sealed)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- l.commitAll(ctx, blocks) }()
+		go func() { done <- l.commitAll(ctx, full) }()
 		for i := range uint64(2) {
-			blocks <- sealed{span: span{from: i*10 + 1, to: i*10 + 10}, rows: 1, parts: []part{tab}, token: fmt.Sprint(i)}
+			full <- sealed{Span: blocks.Span{From: i*10 + 1, To: i*10 + 10}, rows: 1, parts: []part{tab}, token: fmt.Sprint(i)}
 			synctest.Wait()
 			time.Sleep(time.Second) // the tries of the journal, in the bubble's own time
 			synctest.Wait()

@@ -11,6 +11,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/historian/internal/blocks"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 )
 
@@ -19,7 +20,7 @@ import (
 type pump[T any] struct {
 	lane    string
 	read    func(m ledger.Message) (T, bool, error)
-	parts   func(rows []T, s span) []part
+	parts   func(rows []T, s blocks.Span) []part
 	metrics *metrics
 	log     zerolog.Logger
 
@@ -29,10 +30,10 @@ type pump[T any] struct {
 	err  error
 }
 
-func (p *pump[T]) weigh(m ledger.Message) item {
-	it := item{sequence: m.Sequence, near: m.Pending <= nearEntries}
+func (p *pump[T]) weigh(m ledger.Message) blocks.Item {
+	it := blocks.Item{Sequence: m.Sequence, Near: m.Pending <= nearEntries}
 	if p.row, p.ok, p.err = p.read(m); p.ok && p.err == nil {
-		it.rows, it.bytes = 1, len(m.Data)
+		it.Rows, it.Bytes = 1, len(m.Data)
 	}
 	return it
 }
@@ -51,7 +52,7 @@ func (p *pump[T]) take(m ledger.Message, keep bool) {
 	}
 }
 
-func (p *pump[T]) seal(_ context.Context, s span) (int, []part, func(), error) {
+func (p *pump[T]) seal(_ context.Context, s blocks.Span) (int, []part, func(), error) {
 	rows := p.rows
 	p.rows = nil
 	return len(rows), p.parts(rows, s), nil, nil

@@ -23,7 +23,6 @@ var large = map[string]struct {
 	"pkg/gate/outbox":                   {2300, "sender, disk and bounds of one queue; its state machines are packages of their own below it"},
 	"pkg/ledger":                        {3500, "the wire is known in one place; half of it is one codec: a writer and a distrustful reader"},
 	"pkg/quota":                         {2600, "one state machine: counters, decisions and their snapshot fold the same state"},
-	"services/historian":                {2000, "one lane from ledger to table, with its journal"},
 	"services/internal/embedclickhouse": {2300, "installing, configuring and supervising one foreign process"},
 }
 

@@ -1,4 +1,6 @@
-package historian
+// Package seen is what the ledger up to an entry says about the next one: what of
+// it was there before, and how late it is.
+package seen
 
 import (
 	"encoding/binary"
@@ -16,63 +18,68 @@ import (
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 )
 
-// fold is what the ledger up to an entry says about the next one: what has been
-// seen before, and how late it is. It is pure; two folds of the same entries are
+// Fold is what was seen of the ledger up to an entry. It is pure; two folds of the same entries are
 // equal. Not safe for concurrent use.
-type fold struct {
+type Fold struct {
 	horizon usage.Micros
-	shards  map[uint32]*shardFold
+	shards  map[uint32]*Shard
 	// high is the highest stream time seen.
 	high usage.Micros
 }
 
-type shardFold struct {
+// Shard is what was seen of one shard.
+type Shard struct {
 	set  *dedup.Set
 	high usage.Micros // of this shard's entries
 }
 
-func newFold(horizon usage.Micros) *fold {
-	return &fold{horizon: horizon, shards: map[uint32]*shardFold{}}
+// New returns a fold of nothing; horizon is that of foreign events (pkg/dedup).
+func New(horizon usage.Micros) *Fold {
+	return &Fold{horizon: horizon, shards: map[uint32]*Shard{}}
 }
 
-// pass lets the stream's time pass with an entry and returns the shard.
-func (f *fold) pass(shard uint32, at usage.Micros) *shardFold {
+// High is the highest stream time seen.
+func (f *Fold) High() usage.Micros { return f.high }
+
+// Pass lets the stream's time pass with an entry and returns the shard.
+func (f *Fold) Pass(shard uint32, at usage.Micros) *Shard {
 	f.high = max(f.high, at)
 	s := f.shards[shard]
 	if s == nil {
-		s = &shardFold{set: dedup.New(f.horizon)}
+		s = &Shard{set: dedup.New(f.horizon)}
 		f.shards[shard] = s
 	}
 	s.high = max(s.high, at)
 	return s
 }
 
-// fresh is what of a frame was not seen before.
-type fresh struct {
-	verdict dedup.Verdict
-	skipped uint64 // numbers missing before the frame
-	// keep names the rows in ascending order; nil is all of them.
-	keep []uint32
-	// foreign is how many rows were seen before.
-	foreign int
-	invalid bool
+// Fresh is what of a frame was not seen before.
+type Fresh struct {
+	Verdict dedup.Verdict
+	Skipped uint64 // numbers missing before the frame
+	// Keep names the rows in ascending order; nil is all of them.
+	Keep []uint32
+	// Foreign is how many rows were seen before.
+	Foreign int
+	// Invalid says that a call names no account.
+	Invalid bool
 }
 
-// calls takes note of a frame, by the rules of the aggregator (pkg/quota): a
+// Calls takes note of a frame, by the rules of the aggregator (pkg/quota): a
 // frame of a producer once by its number; in it, or without a producer, a row
 // with a source and an event id once by these, whoever brought it; a frame that
-// names no account somewhere not at all. keep is appended to scratch.
-func (s *shardFold) calls(f *ledger.Frame, scratch []uint32) fresh {
-	out := fresh{verdict: dedup.Fresh}
+// names no account somewhere not at all. Keep is appended to scratch.
+func (s *Shard) Calls(f *ledger.Frame, scratch []uint32) Fresh {
+	out := Fresh{Verdict: dedup.Fresh}
 	if f.Producer != ksuid.Nil {
-		out.verdict, out.skipped = s.set.Frame(dedup.Producer(f.Producer), f.Number)
-		if out.verdict == dedup.Duplicate {
+		out.Verdict, out.Skipped = s.set.Frame(dedup.Producer(f.Producer), f.Number)
+		if out.Verdict == dedup.Duplicate {
 			return out
 		}
 	}
 	for _, account := range f.Account.Dict {
 		if len(account) == 0 {
-			out.invalid = true
+			out.Invalid = true
 			return out
 		}
 	}
@@ -83,23 +90,23 @@ func (s *shardFold) calls(f *ledger.Frame, scratch []uint32) fresh {
 	for i := range f.N {
 		source, id := f.Source.At(i), f.EventID.At(i)
 		if len(source) > 0 && len(id) > 0 && !s.set.Foreign(dedup.ForeignID(f.Account.At(i), source, id), s.high) {
-			out.foreign++
+			out.Foreign++
 			continue
 		}
 		keep = append(keep, uint32(i))
 	}
-	if out.foreign > 0 {
+	if out.Foreign > 0 {
 		if keep == nil {
 			keep = []uint32{} // none; nil would be all
 		}
-		out.keep = keep
+		out.Keep = keep
 	}
 	return out
 }
 
-// control takes note of a control entry: a producer that has closed is
+// Control takes note of a control entry: a producer that has closed is
 // forgotten after a while, and an act counts once.
-func (s *shardFold) control(e *tollkeeperv1.ControlEntry) {
+func (s *Shard) Control(e *tollkeeperv1.ControlEntry) {
 	if id := e.GetId(); id != "" && !s.set.Foreign(dedup.ForeignID(nil, []byte("control"), []byte(id)), s.high) {
 		return
 	}
@@ -112,9 +119,9 @@ const foldMagic = "TKH1"
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// marshal writes the fold of everything up to and including position, in the
+// Marshal writes the fold of everything up to and including position, in the
 // same bytes for equal folds.
-func (f *fold) marshal(position uint64, ledgerID string) []byte {
+func (f *Fold) Marshal(position uint64, ledgerID string) []byte {
 	out := append([]byte(nil), foldMagic...)
 	out = binary.AppendUvarint(out, uint64(len(ledgerID)))
 	out = append(out, ledgerID...)
@@ -133,8 +140,8 @@ func (f *fold) marshal(position uint64, ledgerID string) []byte {
 
 var errSnapshot = errors.New("the historian's snapshot cannot be read")
 
-// unmarshalFold reads what marshal wrote.
-func unmarshalFold(data []byte) (f *fold, position uint64, ledgerID string, err error) {
+// Unmarshal reads what Marshal wrote.
+func Unmarshal(data []byte) (f *Fold, position uint64, ledgerID string, err error) {
 	if len(data) < len(foldMagic)+4 || string(data[:len(foldMagic)]) != foldMagic {
 		return nil, 0, "", fmt.Errorf("%w: it does not begin with %s", errSnapshot, foldMagic)
 	}
@@ -168,11 +175,11 @@ func unmarshalFold(data []byte) (f *fold, position uint64, ledgerID string, err 
 	}
 	ledgerID, b = string(b[:n]), b[n:]
 	position = uvarint()
-	f = &fold{shards: map[uint32]*shardFold{}, high: usage.Micros(varint())}
+	f = &Fold{shards: map[uint32]*Shard{}, high: usage.Micros(varint())}
 	f.horizon = usage.Micros(varint())
 	for n := uvarint(); n > 0 && !cut; n-- {
 		shard := uvarint()
-		s := &shardFold{high: usage.Micros(varint())}
+		s := &Shard{high: usage.Micros(varint())}
 		if cut || shard >= ledger.MaxShards {
 			break
 		}
