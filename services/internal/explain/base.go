@@ -13,6 +13,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/explain/trace"
 )
 
 // base is the state that a replay begins with.
@@ -29,6 +30,11 @@ func (b *base) again() (*quota.Shard, error) {
 		return quota.Read(b.data)
 	}
 	return quota.New(quota.Options{Shard: b.state.Number(), Horizon: b.horizon}), nil
+}
+
+// trace returns the options of a trace that begins there.
+func (b *base) trace(d *usage.Decision, below trace.Position) trace.Options {
+	return trace.Options{State: b.state, Snapshot: b.snapshot != "", Again: b.again, Target: d, Below: below, Most: maxIndexed}
 }
 
 type snapshot struct {

@@ -8,11 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
-	"math/bits"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -21,6 +17,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/explain/trace"
 )
 
 // Bounds of an explanation.
@@ -96,8 +93,8 @@ type Explanation struct {
 	Reason   Reason   `json:"reason"`
 	Entry    Entry    `json:"entry"`
 	// Crossing is the call that reached the threshold; nil when no call did.
-	Crossing *Call `json:"crossing_call"`
-	Fed      Fed   `json:"fed"`
+	Crossing *Call     `json:"crossing_call"`
+	Fed      trace.Fed `json:"fed"`
 	// Calls that fed the counter, newest first.
 	Calls      []Call `json:"calls"`
 	NextCursor string `json:"next_cursor"`
@@ -206,24 +203,6 @@ type Entry struct {
 	What      string       `json:"what,omitempty"`
 }
 
-// Fed is what the counter is made of: Carried + Used + Adjusted + Unexplained is
-// the decision's Used.
-type Fed struct {
-	// Calls that fed it, and what they used together.
-	Calls int64 `json:"calls"`
-	Used  int64 `json:"used"`
-	// Carried is what a snapshot brought along of calls before it, whose entries
-	// the ledger does not hold any more.
-	Carried int64 `json:"carried"`
-	// Adjusted by control entries.
-	Adjusted int64 `json:"adjusted"`
-	// Unexplained must be 0.
-	Unexplained int64 `json:"unexplained"`
-	// Since is the ledger sequence of the first entry that can have fed it: the
-	// window's first, or that of the plan change with which it began at 0.
-	Since uint64 `json:"since_sequence"`
-}
-
 // Call that fed the counter, or with Index -1 a control entry that changed it.
 type Call struct {
 	Sequence   uint64       `json:"sequence"`
@@ -257,10 +236,10 @@ func (x *Explainer) Explain(ctx context.Context, q Query) (*Explanation, error) 
 	if err != nil {
 		return nil, fmt.Errorf("%q: %w: it has 27 letters and digits, as in the decision_id of a refusal", q.ID, ErrID)
 	}
-	below := newest
+	below := trace.Newest
 	if q.Cursor != "" {
-		if below, err = parseCursor(q.Cursor); err != nil {
-			return nil, err
+		if below, err = trace.ParsePosition(q.Cursor); err != nil {
+			return nil, fmt.Errorf("%q: %w: take the next_cursor of the page before", q.Cursor, ErrCursor)
 		}
 	}
 	limit := q.Limit
@@ -295,7 +274,7 @@ func (x *Explainer) Explain(ctx context.Context, q Query) (*Explanation, error) 
 }
 
 // cached returns a replay that holds the page, or nil.
-func (x *Explainer) cached(id string, below position, limit int) *replayed {
+func (x *Explainer) cached(id string, below trace.Position, limit int) *replayed {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for i, r := range x.cache {
@@ -314,32 +293,6 @@ func (x *Explainer) keep(r *replayed) {
 	if len(x.cache) > maxCached {
 		x.cache = slices.Delete(x.cache, 0, 1)
 	}
-}
-
-// position of a call in the ledger.
-type position struct {
-	sequence uint64
-	row      int32
-}
-
-var newest = position{sequence: math.MaxUint64}
-
-func (p position) less(o position) bool {
-	return p.sequence < o.sequence || p.sequence == o.sequence && p.row < o.row
-}
-
-func (p position) String() string {
-	return strconv.FormatUint(p.sequence, 10) + "." + strconv.Itoa(int(p.row))
-}
-
-func parseCursor(s string) (position, error) {
-	sequence, row, ok := strings.Cut(s, ".")
-	n, err := strconv.ParseUint(sequence, 10, 64)
-	i, err2 := strconv.ParseInt(row, 10, 32)
-	if !ok || err != nil || err2 != nil || i < -1 {
-		return position{}, fmt.Errorf("%q: %w: take the next_cursor of the page before", s, ErrCursor)
-	}
-	return position{n, int32(i)}, nil
 }
 
 // progress tells of what takes long.
@@ -366,31 +319,6 @@ func (p *progress) at(stage string, done, total uint64) {
 	}
 	p.last = now
 	p.tell(Progress{Stage: stage, Done: min(done, total), Total: total})
-}
-
-// threshold is the use at which the decision's verdict begins; 0 for Allow.
-func threshold(d *usage.Decision) int64 {
-	switch d.Verdict {
-	case usage.Deny:
-		return d.Amount
-	case usage.Warn:
-		return warnAt(d)
-	}
-	return 0
-}
-
-// warnAt is the least use of which the hundredfold is at least the amount times
-// the percentage; 0: the limit does not warn.
-func warnAt(d *usage.Decision) int64 {
-	if d.WarnPercent == 0 || d.WarnPercent > 100 || d.Amount < 0 {
-		return 0
-	}
-	hi, lo := bits.Mul64(uint64(d.Amount), uint64(d.WarnPercent))
-	q, rest := bits.Div64(hi, lo, 100)
-	if rest > 0 {
-		q++
-	}
-	return int64(q)
 }
 
 // differences compares what was published with what the replay gave. Epochs are
@@ -437,7 +365,7 @@ func decisionOf(d *usage.Decision) Decision {
 func limitOf(d *usage.Decision) Limit {
 	return Limit{
 		ID: d.LimitID, PlanVersion: d.PlanVersion, Meter: d.Meter, Models: d.Filter.Models, Routes: d.Filter.Routes, Methods: d.Filter.Methods,
-		Window: d.Window, Amount: d.Amount, WarnPercent: d.WarnPercent, WarnAt: warnAt(d), ActionURL: d.ActionURL,
+		Window: d.Window, Amount: d.Amount, WarnPercent: d.WarnPercent, WarnAt: trace.WarnAt(d), ActionURL: d.ActionURL,
 	}
 }
 

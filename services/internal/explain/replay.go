@@ -15,6 +15,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/internal/explain/trace"
 )
 
 // fetchers read entries of a page at once.
@@ -23,25 +24,25 @@ const fetchers = 8
 // replayed is an explanation without a page, and where its calls stand.
 type replayed struct {
 	explanation Explanation
-	below       position // every indexed call stands before it
-	rows        []fedRow // oldest first
-	dropped     bool     // there are older ones
+	below       trace.Position // every indexed call stands before it
+	rows        []trace.Row    // oldest first
+	dropped     bool           // there are older ones
 }
 
 // before returns how many of the indexed calls stand before a position.
-func (r *replayed) before(below position) int {
-	return sort.Search(len(r.rows), func(i int) bool { return !r.rows[i].less(below) })
+func (r *replayed) before(below trace.Position) int {
+	return sort.Search(len(r.rows), func(i int) bool { return !r.rows[i].Less(below) })
 }
 
 // covers reports whether a page can be cut out of the index.
-func (r *replayed) covers(below position, limit int) bool {
-	return !r.below.less(below) && (!r.dropped || r.before(below) > limit)
+func (r *replayed) covers(below trace.Position, limit int) bool {
+	return !r.below.Less(below) && (!r.dropped || r.before(below) > limit)
 }
 
 // page returns calls before a position, newest first.
-func (r *replayed) page(below position, limit int) (rows []fedRow, next string) {
+func (r *replayed) page(below trace.Position, limit int) (rows []trace.Row, next string) {
 	n := r.before(below)
-	rows = make([]fedRow, 0, min(limit, n))
+	rows = make([]trace.Row, 0, min(limit, n))
 	for i := n - 1; i >= 0 && len(rows) < limit; i-- {
 		rows = append(rows, r.rows[i])
 	}
@@ -52,7 +53,7 @@ func (r *replayed) page(below position, limit int) (rows []fedRow, next string) 
 }
 
 // replay finds a decision and replays its shard up to it.
-func (x *Explainer) replay(ctx context.Context, id ksuid.KSUID, below position, p *progress) (*replayed, error) {
+func (x *Explainer) replay(ctx context.Context, id ksuid.KSUID, below trace.Position, p *progress) (*replayed, error) {
 	begin := time.Now()
 	d, err := x.find(ctx, id, p)
 	if err != nil {
@@ -79,7 +80,7 @@ func (x *Explainer) replay(ctx context.Context, id ksuid.KSUID, below position, 
 	if b == nil {
 		return nil, purged(&d.Decision, state.FirstSeq, usage.At(state.FirstTime))
 	}
-	t := newTrace(b, &d.Decision, below)
+	t := trace.New(b.trace(&d.Decision, below))
 	r := &replayed{below: below}
 	e := &r.explanation
 	e.Decision, e.Limit = decisionOf(&d.Decision), limitOf(&d.Decision)
@@ -87,11 +88,11 @@ func (x *Explainer) replay(ctx context.Context, id ksuid.KSUID, below position, 
 	from, to := e.Replay.From, d.Revision
 	err = x.read(ctx, ledger.Stream, ledger.ShardSubjects(d.Shard), from, to, func(m *ledger.Message) error {
 		p.at("replaying the ledger", m.Sequence-from, to-from+1)
-		if err := t.apply(m); err != nil {
+		if err := t.Apply(m); err != nil {
 			return err
 		}
 		if m.Sequence == to {
-			t.describe(e, m)
+			describe(t, &d.Decision, e, m)
 		}
 		return nil
 	})
@@ -101,9 +102,9 @@ func (x *Explainer) replay(ctx context.Context, id ksuid.KSUID, below position, 
 	if b.state.Sequence() != to {
 		return nil, fmt.Errorf("entry %d of shard %d could not be read: %w", to, d.Shard, ledger.ErrRewound)
 	}
-	t.judge(e, &d)
-	e.Replay.Entries, e.Replay.Took = t.entries, time.Since(begin).Microseconds()
-	r.rows, r.dropped = t.rows.all(), t.rows.dropped
+	judge(t, e, &d)
+	e.Replay.Entries, e.Replay.Took = t.Entries, time.Since(begin).Microseconds()
+	r.rows, r.dropped = t.Rows()
 	return r, nil
 }
 
@@ -126,33 +127,33 @@ func present(ctx context.Context, stream jetstream.Stream, state jetstream.Strea
 }
 
 // describe notes what the entry is that led to the decision.
-func (t *trace) describe(e *Explanation, m *ledger.Message) {
-	e.Counter = Counter{Before: t.before, After: t.used}
-	e.Entry = Entry{Stream: ledger.Stream, Shard: t.target.Shard, Sequence: m.Sequence, StreamTime: usage.At(m.Time)}
+func describe(t *trace.Trace, d *usage.Decision, e *Explanation, m *ledger.Message) {
+	e.Counter = Counter{Before: t.Before, After: t.After}
+	e.Entry = Entry{Stream: ledger.Stream, Shard: d.Shard, Sequence: m.Sequence, StreamTime: usage.At(m.Time)}
 	kind, _, err := ledger.ParseSubject(m.Subject)
 	if err != nil {
 		return
 	}
 	switch kind {
 	case ledger.KindCalls:
-		f := &t.decoder.Frame
+		f := &t.Decoder.Frame
 		e.Entry.Kind, e.Entry.Gateway, e.Entry.SealedAt, e.Entry.Calls = "calls", f.Gateway, f.SealedAt, f.N
 		if f.Producer != ksuid.Nil {
 			e.Entry.Producer, e.Entry.Frame = f.Producer.String(), f.Number
 		}
 	case ledger.KindControl:
 		e.Entry.Kind = "control"
-		if c := t.decoder.Control; c != nil {
+		if c := t.Decoder.Control; c != nil {
 			e.Entry.ID, e.Entry.Author, e.Entry.CreatedAt, e.Entry.What = c.GetId(), c.GetAuthor(), usage.Micros(c.GetCreatedAtUnixMicros()), what(c)
 		}
 	case ledger.KindLease:
 		e.Entry.Kind = "lease"
 	}
-	if t.crossed != 0 {
-		c := callOf(&t.decoder.Frame, fedRow{position{m.Sequence, t.crossing.index}, t.crossing.adds, t.crossed}, e.Entry.StreamTime)
+	if t.Crossing != nil {
+		c := callOf(&t.Decoder.Frame, *t.Crossing, e.Entry.StreamTime)
 		e.Crossing = &c
 	}
-	e.Reason = t.reason(e)
+	e.Reason = reason(t, d, e)
 }
 
 // what says what a control entry does.
@@ -170,34 +171,33 @@ func what(c *tollkeeperv1.ControlEntry) string {
 	return "of a kind that this version does not know"
 }
 
-func (t *trace) reason(e *Explanation) Reason {
-	d := t.target
-	of := fmt.Sprintf("%d of %d", t.used, d.Amount)
+func reason(t *trace.Trace, d *usage.Decision, e *Explanation) Reason {
+	of := fmt.Sprintf("%d of %d", t.After, d.Amount)
 	switch {
 	case e.Crossing != nil:
-		return Reason{ReasonCall, fmt.Sprintf("a call brought %s from %d to %d, which reached %d: %s", d.Meter, e.Crossing.UsedAfter-e.Crossing.Adds, e.Crossing.UsedAfter, threshold(t.decided), d.Verdict)}
-	case t.planNew:
+		return Reason{ReasonCall, fmt.Sprintf("a call brought %s from %d to %d, which reached %d: %s", d.Meter, e.Crossing.UsedAfter-e.Crossing.Adds, e.Crossing.UsedAfter, trace.Threshold(t.Decided), d.Verdict)}
+	case t.PlanNew:
 		return Reason{ReasonPlan, fmt.Sprintf("other plans took effect while %s stood at %s: %s", d.Meter, of, d.Verdict)}
-	case e.Entry.Kind == "control" && t.decoder.Control.GetAccountSet() != nil:
+	case e.Entry.Kind == "control" && t.Decoder.Control.GetAccountSet() != nil:
 		return Reason{ReasonAccount, fmt.Sprintf("the accounts were changed while %s stood at %s: %s", d.Meter, of, d.Verdict)}
-	case t.periodNew:
+	case t.PeriodNew:
 		return Reason{ReasonPeriod, fmt.Sprintf("a new %s began, with %s at %s: %s", d.Window, d.Meter, of, d.Verdict)}
 	}
 	return Reason{ReasonStanding, fmt.Sprintf("%s stood at %s before this entry already: %s", d.Meter, of, d.Verdict)}
 }
 
 // judge compares what was published with what the replay gave.
-func (t *trace) judge(e *Explanation, d *found) {
-	e.Fed = t.fed
+func judge(t *trace.Trace, e *Explanation, d *found) {
+	e.Fed = t.Fed
 	list := []Difference{}
 	switch {
-	case t.decided == nil:
+	case t.Decided == nil:
 		list = append(list, Difference{"verdict", d.Verdict.String(), "no decision at this entry"})
 	default:
-		list = differences(&d.Decision, t.decided)
+		list = differences(&d.Decision, t.Decided)
 	}
-	if sum := t.fed.Used + t.fed.Carried + t.fed.Adjusted + t.fed.Unexplained; t.fed.Unexplained != 0 || sum != d.Used {
-		list = append(list, Difference{"calls", fmt.Sprint(d.Used), fmt.Sprint(sum - t.fed.Unexplained)})
+	if sum := t.Fed.Used + t.Fed.Carried + t.Fed.Adjusted + t.Fed.Unexplained; t.Fed.Unexplained != 0 || sum != d.Used {
+		list = append(list, Difference{"calls", fmt.Sprint(d.Used), fmt.Sprint(sum - t.Fed.Unexplained)})
 	}
 	e.Replay.Differences = list
 	e.Replay.Same = len(list) == 0
@@ -212,7 +212,7 @@ func (t *trace) judge(e *Explanation, d *found) {
 }
 
 // calls fetches the calls of a page out of the ledger.
-func (x *Explainer) calls(ctx context.Context, rows []fedRow) ([]Call, error) {
+func (x *Explainer) calls(ctx context.Context, rows []trace.Row) ([]Call, error) {
 	calls := make([]Call, len(rows))
 	if len(rows) == 0 {
 		return calls, nil
@@ -225,7 +225,7 @@ func (x *Explainer) calls(ctx context.Context, rows []fedRow) ([]Call, error) {
 	g.SetLimit(fetchers)
 	for rest := calls; len(rows) > 0; {
 		n := 1
-		for n < len(rows) && rows[n].sequence == rows[0].sequence {
+		for n < len(rows) && rows[n].Sequence == rows[0].Sequence {
 			n++
 		}
 		part, into := rows[:n], rest[:n]
@@ -236,8 +236,8 @@ func (x *Explainer) calls(ctx context.Context, rows []fedRow) ([]Call, error) {
 }
 
 // fetch reads the calls of one entry.
-func fetch(ctx context.Context, stream jetstream.Stream, rows []fedRow, calls []Call) error {
-	sequence := rows[0].sequence
+func fetch(ctx context.Context, stream jetstream.Stream, rows []trace.Row, calls []Call) error {
+	sequence := rows[0].Sequence
 	m, err := stream.GetMsg(ctx, sequence)
 	switch {
 	case errors.Is(err, jetstream.ErrMsgNotFound):
@@ -246,26 +246,26 @@ func fetch(ctx context.Context, stream jetstream.Stream, rows []fedRow, calls []
 		return fmt.Errorf("entry %d: %w", sequence, err)
 	}
 	var f ledger.Frame
-	if rows[0].row >= 0 {
+	if rows[0].Index >= 0 {
 		if err := ledger.DecodeCalls(&f, m.Subject, m.Header, m.Data); err != nil {
 			return fmt.Errorf("entry %d: %w", sequence, err)
 		}
 	}
 	for i, r := range rows {
-		if int(r.row) >= f.N && r.row >= 0 {
-			return fmt.Errorf("entry %d has no call %d: %w", sequence, r.row, ledger.ErrRewound)
+		if int(r.Index) >= f.N && r.Index >= 0 {
+			return fmt.Errorf("entry %d has no call %d: %w", sequence, r.Index, ledger.ErrRewound)
 		}
 		calls[i] = callOf(&f, r, usage.At(m.Time))
 	}
 	return nil
 }
 
-func callOf(f *ledger.Frame, r fedRow, at usage.Micros) Call {
-	out := Call{Sequence: r.sequence, Index: int(r.row), StreamTime: at, Adds: r.adds, UsedAfter: r.after}
-	if r.row < 0 {
+func callOf(f *ledger.Frame, r trace.Row, at usage.Micros) Call {
+	out := Call{Sequence: r.Sequence, Index: int(r.Index), StreamTime: at, Adds: r.Adds, UsedAfter: r.After}
+	if r.Index < 0 {
 		return out
 	}
-	c := f.Call(int(r.row))
+	c := f.Call(int(r.Index))
 	out.Time, out.Account, out.KeyID, out.RequestID = c.Time, c.Account, c.KeyID, c.RequestID
 	out.Method, out.Route, out.Model, out.Region, out.Status = c.Method, c.Route, c.Model, c.Region, c.Status
 	out.Source, out.EventID, out.Gateway = c.Source, c.EventID, f.Gateway

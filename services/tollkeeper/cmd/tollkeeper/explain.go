@@ -9,6 +9,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/services/internal/config"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/explanation"
 )
 
 type explainCmd struct {
@@ -40,7 +41,7 @@ func (c *explainCmd) Run(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 	defer cancel()
-	err = tollkeeper.Explain(ctx, tollkeeper.ExplainOptions{
+	err = explanation.Print(ctx, explanation.Options{
 		ID: c.ID, NATS: c.NATS.Options(c.NATSURL, "explain", log), Calls: c.Calls, Horizon: c.Horizon, JSON: c.JSON, Out: os.Stdout, Progress: os.Stderr,
 	})
 	if errors.Is(err, context.DeadlineExceeded) {

@@ -1,4 +1,6 @@
-package tollkeeper
+// Package explanation writes why a decision was made, for people and for
+// machines: what `tollkeeper explain` prints.
+package explanation
 
 import (
 	"context"
@@ -15,22 +17,23 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/internal/explain"
+	"github.com/tollkeeper/tollkeeper/services/internal/explain/trace"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 )
 
-// MaxExplainCalls bounds the calls of one explanation.
-const MaxExplainCalls = 100_000
+// MaxCalls bounds the calls of one explanation.
+const MaxCalls = 100_000
 
 // ErrNotSame says that replaying the ledger gave something else than was decided.
 var ErrNotSame = errors.New("the replay does not give what was decided")
 
-// ExplainOptions of an explanation.
-type ExplainOptions struct {
+// Options of an explanation.
+type Options struct {
 	// ID of the decision, as in the decision_id of a refusal.
 	ID   string
 	NATS natsconn.Options
 	// Calls is how many of the calls that fed the counter are shown, newest first;
-	// at most MaxExplainCalls.
+	// at most MaxCalls.
 	Calls int
 	// Horizon of foreign events, as the aggregator has it; 0 means a day.
 	Horizon time.Duration
@@ -41,11 +44,11 @@ type ExplainOptions struct {
 	Progress io.Writer
 }
 
-// Explain writes why a decision was made. It returns ErrNotSame, after
+// Print writes why a decision was made. It returns ErrNotSame, after
 // everything is written, when replaying the ledger does not give the decision.
-func Explain(ctx context.Context, o ExplainOptions) error {
-	if o.Calls < 0 || o.Calls > MaxExplainCalls {
-		return fmt.Errorf("%d calls: 0 to %d can be shown", o.Calls, MaxExplainCalls)
+func Print(ctx context.Context, o Options) error {
+	if o.Calls < 0 || o.Calls > MaxCalls {
+		return fmt.Errorf("%d calls: 0 to %d can be shown", o.Calls, MaxCalls)
 	}
 	nc, err := natsconn.Connect(ctx, o.NATS)
 	if err != nil {
@@ -77,9 +80,9 @@ func Explain(ctx context.Context, o ExplainOptions) error {
 	}
 	e.Calls = e.Calls[:min(o.Calls, len(e.Calls))]
 	if o.JSON {
-		err = writeExplanationJSON(o.Out, e)
+		err = writeJSON(o.Out, e)
 	} else {
-		err = writeExplanation(o.Out, e)
+		err = writeText(o.Out, e)
 	}
 	if err == nil && !e.Replay.Same {
 		return ErrNotSame
@@ -87,7 +90,7 @@ func Explain(ctx context.Context, o ExplainOptions) error {
 	return err
 }
 
-func writeExplanationJSON(out io.Writer, e *explain.Explanation) error {
+func writeJSON(out io.Writer, e *explain.Explanation) error {
 	w := json.NewEncoder(out)
 	w.SetIndent("", "  ")
 	if err := w.Encode(e); err != nil {
@@ -96,8 +99,8 @@ func writeExplanationJSON(out io.Writer, e *explain.Explanation) error {
 	return nil
 }
 
-// writeExplanation writes an explanation for people.
-func writeExplanation(out io.Writer, e *explain.Explanation) error {
+// writeText writes an explanation for people.
+func writeText(out io.Writer, e *explain.Explanation) error {
 	var b strings.Builder
 	d, l := &e.Decision, &e.Limit
 	fmt.Fprintf(&b, "%s  %s for %s", strings.ToUpper(d.Verdict), d.LimitID, d.Account)
@@ -229,7 +232,7 @@ func callIdentity(c *explain.Call) string {
 	return id + ", account " + c.Account
 }
 
-func fedText(f *explain.Fed) string {
+func fedText(f *trace.Fed) string {
 	text := fmt.Sprintf("%d calls with %d, since entry %d", f.Calls, f.Used, f.Since)
 	if f.Carried != 0 {
 		text += fmt.Sprintf("; %d of before the snapshot", f.Carried)

@@ -14,6 +14,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/internal/explain/trace"
 	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 )
 
@@ -93,7 +94,7 @@ func (l *shardLog) calls(p ksuid.KSUID, number uint64, calls ...usage.Call) uint
 func (l *shardLog) snapshot() { l.snapshots[l.state.Sequence()] = l.state.AppendBinary(nil) }
 
 // explain replays up to a decision, from a snapshot's position or from 0.
-func (l *shardLog) explain(d usage.Decision, from uint64) (*Explanation, []fedRow) {
+func (l *shardLog) explain(d usage.Decision, from uint64) (*Explanation, []trace.Row) {
 	l.t.Helper()
 	b := &base{state: quota.New(quota.Options{})}
 	if from > 0 {
@@ -103,16 +104,17 @@ func (l *shardLog) explain(d usage.Decision, from uint64) (*Explanation, []fedRo
 		}
 		b = &base{state: state, snapshot: "snapshot", data: l.snapshots[from]}
 	}
-	t := newTrace(b, &d, newest)
+	t := trace.New(b.trace(&d, trace.Newest))
 	e := &Explanation{Decision: decisionOf(&d)}
 	for i := from; i < d.Revision; i++ {
-		if err := t.apply(&l.entries[i]); err != nil {
+		if err := t.Apply(&l.entries[i]); err != nil {
 			l.t.Fatal(err)
 		}
 	}
-	t.describe(e, &l.entries[d.Revision-1])
-	t.judge(e, &found{d, true})
-	return e, t.rows.all()
+	describe(t, &d, e, &l.entries[d.Revision-1])
+	judge(t, e, &found{d, true})
+	rows, _ := t.Rows()
+	return e, rows
 }
 
 func TestAPeriodThatEndsIsExplainedByTime(t *testing.T) {
@@ -200,14 +202,14 @@ func TestEveryDecisionOfARandomShardIsExplained(t *testing.T) {
 	}
 }
 
-func check(t *testing.T, e *Explanation, rows []fedRow, d *usage.Decision) {
+func check(t *testing.T, e *Explanation, rows []trace.Row, d *usage.Decision) {
 	t.Helper()
 	sum, calls := e.Fed.Carried, int64(0)
 	for _, r := range rows {
-		sum += r.adds
+		sum += r.Adds
 		calls++
-		if r.after != sum {
-			t.Errorf("after %s the counter is said to be %d, the calls add up to %d", r.position, r.after, sum)
+		if r.After != sum {
+			t.Errorf("after %s the counter is said to be %d, the calls add up to %d", r.Position, r.After, sum)
 		}
 	}
 	if !e.Replay.Same || e.Counter.After != d.Used || e.Fed.Unexplained != 0 || e.Fed.Adjusted != 0 || sum != d.Used || calls != e.Fed.Calls {
@@ -318,24 +320,24 @@ func randomShard(t *testing.T, seed uint64) *shardLog {
 	return l
 }
 
-func TestTheIndexKeepsTheNewestAndPagesThem(t *testing.T) {
+func TestThePagesOfAnIndexFollowEachOther(t *testing.T) {
 	t.Parallel()
-	ring := ring{most: 5}
-	for n := range uint64(12) {
-		ring.add(fedRow{position: position{n / 2, int32(n % 2)}})
+	var index []trace.Row
+	for n := range uint64(5) {
+		index = append(index, trace.Row{Position: trace.Position{Sequence: (n + 7) / 2, Index: int32(n+7) % 2}})
 	}
-	r := &replayed{below: newest, rows: ring.all(), dropped: ring.dropped}
-	names := func(rows []fedRow) (out []string) {
+	r := &replayed{below: trace.Newest, rows: index, dropped: true}
+	names := func(rows []trace.Row) (out []string) {
 		for _, r := range rows {
 			out = append(out, r.String())
 		}
 		return out
 	}
-	rows, next := r.page(newest, 3)
+	rows, next := r.page(trace.Newest, 3)
 	if fmt.Sprint(names(rows)) != "[5.1 5.0 4.1]" || next != "4.1" {
 		t.Errorf("%v, then %q", names(rows), next)
 	}
-	below, err := parseCursor(next)
+	below, err := trace.ParsePosition(next)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -343,10 +345,10 @@ func TestTheIndexKeepsTheNewestAndPagesThem(t *testing.T) {
 		t.Errorf("%v, then %q", names(rows), next)
 	}
 	for _, c := range []struct {
-		below position
+		below trace.Position
 		limit int
 		want  bool
-	}{{newest, 4, true}, {newest, 5, false}, {below, 1, true}, {below, 2, false}} {
+	}{{trace.Newest, 4, true}, {trace.Newest, 5, false}, {below, 1, true}, {below, 2, false}} {
 		if got := r.covers(c.below, c.limit); got != c.want {
 			t.Errorf("covers(%s, %d) = %v", c.below, c.limit, got)
 		}
@@ -357,7 +359,7 @@ func TestTheIndexKeepsTheNewestAndPagesThem(t *testing.T) {
 	}
 	// What was indexed for an older page says nothing of newer calls.
 	r.below = below
-	if r.covers(newest, 1) {
+	if r.covers(trace.Newest, 1) {
 		t.Error("it covers what it left out")
 	}
 }

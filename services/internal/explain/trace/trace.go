@@ -1,0 +1,485 @@
+// Package trace follows one counter of a shard through its ledger: which calls
+// fed it, what it was before and after the entry that led to a decision, and
+// which call crossed the threshold. It is a fold beside that of pkg/quota, which
+// it checks itself against entry by entry: no clock, no I/O.
+package trace
+
+import (
+	"errors"
+	"math"
+	"math/bits"
+	"strconv"
+	"strings"
+
+	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/fold"
+)
+
+// ErrPosition is of a text that is no position.
+var ErrPosition = errors.New("it is not a position")
+
+// Position of a call in the ledger: its entry and index in there; -1 is the
+// entry as a whole.
+type Position struct {
+	Sequence uint64
+	Index    int32
+}
+
+// Newest is after every call.
+var Newest = Position{Sequence: math.MaxUint64}
+
+// Less reports whether p is before o.
+func (p Position) Less(o Position) bool {
+	return p.Sequence < o.Sequence || p.Sequence == o.Sequence && p.Index < o.Index
+}
+
+func (p Position) String() string {
+	return strconv.FormatUint(p.Sequence, 10) + "." + strconv.Itoa(int(p.Index))
+}
+
+// ParsePosition reads what String wrote. Its error is ErrPosition.
+func ParsePosition(s string) (Position, error) {
+	sequence, index, ok := strings.Cut(s, ".")
+	n, err := strconv.ParseUint(sequence, 10, 64)
+	i, err2 := strconv.ParseInt(index, 10, 32)
+	if !ok || err != nil || err2 != nil || i < -1 {
+		return Position{}, ErrPosition
+	}
+	return Position{n, int32(i)}, nil
+}
+
+// Row is a call that fed the counter.
+type Row struct {
+	Position
+	// Adds is what it added, After the counter with it.
+	Adds, After int64
+}
+
+// Fed is what the counter is made of: Carried + Used + Adjusted + Unexplained is
+// its value.
+type Fed struct {
+	// Calls that fed it, and what they used together.
+	Calls int64 `json:"calls"`
+	Used  int64 `json:"used"`
+	// Carried is what a snapshot brought along of calls before it, whose entries
+	// the ledger does not hold any more.
+	Carried int64 `json:"carried"`
+	// Adjusted by control entries.
+	Adjusted int64 `json:"adjusted"`
+	// Unexplained must be 0.
+	Unexplained int64 `json:"unexplained"`
+	// Since is the ledger sequence of the first entry that can have fed it: the
+	// window's first, or that of the plan change with which it began at 0.
+	Since uint64 `json:"since_sequence"`
+}
+
+// row is a call of the entry at hand.
+type row struct {
+	index int32
+	adds  int64
+}
+
+// maxUnder bounds what is remembered of who is below the account.
+const maxUnder = 1 << 17
+
+// Options of a trace.
+type Options struct {
+	// State to begin with; it is folded further.
+	State *quota.Shard
+	// Snapshot says that the state is not that before the ledger's first entry.
+	Snapshot bool
+	// Again returns the same state once more. It is asked at most once.
+	Again func() (*quota.Shard, error)
+	// Target is the decision that is to be explained.
+	Target *usage.Decision
+	// Below bounds the rows that are kept, Most of them: the newest before it.
+	Below Position
+	Most  int
+}
+
+// Trace is a replay of a shard up to a decision. Not safe for concurrent use.
+type Trace struct {
+	// Decided is what the replay made of the target; nil: nothing.
+	Decided *usage.Decision
+	// Before and After are the counter around the entry that led to it.
+	Before, After int64
+	// PlanNew, PeriodNew: other plans took effect, or a period began, with it.
+	PlanNew, PeriodNew bool
+	// Crossing is the call of it that reached the threshold; nil: none did.
+	Crossing *Row
+	// Fed is what the counter is made of.
+	Fed Fed
+	// Entries that were folded.
+	Entries uint64
+	// Decoder holds the last entry.
+	Decoder fold.Decoder
+
+	o        Options
+	probe    *probe
+	tracking bool
+	rows     ring
+	under    map[string]bool
+	flags    []bool // by entry of the account dictionary
+	scratch  []row
+}
+
+// New returns a trace before its first entry.
+func New(o Options) *Trace {
+	return &Trace{o: o, rows: ring{most: o.Most}, under: map[string]bool{}}
+}
+
+// Rows returns the calls that fed the counter, oldest first, and whether there
+// are older ones that were not kept.
+func (t *Trace) Rows() (rows []Row, dropped bool) { return t.rows.all(), t.rows.dropped }
+
+// Apply folds an entry; the last is the one that led to the decision.
+func (t *Trace) Apply(m *ledger.Message) error {
+	if m.Sequence <= t.o.State.Sequence() {
+		return nil
+	}
+	state := t.o.State
+	// What can't be decoded still lets time pass.
+	e, kind, _ := t.Decoder.Decode(m)
+	t.Entries++
+	last := m.Sequence == t.o.Target.Revision
+	if !t.tracking && (last || t.o.Target.PeriodEnd == 0 || max(e.Time, state.Now()) >= t.o.Target.PeriodStart) {
+		t.begin(e, last)
+	}
+	version := state.PlanVersion()
+	fx := state.Apply(e)
+	planNew := state.PlanVersion() != version
+	if kind == ledger.KindControl && t.Decoder.Control.GetAccountSet() != nil {
+		clear(t.under) // somebody may have another parent
+	}
+	counted := e.Batch != nil && fx.Invalid == nil && fx.Frame != dedup.Duplicate
+	var repeated []bool
+	if counted && len(e.Batch.Source.Dict) > 0 {
+		var err error
+		if repeated, err = t.repeated(&e); err != nil {
+			return err
+		}
+	}
+	if !t.tracking {
+		return nil
+	}
+	var rows []row
+	if counted {
+		rows = t.counted(e.Batch, &t.Decoder.Frame, e.Time, repeated)
+	}
+	if len(rows) == 0 && kind != ledger.KindControl && !planNew && !last {
+		return nil
+	}
+	after, ok := t.lookup()
+	before := t.After
+	if last {
+		t.PlanNew = planNew
+		for i := range fx.Decisions {
+			if d := fx.Decisions[i]; d.Account == t.o.Target.Account && d.LimitID == t.o.Target.LimitID {
+				t.Decided, after, ok = &d, d.Used, true
+			}
+		}
+	}
+	if !ok {
+		// There is no such limit here: nothing before this counts.
+		t.forget(m.Sequence + 1)
+		return nil
+	}
+	before = t.move(m.Sequence, before, after, rows, kind, planNew)
+	if last {
+		t.Before = before
+		t.findCrossing(m.Sequence, rows)
+	}
+	t.After = after
+	return nil
+}
+
+// begin takes note of where the counter stands when its window begins, or the
+// replay does within it.
+func (t *Trace) begin(e quota.Entry, last bool) {
+	rolled := t.o.State.Now() < t.o.Target.PeriodStart
+	t.tracking, t.PeriodNew = true, rolled && last
+	t.Fed.Since = e.Sequence
+	if !t.o.Snapshot || rolled {
+		return
+	}
+	if used, ok := t.lookup(); ok {
+		t.After, t.Fed.Carried = used, used
+	}
+}
+
+// lookup returns the counter's value; false when the account has no such limit.
+// A limit of another plan that has the same name and counts the same is the
+// same counter: it goes on when the account changes plans.
+func (t *Trace) lookup() (int64, bool) {
+	u, ok := t.o.State.Account(t.o.Target.Account)
+	if !ok {
+		return 0, false
+	}
+	var match *quota.LimitUse
+	for i := range u.Limits {
+		l := &u.Limits[i]
+		if l.Meter != t.o.Target.Meter || l.Window != t.o.Target.Window {
+			continue
+		}
+		if l.LimitID == t.o.Target.LimitID {
+			match = l
+			break
+		}
+		if name, ok := strings.CutPrefix(l.LimitID, u.Plan); ok && strings.HasSuffix(t.o.Target.LimitID, name) {
+			match = l
+		}
+	}
+	if match == nil || match.PeriodStart != t.o.Target.PeriodStart {
+		return 0, false
+	}
+	return match.Used, true
+}
+
+// forget says that nothing before a sequence is in the counter.
+func (t *Trace) forget(sequence uint64) {
+	t.After, t.Fed = 0, Fed{Since: sequence}
+	t.rows.clear()
+}
+
+// move accounts for a change of the counter and returns where it began: at 0
+// when it is another one than before.
+func (t *Trace) move(sequence uint64, before, after int64, rows []row, kind ledger.Kind, planNew bool) int64 {
+	sum := int64(0)
+	for _, r := range rows {
+		sum += r.adds
+	}
+	change := planNew || t.Decoder.Control.GetAccountSet() != nil && kind == ledger.KindControl
+	switch {
+	case change && after == sum:
+		// The counter begins anew: what fed it before does not count.
+		t.forget(sequence)
+		before = 0
+	case after-before == sum:
+	case change && after == before:
+		rows, sum = nil, 0 // the limit was lifted before the calls were counted
+	case kind == ledger.KindControl:
+		rows, sum = []row{{index: -1, adds: after - before}}, 0
+		t.Fed.Adjusted += after - before
+	default:
+		t.Fed.Unexplained += after - before - sum
+	}
+	t.Fed.Used += sum
+	running := before
+	for _, r := range rows {
+		running += r.adds
+		if r.index >= 0 {
+			t.Fed.Calls++
+		}
+		if p := (Position{sequence, r.index}); p.Less(t.o.Below) {
+			t.rows.add(Row{p, r.adds, running})
+		}
+	}
+	return before
+}
+
+// counted returns the calls of a batch that the core counted for the target.
+func (t *Trace) counted(b *quota.Batch, f *ledger.Frame, at usage.Micros, repeated []bool) []row {
+	t.flags = t.flags[:0]
+	any := false
+	for _, id := range b.Account.Dict {
+		below, known := t.under[string(id)]
+		if !known {
+			below = t.isUnder(string(id))
+		}
+		t.flags = append(t.flags, below)
+		any = any || below
+	}
+	if !any {
+		return nil
+	}
+	d := t.o.Target
+	var column *ledger.Ints
+	if i, ok := d.Meter.Index(); ok {
+		column = &f.Meters[i]
+	} else {
+		for k := range f.Custom {
+			if f.Custom[k].Meter == d.Meter {
+				column = &f.Custom[k].Ints
+			}
+		}
+	}
+	rows := t.scratch[:0]
+	for i := range f.N {
+		if !t.flags[f.Account.ID(i)] || !f.Admitted(i) || repeated != nil && repeated[i] {
+			continue
+		}
+		if d.PeriodEnd != 0 && min(usage.Micros(f.Time.At(i)), at) < d.PeriodStart {
+			continue
+		}
+		if !d.Filter.Empty() && !matches(&d.Filter, f, i) {
+			continue
+		}
+		adds, known := int64(0), false
+		if column != nil {
+			adds, known = column.Get(i)
+		}
+		if !known && d.Meter == usage.Calls {
+			adds, known = 1, true
+		}
+		if known {
+			rows = append(rows, row{int32(i), adds})
+		}
+	}
+	t.scratch = rows
+	return rows
+}
+
+func matches(filter *usage.Filter, f *ledger.Frame, i int) bool {
+	return oneOf(filter.Models, f.Model.At(i)) && oneOf(filter.Routes, f.Route.At(i)) && oneOf(filter.Methods, f.Method.At(i))
+}
+
+func oneOf(list []string, v []byte) bool {
+	if len(list) == 0 {
+		return true
+	}
+	for _, l := range list {
+		if l == string(v) {
+			return true
+		}
+	}
+	return false
+}
+
+// isUnder reports whether an account's calls count for the target.
+func (t *Trace) isUnder(id string) bool {
+	under := false
+	for at, depth := id, 0; at != "" && depth <= quota.MaxDepth; depth++ {
+		if at == t.o.Target.Account {
+			under = true
+			break
+		}
+		u, ok := t.o.State.Account(at)
+		if !ok {
+			break
+		}
+		at = u.Parent
+	}
+	if len(t.under) >= maxUnder {
+		clear(t.under)
+	}
+	t.under[id] = under
+	return under
+}
+
+// findCrossing finds the call with which the counter reached the threshold.
+func (t *Trace) findCrossing(sequence uint64, rows []row) {
+	if t.Decided == nil || t.Decided.Verdict == usage.Allow {
+		return
+	}
+	most := Threshold(t.Decided)
+	used := t.Decided.Used
+	for _, r := range rows {
+		used -= r.adds
+	}
+	if used >= most {
+		return
+	}
+	for _, r := range rows {
+		if used += r.adds; used >= most {
+			t.Crossing = &Row{Position{sequence, r.index}, r.adds, used}
+			return
+		}
+	}
+}
+
+// repeated says which foreign events of a batch were seen before. The core
+// tells only how many: a second state is asked about each event by itself.
+func (t *Trace) repeated(e *quota.Entry) ([]bool, error) {
+	if t.probe == nil {
+		state, err := t.o.Again()
+		if err != nil {
+			return nil, err
+		}
+		t.probe = &probe{state: state, sequence: state.Sequence()}
+	}
+	return t.probe.ask(e.Batch, t.o.State.Now()), nil
+}
+
+// probe is a shard that sees nothing but foreign events, one an entry.
+type probe struct {
+	state    *quota.Shard
+	sequence uint64
+	batch    quota.Batch
+	at       [1]int64
+	dicts    [3][1][]byte
+	repeated []bool
+}
+
+// refusedCode keeps the probe from counting.
+var refusedCode = [][]byte{[]byte("PROBE")}
+
+func (p *probe) ask(b *quota.Batch, now usage.Micros) []bool {
+	p.repeated = append(p.repeated[:0], make([]bool, b.N)...)
+	for i := range b.N {
+		source := b.Source.At(i)
+		if len(source) == 0 {
+			continue
+		}
+		p.sequence++
+		p.at[0] = b.Time[i]
+		p.dicts[0][0], p.dicts[1][0], p.dicts[2][0] = b.Account.At(i), source, b.EventID.At(i)
+		p.batch = quota.Batch{N: 1, Time: p.at[:], Code: quota.Strings{Dict: refusedCode}}
+		p.batch.Account.Dict, p.batch.Source.Dict, p.batch.EventID.Dict = p.dicts[0][:], p.dicts[1][:], p.dicts[2][:]
+		fx := p.state.Apply(quota.Entry{Sequence: p.sequence, Time: now, Batch: &p.batch})
+		p.repeated[i] = fx.Duplicates > 0
+	}
+	return p.repeated
+}
+
+// ring keeps the newest rows.
+type ring struct {
+	most    int
+	rows    []Row
+	next    int  // where the next one goes, once it is full
+	dropped bool // older ones were
+}
+
+func (r *ring) add(row Row) {
+	if len(r.rows) < r.most {
+		r.rows = append(r.rows, row)
+		return
+	}
+	r.rows[r.next] = row
+	r.next = (r.next + 1) % r.most
+	r.dropped = true
+}
+
+func (r *ring) clear() { r.rows, r.next, r.dropped = r.rows[:0], 0, false }
+
+// all returns the rows, oldest first.
+func (r *ring) all() []Row {
+	return append(append(make([]Row, 0, len(r.rows)), r.rows[r.next:]...), r.rows[:r.next]...)
+}
+
+// Threshold is the use at which the decision's verdict begins; 0 for Allow.
+func Threshold(d *usage.Decision) int64 {
+	switch d.Verdict {
+	case usage.Deny:
+		return d.Amount
+	case usage.Warn:
+		return WarnAt(d)
+	}
+	return 0
+}
+
+// WarnAt is the least use of which the hundredfold is at least the amount times
+// the percentage; 0: the limit does not warn.
+func WarnAt(d *usage.Decision) int64 {
+	if d.WarnPercent == 0 || d.WarnPercent > 100 || d.Amount < 0 {
+		return 0
+	}
+	hi, lo := bits.Mul64(uint64(d.Amount), uint64(d.WarnPercent))
+	q, rest := bits.Div64(hi, lo, 100)
+	if rest > 0 {
+		q++
+	}
+	return int64(q)
+}
