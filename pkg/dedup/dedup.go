@@ -97,6 +97,10 @@ func (s *Set) Producers() int { return len(s.producers) }
 // ForeignEvents returns how many foreign events are remembered.
 func (s *Set) ForeignEvents() int { return len(s.foreign) }
 
+// Last returns the highest number of a producer that was seen; 0 for one that is
+// not remembered.
+func (s *Set) Last(p Producer) uint64 { return s.producers[p].number }
+
 // Frame takes note of a producer's frame. skipped is how many numbers before
 // it are missing (Gap).
 func (s *Set) Frame(p Producer, number uint64) (v Verdict, skipped uint64) {

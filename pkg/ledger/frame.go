@@ -446,6 +446,13 @@ func (f *Frame) decodeBody(body []byte) error {
 			return malformed("a call names no account")
 		}
 	}
+	if !f.Source.Absent() {
+		for i := range f.N {
+			if len(f.Source.At(i)) > 0 && len(f.EventID.At(i)) == 0 {
+				return malformed("call %d has a source and no event id: all of that source would be one event", i)
+			}
+		}
+	}
 	if len(f.Custom) > usage.MaxCustomMeters {
 		return f.checkCustom()
 	}

@@ -702,6 +702,27 @@ func FuzzDecode(f *testing.F) {
 	})
 }
 
+// Events of a source are told apart by their ids: without one, the second would
+// be taken for a repetition of the first, whoever brought it.
+func TestAnEventOfASourceHasAnID(t *testing.T) {
+	t.Parallel()
+	calls := exampleCalls(t, 3)
+	calls[2].Source, calls[2].EventID = "https://example.com", ""
+	data, err := MarshalProtobuf(exampleHeader(), calls)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for codec, data := range map[string][]byte{
+		CodecColumnar: seal(exampleHeader(), calls), CodecProtobuf: data, CodecCloudEvent: cloudEventOf(t, &calls[2]),
+	} {
+		var f Frame
+		var invalid *usage.InvalidError
+		if err := DecodeCalls(&f, "calls.3", nats.Header{CodecHeader: {codec}}, data); !errors.As(err, &invalid) || invalid.Reason != usage.ReasonMalformed {
+			t.Errorf("%s: got %v", codec, err)
+		}
+	}
+}
+
 func FuzzDecodeCalls(f *testing.F) {
 	calls := exampleCalls(f, 5)
 	proto, err := MarshalProtobuf(exampleHeader(), calls)

@@ -61,15 +61,11 @@ func DecodeCalls(f *Frame, subject string, header nats.Header, data []byte) erro
 	if f.Producer != ksuid.Nil && f.Number == 0 {
 		return malformed("a producer's frames are numbered from 1")
 	}
-	if f.Producer == ksuid.Nil || !f.Source.Absent() {
+	if f.Producer == ksuid.Nil {
 		// Without a frame's identity each event must have its own, or all of
-		// them would be taken for one; the same holds for those with a source.
+		// them would be taken for one.
 		for i := range f.N {
-			source, id := len(f.Source.At(i)) > 0, len(f.EventID.At(i)) > 0
-			if source && !id {
-				return malformed("call %d has a source and no event id", i)
-			}
-			if !source && f.Producer == ksuid.Nil {
+			if len(f.Source.At(i)) == 0 || len(f.EventID.At(i)) == 0 {
 				return malformed("call %d has neither a producer nor a source and event id", i)
 			}
 		}

@@ -87,6 +87,18 @@ func (s *Shard) lookup(id []byte, h uint64) (uint32, bool) {
 	}
 }
 
+// payer returns the account that calls are counted at.
+func (s *Shard) payer(id []byte, calls int64) uint32 {
+	if s.unknown >= MaxUnknown {
+		if a, ok := s.find(id); ok {
+			return a
+		}
+		s.effects.Unplaced += int(calls)
+		id = []byte(OverflowAccount)
+	}
+	return s.resolve(id)
+}
+
 // resolve returns the account of that id and makes it when it is new.
 func (s *Shard) resolve(id []byte) uint32 {
 	h := maphash.Bytes(s.index.seed, id)
@@ -104,6 +116,7 @@ func (s *Shard) resolve(id []byte) uint32 {
 		s.index.put(h, n)
 	}
 	s.effects.NewAccounts++
+	s.unknown++
 	s.soil(n)
 	return n
 }
@@ -148,6 +161,9 @@ func (s *Shard) checkAccounts(set []usage.Account) *usage.InvalidError {
 		if a.ID == "" || len(a.ID) > usage.MaxIDBytes || len(a.Parent) > usage.MaxIDBytes || len(a.Plan) > usage.MaxIDBytes {
 			return invalid(usage.ReasonMalformed, "account %d has no id, or an id, parent or plan of more than %d bytes", i, usage.MaxIDBytes)
 		}
+		if a.ID == OverflowAccount || a.Parent == OverflowAccount {
+			return invalid(usage.ReasonMalformed, "%q is where calls of too many unknown accounts are counted: it is no account to set", OverflowAccount)
+		}
 		if _, twice := parents[a.ID]; twice {
 			return invalid(usage.ReasonMalformed, "account %q appears twice", a.ID)
 		}
@@ -189,7 +205,10 @@ func (s *Shard) setAccount(in *usage.Account) {
 	a := &s.accounts[i]
 	s.soil(i)
 	a.parent = parent
-	a.flags |= known
+	if a.flags&known == 0 {
+		a.flags |= known
+		s.unknown--
+	}
 	if in.Closed {
 		a.flags |= closed
 	} else {

@@ -201,7 +201,16 @@ func (s *Shard) sum() {
 		}
 	}
 	for i := range b.Custom {
-		f.cols = append(f.cols, column{s.meter(b.Custom[i].Meter), &b.Custom[i].Ints})
+		c := &b.Custom[i]
+		if _, known := s.meterIDs[c.Meter]; !known && len(s.meters) >= MaxMeters {
+			for row := range b.N {
+				if _, reported := c.get(row); reported && (f.rows == nil || f.rows[row] == admittedRow) {
+					s.effects.Unmetered++
+				}
+			}
+			continue
+		}
+		f.cols = append(f.cols, column{s.meter(c.Meter), &c.Ints})
 	}
 	for len(f.colOf) < len(s.meters) {
 		f.colOf = append(f.colOf, -1)
@@ -281,7 +290,7 @@ func (s *Shard) add(a, b int64) int64 {
 func (s *Shard) countEntry(d int) {
 	f := &s.f
 	admitted, refused := f.admitted[d], f.refused[d]
-	leaf := s.resolve(f.b.Account.Dict[d])
+	leaf := s.payer(f.b.Account.Dict[d], admitted+refused)
 	f.accounts[d] = leaf
 	a := &s.accounts[leaf]
 	if a.flags&dirty == 0 {

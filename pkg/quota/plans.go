@@ -96,6 +96,8 @@ func (s *Shard) checkPlans(set *PlanSet) *usage.InvalidError {
 				return invalid(usage.ReasonMalformed, "limit %s/%s: the amount %d is negative, or %d percent is more than 100", p.ID, l.ID, l.Amount, l.WarnPercent)
 			case l.Tier != usage.TierEventual && l.Tier != "":
 				return invalid(usage.ReasonMalformed, "limit %s/%s: the tier %q is not known", p.ID, l.ID, l.Tier)
+			case textBytes(l) > MaxLimitBytes:
+				return invalid(usage.ReasonOversized, "limit %s/%s: its texts have %d bytes, at most %d can stand in a decision", p.ID, l.ID, textBytes(l), MaxLimitBytes)
 			}
 			limits[l.ID] = true
 			if _, ok := s.meterIDs[l.Meter]; !ok {
@@ -103,10 +105,21 @@ func (s *Shard) checkPlans(set *PlanSet) *usage.InvalidError {
 			}
 		}
 	}
-	if len(s.meters)+len(meters) > MaxMeters {
-		return invalid(usage.ReasonOversized, "more than %d different meters in one shard", MaxMeters)
+	if len(s.meters)+len(meters) > 2*MaxMeters {
+		return invalid(usage.ReasonOversized, "more than %d different meters in one shard", 2*MaxMeters)
 	}
 	return nil
+}
+
+// textBytes is what the texts of a limit take in a decision, about.
+func textBytes(l *usage.Limit) int {
+	n := len(l.Code) + len(l.ActionURL)
+	for _, list := range [...][]string{l.Filter.Models, l.Filter.Routes, l.Filter.Methods} {
+		for _, text := range list {
+			n += len(text) + 4
+		}
+	}
+	return n
 }
 
 // compile makes the limits of a set ready and returns them with the place of

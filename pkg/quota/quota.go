@@ -16,15 +16,31 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/window"
 )
 
-// Bounds of what a shard accepts. An entry beyond them is Invalid.
+// Bounds of what a shard accepts. An entry beyond them is Invalid; a frame that
+// was decoded never is, or its calls would be in history and not in the counters.
 const (
-	MaxRows         = 4096 // calls of a batch
-	MaxDepth        = 16   // accounts on a path
-	MaxPlanLimits   = 256  // limits of a plan
-	MaxPlans        = 4096 // plans of a set
-	MaxPendingPlans = 64   // plan sets that wait for their time
-	MaxMeters       = 4096 // meters that a shard knows
+	MaxRows         = 4096     // calls of a batch
+	MaxDepth        = 16       // accounts on a path
+	MaxPlanLimits   = 256      // limits of a plan
+	MaxPlans        = 4096     // plans of a set
+	MaxPendingPlans = 64       // plan sets that wait for their time
+	MaxLimitBytes   = 32 << 10 // texts of a limit, which stand in each of its decisions
 )
+
+// Bounds of what a shard learns from calls. What is beyond them is counted in
+// part, and told.
+const (
+	// MaxMeters that calls may bring. Readings of further ones are not summed up.
+	// Plans may name as many again.
+	MaxMeters = 4096
+	// MaxUnknown accounts that no control entry has named. Calls of further ones
+	// are counted at OverflowAccount, and stay there.
+	MaxUnknown = 1 << 16
+)
+
+// OverflowAccount takes the calls of unknown accounts when there are too many of
+// them. It has no plan, and no control entry can name it.
+const OverflowAccount = "(overflow)"
 
 // Strings is a column of texts: a dictionary and, for each row, an index into
 // it. Without an index every row is Dict[0], or empty when Dict is empty.
@@ -103,8 +119,9 @@ type Control struct {
 	ID       string
 	PlanSet  *PlanSet
 	Accounts []usage.Account
-	// Closed retires a producer.
-	Closed *dedup.Producer
+	// Closed retires a producer, which says that ClosedAt was its last number.
+	Closed   *dedup.Producer
+	ClosedAt uint64
 }
 
 // Entry is one entry of the shard's ledger. With neither Batch nor Control it
@@ -132,6 +149,8 @@ type Effects struct {
 	// Skipped is how many numbers before it are missing.
 	Frame   dedup.Verdict
 	Skipped uint64
+	// Lost is how many of a retired producer's last numbers never came.
+	Lost uint64
 	// Repeated control act, seen before.
 	Repeated bool
 
@@ -141,6 +160,8 @@ type Effects struct {
 	Future            int // calls ahead of the stream, counted at the entry's time
 	Overflows         int // sums that reached the end of their range and stay there
 	NewAccounts       int // accounts seen for the first time
+	Unplaced          int // calls counted at OverflowAccount
+	Unmetered         int // readings of meters beyond MaxMeters, in no sum
 }
 
 // Shard is the state of one shard. See New and Read.
@@ -158,6 +179,7 @@ type Shard struct {
 	pending []PlanSet // by EffectiveAt, then arrival
 
 	accounts []account
+	unknown  int    // accounts that no control entry has named
 	ids      []byte // of all accounts, one after the other
 	index    index
 	counters []counter
@@ -224,6 +246,9 @@ func (s *Shard) Now() usage.Micros { return s.now }
 
 // Accounts returns how many accounts the shard knows.
 func (s *Shard) Accounts() int { return len(s.accounts) }
+
+// Unknown returns how many of the accounts no control entry has named.
+func (s *Shard) Unknown() int { return s.unknown }
 
 // Counters returns how many account-limits the shard holds.
 func (s *Shard) Counters() int {
@@ -342,15 +367,6 @@ func (s *Shard) check(b *Batch) *usage.InvalidError {
 			return invalid(usage.ReasonOversized, "an account's id of %d bytes, at most %d are counted", len(id), usage.MaxIDBytes)
 		}
 	}
-	fresh := 0
-	for i := range b.Custom {
-		if _, ok := s.meterIDs[b.Custom[i].Meter]; !ok {
-			fresh++
-		}
-	}
-	if len(s.meters)+fresh > MaxMeters {
-		return invalid(usage.ReasonOversized, "more than %d different meters in one shard: meters are kinds of usage, not ids", MaxMeters)
-	}
 	return nil
 }
 
@@ -392,6 +408,9 @@ func (s *Shard) control(c *Control) {
 		copy(s.pending[i+1:], s.pending[i:])
 		s.pending[i] = *c.PlanSet
 	case c.Closed != nil:
+		if last := s.dedup.Last(*c.Closed); c.ClosedAt > last {
+			s.effects.Lost = c.ClosedAt - last
+		}
 		s.dedup.Close(*c.Closed, s.now)
 	default:
 		for i := range c.Accounts {

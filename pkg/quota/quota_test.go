@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"time"
 
@@ -268,6 +269,8 @@ func TestWhatCannotBeFoldedIsRefusedWhole(t *testing.T) {
 		"an unknown window":  {Control: limit(func(l *usage.Limit) { l.Window = "fortnight" })},
 		"an unknown tier":    {Control: limit(func(l *usage.Limit) { l.Tier = "exact" })},
 		"a negative amount":  {Control: limit(func(l *usage.Limit) { l.Amount = -1 })},
+		"a filter too long":  {Control: limit(func(l *usage.Limit) { l.Filter.Models = []string{strings.Repeat("m", MaxLimitBytes)} })},
+		"the overflow":       {Control: &Control{Accounts: []usage.Account{{ID: OverflowAccount}}}},
 		"no meter":           {Control: limit(func(l *usage.Limit) { l.Meter = "" })},
 		"a call of nobody":   {Batch: batchOf(1, 1, []usage.Call{{Time: noon}, {Time: noon, Account: "x"}})},
 		"a batch of nothing": {Batch: &Batch{Producer: dedup.Producer{1}, Number: 1}},
@@ -297,6 +300,92 @@ func TestAGapIsToldAndTheFrameCounted(t *testing.T) {
 	fx := s.Apply(Entry{Sequence: 2, Time: noon, Batch: batchOf(1, 4, n("a", noon, 1))})
 	if fx.Frame != dedup.Gap || fx.Skipped != 2 || fx.Admitted != 1 {
 		t.Errorf("got %+v", fx)
+	}
+}
+
+func TestWhatIsMissingAtAProducersEndIsTold(t *testing.T) {
+	t.Parallel()
+	tl := newTeller(t)
+	tl.calls(noon, n("a", noon, 1)...)
+	p := dedup.Producer{1}
+	if fx := tl.apply(noon, Entry{Control: &Control{ID: "1", Closed: &p, ClosedAt: 3}}); fx.Lost != 2 {
+		t.Errorf("frames 2 and 3 never came: %d", fx.Lost)
+	}
+	if fx := tl.apply(noon, Entry{Control: &Control{ID: "1", Closed: &p, ClosedAt: 3}}); fx.Lost != 0 || !fx.Repeated {
+		t.Errorf("said once, told once: %+v", fx)
+	}
+	if fx := tl.apply(noon, Entry{Control: &Control{ID: "2", Closed: &p, ClosedAt: 1}}); fx.Lost != 0 {
+		t.Errorf("%d are missing of 1", fx.Lost)
+	}
+}
+
+// A frame that was decoded stands in history, so it is counted: what a shard
+// cannot take in is left out of one sum, never a call out of all.
+func TestMetersBeyondTheBoundAreNotSummedUpAndTheirCallsCounted(t *testing.T) {
+	t.Parallel()
+	tl := newTeller(t)
+	for i := 0; i < MaxMeters; i += 16 {
+		c := usage.Call{Account: "a", Time: noon}
+		for k := range 16 {
+			c.Quantities.Set(usage.Meter(fmt.Sprint("own", i+k)), 1)
+		}
+		tl.calls(noon, c)
+	}
+	c := usage.Call{Account: "a", Time: noon}
+	c.Quantities.Set("one.more", 5)
+	c.Quantities.Set("own0", 1)
+	c.Quantities.Set(usage.InputTokens, 7)
+	fx := tl.calls(noon, c, usage.Call{Account: "a", Time: noon})
+	if fx.Admitted != 2 || fx.Unmetered != 1 {
+		t.Fatalf("got %+v", fx)
+	}
+	u, _ := tl.s.Account("a")
+	if _, known := u.Own.Meters["one.more"]; known || u.Own.Meters["own0"] != 2 || u.Own.Meters[usage.InputTokens] != 7 {
+		t.Errorf("got %v, %d, %d", known, u.Own.Meters["own0"], u.Own.Meters[usage.InputTokens])
+	}
+	// What callers made up does not keep the plans from changing.
+	limit := perMinute(1)
+	limit.Meter = "one.more"
+	tl.plans("v2", limit)
+	if tl.calls(noon, c); tl.s.PlanVersion() != "v2" {
+		t.Error("the plans did not change")
+	}
+	if u, _ := tl.s.Account("a"); u.Own.Meters["one.more"] != 5 {
+		t.Errorf("a meter that the plans name is summed up: %d", u.Own.Meters["one.more"])
+	}
+}
+
+func TestCallsOfTooManyUnknownAccountsAreCountedTogether(t *testing.T) {
+	t.Parallel()
+	tl := newTeller(t, perMinute(2))
+	for i := 0; i < MaxUnknown; i += 4096 {
+		var calls []usage.Call
+		for k := range 4096 {
+			calls = append(calls, usage.Call{Account: fmt.Sprint("u", i+k), Time: noon})
+		}
+		tl.calls(noon, calls...)
+	}
+	again, err := Read(tl.s.AppendBinary(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if tl.s.Unknown() != MaxUnknown || again.Unknown() != MaxUnknown {
+		t.Fatalf("%d accounts are unknown, %d after a restart", tl.s.Unknown(), again.Unknown())
+	}
+	tl.accounts(usage.Account{ID: "u5", Plan: "free"}, usage.Account{ID: "set", Plan: "free"})
+	tl.calls(noon, n("now.there.is.room", noon, 1)...)
+	fx := tl.calls(noon, append(append(n("x", noon, 3), n("y", noon, 2)...), append(n("set", noon, 2), n("u7", noon, 1)...)...)...)
+	if fx.Unplaced != 5 || fx.Admitted != 8 || len(fx.Decisions) != 1 || fx.Decisions[0].Account != "set" {
+		t.Fatalf("got %+v", fx)
+	}
+	if u, _ := tl.s.Account(OverflowAccount); u.Own.Admitted != 5 {
+		t.Errorf("got %+v", u)
+	}
+	if u, _ := tl.s.Account("u7"); u.Own.Admitted != 2 {
+		t.Errorf("got %+v", u)
+	}
+	if total := tl.s.Total(); total.Admitted != MaxUnknown+1+8 {
+		t.Errorf("%d calls in total", total.Admitted)
 	}
 }
 

@@ -243,6 +243,9 @@ func (s *Shard) readAccount(r *reader, accounts int) bool {
 	a := account{id: uint32(len(s.ids)), idLen: uint16(len(id))}
 	s.ids = append(s.ids, id...)
 	a.flags = accountFlags(r.byte())
+	if a.flags&known == 0 {
+		s.unknown++
+	}
 	parent, plan := r.uvarint(), r.uvarint()
 	if parent > uint64(accounts) || plan >= uint64(len(s.plans.defs)) {
 		return false

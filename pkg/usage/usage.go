@@ -278,6 +278,9 @@ func (c *Call) Validate(now Micros) error {
 			return &InvalidError{ReasonMalformed, fmt.Sprintf("%s is not UTF-8 or contains a zero byte", f.name)}
 		}
 	}
+	if c.Source != "" && c.EventID == "" {
+		return &InvalidError{ReasonMalformed, "the event has a source and no id: all of that source would be one event"}
+	}
 	if c.Time < OldestTimeMicros {
 		return &InvalidError{ReasonAbsurdTime, fmt.Sprintf("the event time %s is before the year 2000", c.Time.Time().Format(time.RFC3339))}
 	}

@@ -14,7 +14,10 @@ import (
 type metrics struct {
 	events          *prometheus.CounterVec // outcome
 	frames          *prometheus.CounterVec // outcome
-	skipped         prometheus.Counter
+	skipped, lost   prometheus.Counter
+	newAccounts     prometheus.Counter
+	unplaced        prometheus.Counter
+	unmetered       prometheus.Counter
 	late, future    prometheus.Counter
 	overflows       prometheus.Counter
 	controls        prometheus.Counter
@@ -72,6 +75,10 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		events:          vec("events_total", "Calls by what became of them: admitted and refused are counted, duplicate was counted before.", "outcome"),
 		frames:          vec("frames_total", "Frames by verdict on their number: fresh, duplicate, gap.", "outcome"),
 		skipped:         counter("skipped_frames_total", "Frame numbers that a producer has used and that never came."),
+		lost:            counter("lost_frames_total", "Frame numbers at the end of a producer that has ended, which never came."),
+		newAccounts:     counter("new_accounts_total", "Accounts of calls that nothing had named before."),
+		unplaced:        counter("unplaced_events_total", "Calls of unknown accounts beyond the bound of a shard, counted together at the account (overflow)."),
+		unmetered:       counter("unmetered_readings_total", "Readings of meters beyond the bound of a shard, which are in no sum; their calls are counted."),
 		late:            counter("late_events_total", "Calls older than the previous window of a limit they belong to."),
 		future:          counter("future_events_total", "Calls ahead of the ledger's time, counted at its time."),
 		overflows:       counter("overflows_total", "Sums that reached the end of 64 bits and stay there."),
@@ -104,7 +111,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		Name: "tollkeeper_aggregator_count_latency_max_seconds", Help: "The longest count latency of the last 15 to 30 s.",
 	}, m.slowest.seconds)
 	m.all = []prometheus.Collector{
-		m.events, m.frames, m.skipped, m.late, m.future, m.overflows, m.controls, m.leases, m.ticks, m.deadLetters, m.decisions,
+		m.events, m.frames, m.skipped, m.lost, m.newAccounts, m.unplaced, m.unmetered, m.late, m.future, m.overflows, m.controls, m.leases, m.ticks, m.deadLetters, m.decisions,
 		m.batches, m.interruptions, m.decisionLatency, m.countLatency, m.snapshotSeconds, m.snapshotBytes, m.snapshots, m.queries,
 		m.pending, m.notCaughtUp, longest,
 	}

@@ -213,6 +213,11 @@ func (o *owner) apply(m ledger.Message) {
 	if err != nil {
 		o.deadLetter(m, err)
 	}
+	if fx.Lost > 0 {
+		o.m.lost.Add(float64(fx.Lost))
+		o.log.Error().Hex("producer", e.Control.Closed[:]).Uint64("last", e.Control.ClosedAt).Uint64("missing", fx.Lost).
+			Msg("the last frames of a producer that has ended never came: calls are lost")
+	}
 	o.observe(fx, e.Batch != nil)
 	o.pub.add(m.Sequence, fx.Decisions)
 	o.checkReady()
@@ -245,6 +250,15 @@ func (o *owner) observe(fx *quota.Effects, counted bool) {
 	if fx.Overflows > 0 {
 		o.m.overflows.Add(float64(fx.Overflows))
 		o.log.Error().Uint64("sequence", o.state.Sequence()).Int("sums", fx.Overflows).Msg("sums reached the end of 64 bits and stay there")
+	}
+	if fx.Unplaced > 0 {
+		o.m.unplaced.Add(float64(fx.Unplaced))
+	}
+	if fx.Unmetered > 0 {
+		o.m.unmetered.Add(float64(fx.Unmetered))
+	}
+	if fx.NewAccounts > 0 {
+		o.m.newAccounts.Add(float64(fx.NewAccounts))
 	}
 	if o.ready {
 		lag := max(time.Since(frame.SealedAt.Time()), 0)

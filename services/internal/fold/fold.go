@@ -87,7 +87,7 @@ func controlOf(e *tollkeeperv1.ControlEntry) (*quota.Control, error) {
 			return nil, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("the closed producer is not a ksuid: %v", err)}
 		}
 		producer := dedup.Producer(p)
-		c.Closed = &producer
+		c.Closed, c.ClosedAt = &producer, body.ProducerClosed.GetLastNumber()
 	case *tollkeeperv1.ControlEntry_Tick:
 		c.ID = "" // a tick does nothing that a second one could double
 	default:
