@@ -2,7 +2,6 @@ package gateway
 
 import (
 	"bufio"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -15,7 +14,6 @@ import (
 	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
-	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
@@ -435,31 +433,5 @@ func TestStoppingWithoutNATSLosesNothing(t *testing.T) {
 				return len(seen) == want
 			})
 		})
-	}
-}
-
-func TestBodiesThatAreReadForTheirModelsAreBoundedTogether(t *testing.T) {
-	t.Parallel()
-	bodies := room{limit: 3 * roomStep}
-	body := `{"model":"big","x":"` + strings.Repeat("y", 3*roomStep/2) + `"}`
-	read := func(ctx context.Context) error {
-		r := httptest.NewRequestWithContext(ctx, http.MethodPost, "/", strings.NewReader(body))
-		_, err := modelInBody(r, "model", 16<<20, &bodies)
-		return err
-	}
-	first, over := context.WithCancel(t.Context())
-	if err := read(first); err != nil {
-		t.Fatal(err)
-	}
-	second, secondOver := context.WithCancel(t.Context())
-	var f *refusal.Refusal
-	if err := read(second); !errors.As(err, &f) || f.HTTPStatus() != http.StatusServiceUnavailable {
-		t.Errorf("there is no room for two: %v", err)
-	}
-	over()
-	secondOver()
-	within(t, 5*time.Second, "the room is free again", func() bool { return bodies.used.Load() == 0 })
-	if err := read(t.Context()); err != nil {
-		t.Error(err)
 	}
 }

@@ -1,11 +1,8 @@
 package gateway
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
-	"io"
 	stdlog "log"
 	"net"
 	"net/http"
@@ -25,6 +22,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/models"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
 )
 
@@ -46,7 +44,7 @@ type proxy struct {
 	usage      *prometheus.CounterVec
 	meters     *prometheus.CounterVec
 	buffer     bufferPool
-	bodies     room
+	bodies     *models.Room
 	logger     zerolog.Logger
 	told       atomic.Int64 // when a failing upstream was last logged, unix seconds
 }
@@ -80,7 +78,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 		usage: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "tollkeeper_gateway_usage_answers_total", Help: "Answers of routes that read token counts, by what was found.",
 		}, []string{"outcome"}),
-		bodies: room{limit: maxModelBodies}, logger: o.logger,
+		bodies: models.NewRoom(models.DefaultRoom), logger: o.logger,
 	}
 	p.meters = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "tollkeeper_gateway_reported_readings_total", Help: "Readings that upstreams reported in meters_header, by whether they could be counted.",
@@ -109,7 +107,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 		if p.transports[timeout] == nil {
 			p.transports[timeout] = newTransport(timeout)
 		}
-		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model, &p.bodies)}
+		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model, p.bodies)}
 		if o.trustEventTime {
 			m.Time = replayedTime
 		}
@@ -398,7 +396,7 @@ func headerSafe(s string) string {
 }
 
 // modelOf returns what finds a request's model; nil when nothing has to.
-func modelOf(c *ModelConfig, bodies *room) func(*http.Request) (string, error) {
+func modelOf(c *ModelConfig, bodies *models.Room) func(*http.Request) (string, error) {
 	switch {
 	case c.Fixed != "":
 		return func(*http.Request) (string, error) { return c.Fixed, nil }
@@ -409,108 +407,9 @@ func modelOf(c *ModelConfig, bodies *room) func(*http.Request) (string, error) {
 		if bound == 0 {
 			bound = DefaultMaxModelBody
 		}
-		return func(r *http.Request) (string, error) { return modelInBody(r, c.JSON, bound, bodies) }
+		return func(r *http.Request) (string, error) { return models.InBody(r, c.JSON, bound, bodies) }
 	}
 	return nil
-}
-
-// maxModel bounds a model's name in JSON.
-const maxModel = 6*256 + 2
-
-// modelInBody reads the body as far as it has to and puts it back. A body that is
-// no JSON object is not read on, but of one that something follows the upstream may
-// read the object. One that is, is read whole: the last of several
-// members of the name counts, for the upstream too.
-func modelInBody(r *http.Request, member string, bound int64, bodies *room) (string, error) {
-	if r.Body == nil || r.Body == http.NoBody {
-		return "", nil
-	}
-	if e := r.Header.Get("Content-Encoding"); e != "" && !strings.EqualFold(e, "identity") {
-		return "", &refusal.Refusal{Code: refusal.BadRequest, Status: http.StatusUnsupportedMediaType, Detail: "The body is compressed, so the model it asks for can't be read: send it plain."}
-	}
-	if r.ContentLength > bound && tokens.IsJSON(r.Header.Get("Content-Type")) {
-		return "", tooLarge()
-	}
-	var kept bytes.Buffer
-	if n := r.ContentLength; n > 0 && n <= bound {
-		kept.Grow(int(min(n, 64<<10)) + bytes.MinRead)
-	}
-	scanner := tokens.NewScanner(member, maxModel)
-	chunk := make([]byte, 4096)
-	for taken := int64(0); ; {
-		if need := int64(kept.Len()); need > smallBody && need >= taken {
-			if !bodies.take(r.Context(), roomStep) {
-				return "", &refusal.Refusal{Code: refusal.TooLarge, Status: http.StatusServiceUnavailable, Detail: "Too many large bodies are being read at once: try again in a moment."}
-			}
-			taken = need + roomStep
-		}
-		n, err := r.Body.Read(chunk)
-		kept.Write(chunk[:n])
-		_, _ = scanner.Write(chunk[:n]) // never fails
-		switch {
-		case errors.Is(err, io.EOF):
-			r.Body = whole{bytes.NewReader(kept.Bytes()), r.Body}
-			return modelName(scanner)
-		case err != nil:
-			return "", &refusal.Refusal{Code: refusal.BadRequest, Detail: "The body could not be read to its end."}
-		case !scanner.Object():
-			r.Body = whole{io.MultiReader(bytes.NewReader(kept.Bytes()), r.Body), r.Body}
-			return modelName(scanner)
-		case int64(kept.Len()) > bound:
-			return "", tooLarge()
-		}
-	}
-}
-
-// room bounds what the bodies that are read for their models take together.
-type room struct {
-	limit int64
-	used  atomic.Int64
-}
-
-const (
-	// maxModelBodies bounds large bodies in memory; while they grow their buffers
-	// may take twice as much.
-	maxModelBodies = 1 << 30
-	// smallBody is not worth counting: connections bound those.
-	smallBody = 64 << 10
-	roomStep  = 1 << 20
-)
-
-// take reports whether there are n more bytes; they are free again when the request
-// is over.
-func (r *room) take(request context.Context, n int64) bool {
-	if r.used.Add(n) > r.limit {
-		r.used.Add(-n)
-		return false
-	}
-	context.AfterFunc(request, func() { r.used.Add(-n) })
-	return true
-}
-
-func tooLarge() error {
-	return &refusal.Refusal{Code: refusal.TooLarge, Detail: "The body is too large for the model it asks for to be found."}
-}
-
-func modelName(s *tokens.Scanner) (string, error) {
-	value, ok := s.Value()
-	if !ok {
-		if s.Ended() && !s.Absent() {
-			return "", &refusal.Refusal{Code: refusal.BadRequest, Detail: "The model's name is too long."}
-		}
-		return "", nil
-	}
-	var name string
-	if err := json.Unmarshal(value, &name); err != nil {
-		return "", nil // not a name: the upstream will say what it thinks of it
-	}
-	return name, nil
-}
-
-// whole is a body that was read, and closes as the one it was.
-type whole struct {
-	io.Reader
-	io.Closer
 }
 
 // bufferPool keeps the proxy's copy buffers: 35 kB of garbage a call otherwise.
