@@ -96,9 +96,17 @@ func entries(a act, before, next *Document, shards uint32) []shardEntry {
 	}
 	for i := range old.Accounts {
 		o := &old.Accounts[i]
-		if _, ok := now.Account(o.ID); !ok {
-			put(oldIndex.Root(o.ID), planfile.MaxDepth+1, usage.Account{ID: o.ID, Parent: o.Parent, Closed: true})
+		if _, ok := now.Account(o.ID); ok {
+			continue
 		}
+		closed := usage.Account{ID: o.ID, Parent: o.Parent, Closed: true}
+		root := oldIndex.Root(o.ID)
+		if closedDepth(oldIndex, now, o.ID) > planfile.MaxDepth {
+			// Those above it went deeper than it can follow. A shard would refuse
+			// the entry, with all that stands in it.
+			closed.Parent = root
+		}
+		put(root, planfile.MaxDepth+1, closed)
 	}
 	var out []shardEntry
 	for s := range shards {
@@ -132,6 +140,21 @@ func entries(a act, before, next *Document, shards uint32) []shardEntry {
 		}
 	}
 	return out
+}
+
+// closedDepth is how many accounts there are on the path of one that old has and
+// now has not, itself among them, as the act leaves it.
+func closedDepth(old, now Index, id string) int {
+	for depth := 1; ; depth++ {
+		a, ok := now.Account(id)
+		if !ok {
+			a, ok = old.Account(id)
+		}
+		if !ok || a.Parent == "" || depth > planfile.MaxDepth {
+			return depth
+		}
+		id = a.Parent
+	}
 }
 
 // directory returns the records of a document by key of the directory bucket.
