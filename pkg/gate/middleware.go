@@ -417,21 +417,27 @@ func (a *answer) Write(p []byte) (int, error) {
 	if a.status == 0 {
 		a.WriteHeader(http.StatusOK)
 	}
-	if a.bodyless || a.length < 0 || len(p) == 0 || a.holds || a.bytes+int64(len(p)) < a.length {
+	left := a.length - a.bytes
+	if a.bodyless || a.length < 0 || int64(len(p)) < left || len(p) == 0 {
 		n, err := a.ResponseWriter.Write(p)
 		if !a.bodyless {
 			a.bytes += int64(n)
 		}
 		return n, err
 	}
-	last := len(p) - 1
-	n, err := a.ResponseWriter.Write(p[:last])
+	if left == 0 {
+		return 0, http.ErrContentLength // the byte that is held is the last one
+	}
+	n, err := a.ResponseWriter.Write(p[:left-1])
 	a.bytes += int64(n)
 	if err != nil {
 		return n, err
 	}
-	a.held[0], a.holds = p[last], true
+	a.held[0], a.holds = p[left-1], true
 	a.bytes++
+	if int64(len(p)) > left {
+		return int(left), http.ErrContentLength
+	}
 	return len(p), nil
 }
 

@@ -3,6 +3,7 @@ package gate
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -151,4 +152,47 @@ func TestAFullOutboxThatNobodyTriesIsReadyAgain(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// What comes after an announced length is nothing: it must not take the place of the
+// byte that is held back, nor let the answer end before the call is recorded.
+func TestAnAnswerLongerThanAnnouncedEndsWhereItWasToEnd(t *testing.T) {
+	t.Parallel()
+	for _, parts := range [][]string{{"abc", "x"}, {"abcx"}, {"a", "bcxyz"}, {"abc", "", "xyz"}} {
+		g, b := offline(t)
+		srv := httptest.NewServer(g.Middleware(MiddlewareOptions{}, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Length", "3")
+			var last error
+			for _, p := range parts {
+				_, last = io.WriteString(w, p)
+			}
+			if !errors.Is(last, http.ErrContentLength) {
+				t.Errorf("%q: %v", parts, last)
+			}
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			if len(b.calls) != 0 {
+				t.Error("recorded already")
+			}
+		})))
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, srv.URL, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("X-Api-Key", "sk-acme")
+		resp, err := srv.Client().Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		if err != nil || string(body) != "abc" {
+			t.Errorf("%q: %q %v", parts, body, err)
+		}
+		_ = resp.Body.Close()
+		srv.Close()
+		c := b.one(t)
+		if size, _ := c.Quantities.Get(usage.Bytes); size != 3 {
+			t.Errorf("%q: %d bytes", parts, size)
+		}
+	}
 }
