@@ -47,6 +47,7 @@ func (c *console) handler() http.Handler {
 	mux.HandleFunc("PUT /v1/plans", c.putPlans)
 	mux.HandleFunc("GET /v1/decisions", c.getDecisions)
 	mux.HandleFunc("GET /v1/decisions/history", c.getDecisionHistory)
+	mux.HandleFunc("GET /v1/decisions/{id}/explain", c.getExplanation)
 	mux.HandleFunc("GET /v1/history/calls", c.getCallHistory)
 	mux.HandleFunc("GET /v1/alerts", c.getAlerts)
 	mux.HandleFunc("GET /v1/deadletters", c.getDeadLetters)

@@ -23,6 +23,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/tail"
+	"github.com/tollkeeper/tollkeeper/services/internal/explain"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
@@ -77,6 +78,9 @@ type Options struct {
 	// unless their Readiness is set), and is shown under /readyz and /v1/health; nil:
 	// one of its own. In a process of several services they share it.
 	Readiness *telemetry.Readiness
+	// Horizon of foreign events, as the aggregator has it, for replays of the
+	// ledger; 0 means a day.
+	Horizon time.Duration
 	// MaxStreams bounds the clients of /v1/live; DefaultMaxStreams when 0.
 	MaxStreams int
 	// Ready, if set, is called with the address once the port is open.
@@ -84,17 +88,18 @@ type Options struct {
 }
 
 type console struct {
-	o        Options
-	nc       *nats.Conn
-	js       jetstream.JetStream
-	shards   uint32
-	counters *counters.Client
-	applier  *plans.Applier
-	tail     *tail.Tail
-	state    *state
-	metrics  *front.Metrics
-	log      zerolog.Logger
-	done     context.Context // ends the streams
+	o         Options
+	nc        *nats.Conn
+	js        jetstream.JetStream
+	shards    uint32
+	counters  *counters.Client
+	applier   *plans.Applier
+	explainer *explain.Explainer
+	tail      *tail.Tail
+	state     *state
+	metrics   *front.Metrics
+	log       zerolog.Logger
+	done      context.Context // ends the streams
 }
 
 // Run serves until ctx is done and returns nil after a clean stop. It waits for
@@ -184,6 +189,7 @@ func Run(ctx context.Context, o Options) error {
 		c := &console{
 			o: o, nc: nc, js: js, shards: geometry.Shards, metrics: m, log: o.Logger, done: ctx,
 			counters: &counters.Client{NC: nc, Shards: geometry.Shards}, applier: &plans.Applier{JS: js, NC: nc},
+			explainer: explain.New(explain.Options{JS: js, Horizon: o.Horizon}),
 		}
 		c.state = newState()
 		c.tail = tail.New(o.Logger)

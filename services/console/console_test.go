@@ -196,6 +196,7 @@ func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
 		t.Errorf("decisions: %+v", ds)
 	}
 	c.do(exchange{path: "/v1/decisions?verdict=maybe", status: 400})
+	c.do(exchange{path: "/v1/decisions/" + deny.ID + "/explain", status: 404})
 	var past struct {
 		Decisions []decisionLine
 		Next      string `json:"next_cursor"`

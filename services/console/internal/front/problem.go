@@ -24,6 +24,7 @@ type Problem struct {
 const (
 	CodeBadRequest  = "BAD_REQUEST"
 	CodeNotFound    = "NOT_FOUND"
+	CodeGone        = "GONE"
 	CodeForbidden   = "FORBIDDEN"
 	CodeUnauthed    = "UNAUTHORIZED"
 	CodeMediaType   = "UNSUPPORTED_MEDIA_TYPE"
