@@ -11,6 +11,7 @@ import (
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
@@ -217,6 +218,9 @@ func checkSizes(doc *Document, c *collector) {
 		c.add([]any{"plans"}, fmt.Sprintf("the plans have %d bytes as one ledger entry", n), fmt.Sprintf("at most %d are allowed: merge plans, or shorten filters and URLs", MaxPlansBytes))
 		return
 	}
+	if checkCore(doc, c); len(c.err.Problems) > 0 {
+		return
+	}
 	x := NewIndex(doc)
 	// Paths repeat: the limits of a plan have one size.
 	size := make(map[string]int, len(doc.Plans))
@@ -232,6 +236,39 @@ func checkSizes(doc *Document, c *collector) {
 		}
 		if n > maxRecordBytes && proto.Size(AccountRecord(x, doc.Accounts[i].ID)) > maxRecordBytes {
 			c.add([]any{"accounts", i, "id"}, fmt.Sprintf("the limits along the path of account %q are too many for one record", doc.Accounts[i].ID), "give the accounts above it plans with fewer limits")
+		}
+	}
+}
+
+// checkCore asks the core itself: a shard refuses an entry as a whole and tells
+// only the dead letters, long after the act was said to be done.
+func checkCore(doc *Document, c *collector) {
+	sequence := uint64(0)
+	shard := quota.New(quota.Options{})
+	refused := func(control *quota.Control) *usage.InvalidError {
+		sequence++
+		return shard.Apply(quota.Entry{Sequence: sequence, Control: control}).Invalid
+	}
+	for i := range doc.Plans {
+		if err := refused(&quota.Control{PlanSet: &quota.PlanSet{Plans: []usage.Plan{doc.Plans[i].Usage()}}}); err != nil {
+			c.add([]any{"plans", i, "id"}, "counting can't take this plan: "+err.Message, "make it smaller")
+		}
+	}
+	if len(c.err.Problems) > 0 {
+		return
+	}
+	set := &quota.PlanSet{}
+	for i := range doc.Plans {
+		set.Plans = append(set.Plans, doc.Plans[i].Usage())
+	}
+	if err := refused(&quota.Control{PlanSet: set}); err != nil {
+		c.add([]any{"plans"}, "counting can't take these plans together: "+err.Message, "use fewer")
+		return
+	}
+	// Without parents, whose paths were checked; with them the order would matter.
+	for i := range doc.Accounts {
+		if err := refused(&quota.Control{Accounts: []usage.Account{{ID: doc.Accounts[i].ID}}}); err != nil {
+			c.add([]any{"accounts", i, "id"}, "counting can't take this account: "+err.Message, "rename it")
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/schemas"
 )
 
@@ -221,6 +222,23 @@ func TestWhatWouldNotFitARecordIsRefused(t *testing.T) {
 	}
 	if err := Check(d); err == nil || !strings.Contains(err.Error(), "bytes as one ledger entry") {
 		t.Errorf("got %v", err)
+	}
+}
+
+func TestWhatTheCoreWouldRefuseIsRefusedBefore(t *testing.T) {
+	t.Parallel()
+	long := func(n int) (list []string) {
+		for i := range n {
+			list = append(list, fmt.Sprintf("%04d", i)+strings.Repeat("x", 250))
+		}
+		return list
+	}
+	d := &Document{Version: 1, Plans: []Plan{{ID: "p", Limits: []Limit{{ID: "l", Meter: "calls", Window: "day", Amount: 1, Filter: &Filter{Models: long(64), Routes: long(64), Methods: long(64)}}}}}}
+	if err := Check(d); err == nil || !strings.HasPrefix(err.Error(), "/plans/0/id: counting can't take this plan: ") {
+		t.Errorf("a limit that fits no decision: %v", err)
+	}
+	if err := Check(&Document{Version: 1, Accounts: []Account{{ID: quota.OverflowAccount}}}); err == nil {
+		t.Error("an account that the core has for itself was taken")
 	}
 }
 
