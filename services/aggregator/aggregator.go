@@ -59,6 +59,10 @@ type Options struct {
 	// stop; 0 means DefaultStopTimeout.
 	StopTimeout time.Duration
 
+	// ownReadiness is nobody else's to register as a metric.
+	ownReadiness bool
+	// idleEntries, if set, stand in for the constant in tests.
+	idleEntries uint64
 	// abandon makes the end of ctx a crash: nothing more is published or kept.
 	abandon bool
 }
@@ -75,8 +79,10 @@ type service struct {
 	ready   *telemetry.Component
 	name    string // of this owner
 
-	behind atomic.Int64 // shards that are not ready
-	ahead  atomic.Int64 // the stream's clock minus ours, nanoseconds
+	shards int
+	behind atomic.Int64  // shards that are not ready
+	head   atomic.Uint64 // the newest entry that was read, of any shard
+	ahead  atomic.Int64  // the stream's clock minus ours, nanoseconds
 }
 
 // Run owns every shard of the ledger and counts until ctx is done; then it
@@ -91,6 +97,12 @@ func Run(ctx context.Context, o Options) error {
 		return fmt.Errorf("aggregator: %w", err)
 	}
 	defer s.m.unregister(s.o.Registerer)
+	if s.o.ownReadiness {
+		if err := s.o.Registerer.Register(s.o.Readiness); err != nil {
+			return fmt.Errorf("aggregator: %w", err)
+		}
+		defer s.o.Registerer.Unregister(s.o.Readiness)
+	}
 	s.ready = s.o.Readiness.Component("aggregator")
 	s.ready.NotReady("starting")
 	defer s.ready.NotReady("stopped")
@@ -123,6 +135,10 @@ func withDefaults(o Options) Options {
 	}
 	if o.Readiness == nil {
 		o.Readiness = telemetry.NewReadiness()
+		o.ownReadiness = true
+	}
+	if o.idleEntries == 0 {
+		o.idleEntries = idleEntries
 	}
 	if o.SnapshotEvery <= 0 {
 		o.SnapshotEvery = DefaultSnapshotEvery
@@ -182,6 +198,13 @@ func (s *service) count(ctx context.Context) error {
 	s.m.notCaughtUp.Set(float64(len(owners)))
 	s.ready.NotReady(fmt.Sprintf("%d shards are catching up", len(owners)))
 
+	s.shards = len(owners)
+	owners[0].strays = make(chan ledger.Message, inputBuffer)
+	age := beaconAge(owners)
+	if err := s.o.Registerer.Register(age); err != nil {
+		return err
+	}
+	defer s.o.Registerer.Unregister(age)
 	for _, o := range owners {
 		if err := s.listen(o); err != nil {
 			return err
@@ -193,43 +216,88 @@ func (s *service) count(ctx context.Context) error {
 	}
 	// One consumer without a filter for all shards: measured, it is cheaper for
 	// the server and for us than one a shard.
-	g.Go(func() error { return s.read(ctx, owners, len(owners)) })
+	from := owners[0].from
+	for _, o := range owners {
+		from = min(from, o.from)
+	}
+	g.Go(func() error { return s.read(ctx, g, owners, from) })
 	g.Go(func() error { return s.keepClock(ctx) })
 	return g.Wait()
 }
 
+// blockedAfter is how long the others wait for a shard that does not take its
+// entries.
+const blockedAfter = 500 * time.Millisecond
+
 // read reads the entries of some shards, of all of them without a filter, and
-// hands them over.
-func (s *service) read(ctx context.Context, part []*owner, all int) error {
-	opts := ledger.ReadOptions{Stream: ledger.Stream, OnError: func(err error) {
+// hands them over. A shard that holds the others up gets a reader of its own.
+func (s *service) read(ctx context.Context, g *errgroup.Group, part []*owner, from uint64) error {
+	opts := ledger.ReadOptions{Stream: ledger.Stream, From: from, OnError: func(err error) {
 		s.m.interruptions.Inc()
 		s.log.Warn().Err(err).Msg("reading the ledger was interrupted")
 	}}
 	byShard := make(map[uint32]*owner, len(part))
-	for i, o := range part {
+	apart := make(map[uint32]bool)
+	all := len(part) == s.shards
+	for _, o := range part {
 		byShard[o.shard] = o
-		if len(part) < all {
+		if !all {
 			opts.Subjects = append(opts.Subjects, ledger.ShardSubjects(o.shard)...)
 		}
-		if i == 0 || o.from < opts.From {
-			opts.From = o.from
-		}
 	}
+	blocked := time.NewTimer(blockedAfter)
+	defer blocked.Stop()
 	return ledger.Read(ctx, s.js, opts, func(m ledger.Message) error {
-		s.m.pending.Set(float64(m.Pending))
+		if all {
+			s.m.pending.Set(float64(m.Pending))
+			s.head.Store(m.Sequence)
+		}
 		_, shard, err := ledger.ParseSubject(m.Subject)
 		o := byShard[shard]
-		if err != nil || o == nil {
-			// A subject that the ledger's geometry does not have.
-			s.log.Error().Str("subject", m.Subject).Uint64("sequence", m.Sequence).Msg("an entry stands on a subject of no shard")
+		to := part[0].strays
+		switch {
+		case err == nil && apart[shard]:
 			return nil
+		case err == nil && o != nil:
+			to = o.in
+		default:
+			o = nil
 		}
 		select {
-		case o.in <- m:
+		case to <- m:
+			return nil
+		default:
+		}
+		patience := blocked.C
+		if o == nil || len(part) == 1 {
+			patience = nil // there is nobody, or nothing, to be put apart
+		}
+		blocked.Reset(blockedAfter)
+		select {
+		case to <- m:
 			return nil
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-patience:
 		}
+		o.log.Warn().Msg("the shard does not take its entries: it gets a reader of its own, so that the others need not wait")
+		s.m.apart.Inc()
+		apart[shard] = true
+		g.Go(func() error { return s.read(ctx, g, []*owner{o}, m.Sequence) })
+		return nil
+	})
+}
+
+// beaconAge says how old the oldest of the shards' beacons is.
+func beaconAge(owners []*owner) prometheus.Collector {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "tollkeeper_aggregator_beacon_age_seconds", Help: "How long ago the shard that has been silent for longest sent its last beacon.",
+	}, func() float64 {
+		now, age := time.Now().UnixNano(), int64(0)
+		for _, o := range owners {
+			age = max(age, now-o.lastBeacon.Load())
+		}
+		return time.Duration(age).Seconds()
 	})
 }
 
@@ -308,9 +376,10 @@ func (s *service) open(ctx context.Context, shard uint32) (*owner, error) {
 	case at.found != next:
 		return nil, fmt.Errorf("shard %d: it is at epoch %d of another owner", shard, at.found.epoch)
 	}
+	o.lastBeacon.Store(time.Now().UnixNano())
 	o.pub = newPublisher(shard, at.revision, next, at.newest)
 	if o.state, err = s.load(ctx, shard, next.snapshot); err != nil {
-		if ctx.Err() != nil || errors.Is(err, nats.ErrTimeout) || errors.Is(err, context.DeadlineExceeded) {
+		if ctx.Err() != nil || errors.Is(err, errLags) || errors.Is(err, nats.ErrTimeout) || errors.Is(err, context.DeadlineExceeded) {
 			return nil, err
 		}
 		// The log is the truth; reading it from the beginning is slower, and

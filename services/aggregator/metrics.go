@@ -14,7 +14,9 @@ import (
 type metrics struct {
 	events          *prometheus.CounterVec // outcome
 	frames          *prometheus.CounterVec // outcome
-	skipped, lost   prometheus.Counter
+	skipped         prometheus.Counter
+	strays          prometheus.Counter
+	apart           prometheus.Counter
 	newAccounts     prometheus.Counter
 	unplaced        prometheus.Counter
 	unmetered       prometheus.Counter
@@ -75,7 +77,8 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		events:          vec("events_total", "Calls by what became of them: admitted and refused are counted, duplicate was counted before.", "outcome"),
 		frames:          vec("frames_total", "Frames by verdict on their number: fresh, duplicate, gap.", "outcome"),
 		skipped:         counter("skipped_frames_total", "Frame numbers that a producer has used and that never came."),
-		lost:            counter("lost_frames_total", "Frame numbers at the end of a producer that has ended, which never came."),
+		strays:          counter("stray_entries_total", "Entries on subjects of no shard of this ledger: they are kept in the dead letters."),
+		apart:           counter("readers_apart_total", "Times that a shard got a reader of its own because it did not take its entries in time."),
 		newAccounts:     counter("new_accounts_total", "Accounts of calls that nothing had named before."),
 		unplaced:        counter("unplaced_events_total", "Calls of unknown accounts beyond the bound of a shard, counted together at the account (overflow)."),
 		unmetered:       counter("unmetered_readings_total", "Readings of meters beyond the bound of a shard, which are in no sum; their calls are counted."),
@@ -111,7 +114,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		Name: "tollkeeper_aggregator_count_latency_max_seconds", Help: "The longest count latency of the last 15 to 30 s.",
 	}, m.slowest.seconds)
 	m.all = []prometheus.Collector{
-		m.events, m.frames, m.skipped, m.lost, m.newAccounts, m.unplaced, m.unmetered, m.late, m.future, m.overflows, m.controls, m.leases, m.ticks, m.deadLetters, m.decisions,
+		m.events, m.frames, m.skipped, m.strays, m.apart, m.newAccounts, m.unplaced, m.unmetered, m.late, m.future, m.overflows, m.controls, m.leases, m.ticks, m.deadLetters, m.decisions,
 		m.batches, m.interruptions, m.decisionLatency, m.countLatency, m.snapshotSeconds, m.snapshotBytes, m.snapshots, m.queries,
 		m.pending, m.notCaughtUp, longest,
 	}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -26,6 +27,10 @@ import (
 const (
 	beaconEvery = 250 * time.Millisecond
 	tickEvery   = time.Second
+	// idleEntries of others are how many may follow a shard's last, and
+	// idleTickEvery is how often its position is moved for that at most.
+	idleEntries   = 1 << 20
+	idleTickEvery = time.Minute
 	// tickMargin is how long after its time a tick is appended: the stream's
 	// clock is known only to about a network round trip.
 	tickMargin = 5 * time.Millisecond
@@ -54,6 +59,7 @@ type owner struct {
 	ready  bool   // the target is counted
 
 	in      chan ledger.Message
+	strays  chan ledger.Message // entries of no shard, which this one buries; nil: another does
 	queries chan *nats.Msg
 	results chan func() error // what a goroutine of ours brings back
 	running int               // goroutines of ours
@@ -61,6 +67,7 @@ type owner struct {
 	decoder     fold.Decoder
 	lastControl uint64 // newest entry of the shard's control subject
 
+	lastBeacon   atomic.Int64 // Unix nanoseconds; of the begin before the first
 	publishing   bool
 	retry        backoff
 	retryAt      time.Time
@@ -97,13 +104,19 @@ func (o *owner) run(ctx, io context.Context) error {
 		if o.stopping && o.idle() {
 			return nil
 		}
-		in := o.in
-		if o.stopping || len(o.pub.queue) >= maxQueued || len(o.dead) >= maxDead {
+		in, strays := o.in, o.strays
+		if o.stopping || len(o.dead) >= maxDead {
+			in, strays = nil, nil
+		}
+		if len(o.pub.queue) >= maxQueued {
 			in = nil
 		}
 		select {
 		case m := <-in:
 			o.apply(m)
+		case m := <-strays:
+			o.m.strays.Inc()
+			o.deadLetter(m, &usage.InvalidError{Reason: usage.ReasonWrongShard, Message: fmt.Sprintf("%q is a subject of no shard: the ledger has %d", m.Subject, o.shards)})
 		case finish := <-o.results:
 			o.running--
 			if err := finish(); err != nil {
@@ -171,6 +184,10 @@ func (o *owner) start(io context.Context) {
 			o.bury(io, o.dead[0])
 		}
 	}
+	if o.ready && !o.stopping && !o.ticking && o.left(now) {
+		o.lastTick = now
+		o.tick(io)
+	}
 	if due, ok := o.state.NextTimer(); ok && o.ready && !o.stopping && !o.ticking {
 		wait := max(due.Time().Sub(o.streamTime(now))+tickMargin, o.lastTick.Add(tickEvery).Sub(now))
 		if wait <= 0 {
@@ -190,6 +207,13 @@ func (o *owner) start(io context.Context) {
 		}
 	}
 	o.wake.Reset(wake)
+}
+
+// left reports whether the ledger has gone on for so long without this shard
+// that its position, which is its last entry's, would be in the way of whoever
+// removes what is counted: a tick moves it.
+func (o *owner) left(now time.Time) bool {
+	return o.head.Load() > o.state.Sequence()+o.o.idleEntries && len(o.in) == 0 && now.Sub(o.lastTick) >= idleTickEvery
 }
 
 // apply folds an entry of the ledger.
@@ -214,7 +238,7 @@ func (o *owner) apply(m ledger.Message) {
 		o.deadLetter(m, err)
 	}
 	if fx.Lost > 0 {
-		o.m.lost.Add(float64(fx.Lost))
+		o.m.skipped.Add(float64(fx.Lost))
 		o.log.Error().Hex("producer", e.Control.Closed[:]).Uint64("last", e.Control.ClosedAt).Uint64("missing", fx.Lost).
 			Msg("the last frames of a producer that has ended never came: calls are lost")
 	}
@@ -467,7 +491,9 @@ func (o *owner) beacon() {
 	if err != nil {
 		// While NATS is away there is nobody to hear it; the connection says so.
 		o.log.Debug().Err(err).Msg("no beacon")
+		return
 	}
+	o.lastBeacon.Store(time.Now().UnixNano())
 }
 
 // backoff grows from 50 ms to 2 s.

@@ -2,12 +2,15 @@ package aggregator
 
 import (
 	"context"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 )
 
@@ -52,12 +55,30 @@ func (o *owner) forget(io context.Context, name string) {
 	})
 }
 
+var errLags = errors.New("the replica that answered does not know it yet")
+
 // load returns the state that the checkpoint names, or an empty one.
 func (s *service) load(ctx context.Context, shard uint32, name string) (*quota.Shard, error) {
 	if name == "" {
 		return quota.New(quota.Options{Shard: shard, Horizon: s.horizon()}), nil
 	}
 	data, err := s.objects.GetBytes(ctx, name)
+	if errors.Is(err, jetstream.ErrObjectNotFound) {
+		// The store asks any replica; the leader knows whether it is there.
+		m, found, askErr := ledger.LastMessage(ctx, s.js, "OBJ_"+ledger.SnapshotsBucket, "$O."+ledger.SnapshotsBucket+".M."+base64.URLEncoding.EncodeToString([]byte(name)))
+		var info struct {
+			Deleted bool `json:"deleted"`
+		}
+		if askErr == nil && found {
+			askErr = json.Unmarshal(m.Data, &info)
+		}
+		if askErr != nil {
+			return nil, fmt.Errorf("snapshot %s: %w: %w", name, errLags, askErr)
+		}
+		if found && !info.Deleted {
+			return nil, fmt.Errorf("snapshot %s: %w", name, errLags)
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("snapshot %s: %w", name, err)
 	}

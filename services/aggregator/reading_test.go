@@ -1,0 +1,175 @@
+package aggregator
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/rs/zerolog"
+	"github.com/segmentio/ksuid"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+)
+
+func TestAShardThatDoesNotTakeItsEntriesDoesNotHoldUpTheOthers(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 2, time.Minute)
+	m, err := newMetrics(prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &service{js: w.js, nc: w.nc, m: m, log: zerolog.Nop(), shards: 2}
+	blocked := &owner{service: s, shard: 0, in: make(chan ledger.Message, 4), strays: make(chan ledger.Message, 4)}
+	other := &owner{service: s, shard: 1, in: make(chan ledger.Message, 4)}
+	var want []uint64
+	for range 20 {
+		want = append(want, w.control(0, &tollkeeperv1.ControlEntry{}))
+	}
+	last := w.control(1, &tollkeeperv1.ControlEntry{})
+	want = append(want, w.control(0, &tollkeeperv1.ControlEntry{}))
+	ctx, cancel := context.WithCancel(t.Context())
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return s.read(ctx, g, []*owner{blocked, other}, 1) })
+	deadline := time.After(10 * time.Second)
+	select {
+	case got := <-other.in:
+		if got.Sequence != last {
+			t.Errorf("got entry %d, want %d", got.Sequence, last)
+		}
+	case <-deadline:
+		t.Fatal("the other shard waits")
+	}
+	for _, seq := range want {
+		select {
+		case got := <-blocked.in:
+			if got.Sequence != seq {
+				t.Fatalf("got entry %d, want %d", got.Sequence, seq)
+			}
+		case <-deadline:
+			t.Fatalf("entry %d does not come", seq)
+		}
+	}
+	cancel()
+	if err := g.Wait(); err != nil {
+		t.Error(err)
+	}
+	if n := testutil.ToFloat64(m.apart); n != 1 {
+		t.Errorf("%v shards were put apart", n)
+	}
+}
+
+func TestAnEntryOfAShardThatTheLedgerDoesNotHaveIsKeptInTheDeadLetters(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 2, time.Minute)
+	r := w.run(Options{})
+	stray := w.publish(w.frame(ksuid.New(), 2, 1, calls("acme", 1)))
+	odd := w.frame(ksuid.New(), 0, 1, calls("acme", 1))
+	odd.Subject = "calls.first"
+	nowhere := w.publish(odd)
+	stream, err := w.js.Stream(t.Context(), ledger.DeadLetterStream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for seq, origin := range map[uint64]string{stray: "calls.2", nowhere: "calls.first"} {
+		eventually(t, "it is kept", func() bool {
+			m, err := stream.GetLastMsgForSubject(t.Context(), ledger.DeadLetterSubject(0, seq))
+			return err == nil && m.Header.Get(ledger.ReasonHeader) == usage.ReasonWrongShard && m.Header.Get(ledger.OriginHeader) == fmt.Sprint(origin, " ", seq)
+		})
+	}
+	r.counts(t, `
+# HELP tollkeeper_aggregator_stray_entries_total Entries on subjects of no shard of this ledger: they are kept in the dead letters.
+# TYPE tollkeeper_aggregator_stray_entries_total counter
+tollkeeper_aggregator_stray_entries_total 2
+`, "tollkeeper_aggregator_stray_entries_total")
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+}
+
+// What is counted may be removed from the ledger up to the oldest position of
+// all shards: one without calls must not stay behind for ever.
+func TestAShardWithoutCallsDoesNotStayBehind(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 2, time.Minute)
+	r := w.run(Options{idleEntries: 10})
+	p := ksuid.New()
+	busy := "account-0"
+	idle := 1 - w.shardOf(busy)
+	last := uint64(0)
+	for range 12 {
+		last = w.send(p, calls(busy, 1))
+	}
+	if u := w.counted(idle, last+1); u.Sequence != last+1 {
+		t.Errorf("the idle shard is at %d, a tick after %d was wanted", u.Sequence, last)
+	}
+	if err := r.stop(t); err != nil {
+		t.Fatal(err)
+	}
+	if c := w.checkpoint(idle); c.sequence != last+1 || c.snapshot == "" {
+		t.Errorf("got %+v", c)
+	}
+}
+
+func TestTheLostTailOfAProducerIsToldLikeAGap(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 1, time.Minute)
+	r := w.run(Options{})
+	p := ksuid.New()
+	w.send(p, calls("acme", 1))
+	w.control(0, &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: p.Bytes(), LastNumber: 4}}})
+	r.counts(t, `
+# HELP tollkeeper_aggregator_skipped_frames_total Frame numbers that a producer has used and that never came.
+# TYPE tollkeeper_aggregator_skipped_frames_total counter
+tollkeeper_aggregator_skipped_frames_total 3
+`, "tollkeeper_aggregator_skipped_frames_total")
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestByItselfItServesItsReadinessAndTheAgeOfItsBeaconsAsMetrics(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 1, time.Minute)
+	registry := prometheus.NewRegistry()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		done <- Run(ctx, Options{NATS: natsconn.Options{URL: w.server.ClientURL(), Logger: zerolog.Nop()}, Registerer: registry})
+	}()
+	ready := `
+# HELP tollkeeper_component_ready 1 if the component can do its work now, 0 if not.
+# TYPE tollkeeper_component_ready gauge
+tollkeeper_component_ready{component="aggregator"} 1
+tollkeeper_component_ready{component="nats"} 1
+`
+	eventually(t, "it is ready", func() bool {
+		return testutil.GatherAndCompare(registry, strings.NewReader(ready), "tollkeeper_component_ready") == nil
+	})
+	eventually(t, "its beacons are young", func() bool {
+		families, err := registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			if f.GetName() == "tollkeeper_aggregator_beacon_age_seconds" {
+				return f.GetMetric()[0].GetGauge().GetValue() < 2
+			}
+		}
+		return false
+	})
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if families, err := registry.Gather(); err != nil || len(families) != 0 {
+		t.Errorf("%d metrics are left, %v", len(families), err)
+	}
+}
