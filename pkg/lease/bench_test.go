@@ -46,6 +46,7 @@ func BenchmarkTake(b *testing.B) {
 // Many accounts: the goroutines seldom meet.
 func BenchmarkTakeOfManyAccounts(b *testing.B) {
 	purses := filled(1<<16, 1<<60)
+	b.ResetTimer()
 	var start atomic.Uint64
 	b.ReportAllocs()
 	b.RunParallel(func(pb *testing.PB) {
@@ -191,4 +192,50 @@ func TestManyGoroutinesTakeExactlyWhatThereIs(t *testing.T) {
 		t.Errorf("%d calls were admitted of %d: %+v", admitted.Load(), amount, s)
 	}
 	t.Logf("%d ledger entries, %+v", ledger.sequence, s.Counts)
+}
+
+// All that may be called at the same time, at the same time.
+func TestConcurrentCallsNeitherMakeNorLoseUnits(t *testing.T) {
+	t.Parallel()
+	const units, callers = 200_000, 8
+	purses := filled(2, units)
+	hs := NewHolds(callers)
+	var used [2]atomic.Int64
+	var all sync.WaitGroup
+	for n := range callers {
+		all.Go(func() {
+			parts := []Part{{purses[0], 1}, {purses[1], 1}}
+			for i := n; ; i++ {
+				switch i % 3 {
+				case 0:
+					if out, _ := Take(parts, 1); !out.OK() {
+						return
+					}
+					used[0].Add(1)
+					used[1].Add(1)
+				case 1: // fails as a whole
+					if out, _ := Take([]Part{{purses[1], 1}, {purses[0], units + 1}}, 1); out.OK() {
+						t.Error("taken")
+						return
+					}
+				case 2:
+					h, out, _ := hs.Reserve([]Part{{purses[0], 5}, {purses[1], 5}}, 1, 100)
+					if !out.OK() {
+						return
+					}
+					cost := []int64{int64(i % 8), int64(i % 6)}
+					h.Settle(cost, 2)
+					used[0].Add(cost[0])
+					used[1].Add(cost[1])
+				}
+			}
+		})
+	}
+	all.Wait()
+	for i, p := range purses {
+		free, spent, over := p.free.Load(), p.used.Load(), p.over.Load()
+		if free+spent != units || spent+over != used[i].Load() || p.held.Load() != 0 {
+			t.Errorf("purse %d: %d free, %d used, %d over, %d held; %d were used of %d", i, free, spent, over, p.held.Load(), used[i].Load(), units)
+		}
+	}
 }

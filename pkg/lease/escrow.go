@@ -364,12 +364,35 @@ func (e *Escrow) head() *lease {
 	return first
 }
 
-// serve goes through the queue as far as it gets. In order: else a call that
-// needs much would never be served before those that need little.
+// serve goes through the queue as far as it gets, and then looks who was denied
+// what can be had now.
 func (e *Escrow) serve() {
 	if e.now < e.terms.Start {
 		return
 	}
+	idle := e.queue()
+	if e.ended() {
+		return
+	}
+	if over := e.excess(); over > 0 {
+		e.recallFor(nil, e.since, over)
+	}
+	for i := range e.leases {
+		l := &e.leases[i]
+		if l.closed {
+			continue
+		}
+		// What comes back goes to those that wait first.
+		if l.verdict == DeniedFinal && e.amount-e.settled > l.room || l.verdict == DeniedEarly && idle && e.free()+l.spare() > l.room {
+			l.verdict, l.due = Open, true
+		}
+	}
+}
+
+// queue serves those that wait, and reports whether nobody does any more. In
+// order: else a call that needs much would never be served before those that
+// need little.
+func (e *Escrow) queue() bool {
 	for l := e.head(); l != nil; l = e.head() {
 		free := e.free()
 		switch {
@@ -378,35 +401,14 @@ func (e *Escrow) serve() {
 		case l.need <= free:
 			e.grant(l, free)
 		case e.settled+l.spare()+l.need > e.amount:
-			e.deny(l, DeniedFinal, e.amount-e.settled)
+			e.deny(l, DeniedFinal, max(0, e.amount-e.settled))
 		case e.recallFor(l, l.waiting, l.need-free):
-			return
+			return false
 		default:
 			e.deny(l, DeniedEarly, max(0, free)+l.spare())
 		}
 	}
-	if e.ended() {
-		return
-	}
-	if over := e.excess(); over > 0 {
-		e.recallFor(nil, e.since, over)
-		return
-	}
-	// Nobody waits: who was denied hears that there is more than there was.
-	for i := range e.leases {
-		l := &e.leases[i]
-		room := e.amount - e.settled
-		switch l.verdict {
-		case DeniedEarly:
-			room = e.free() + l.spare()
-		case DeniedFinal:
-		default:
-			continue
-		}
-		if room > l.room && !l.closed {
-			l.verdict, l.due = Open, true
-		}
-	}
+	return true
 }
 
 // grant hands out what is asked for, but no more than a fair share of half of

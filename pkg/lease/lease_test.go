@@ -62,6 +62,7 @@ func worlds(t *testing.T, name string, make func(uint64) plan) {
 		if w.failure != "" {
 			t.Fatalf("%s; run it alone with -args -lease.seed=%d\n%+v", w.failure, seed, w.plan)
 		}
+		checkMessages(t, w)
 		sum.admittedCalls += w.admittedCalls
 		sum.refused += w.refused
 		sum.refusedEarly += w.refusedEarly
@@ -83,6 +84,27 @@ func worlds(t *testing.T, name string, make func(uint64) plan) {
 	}
 	t.Logf("%s: %d worlds from seed %d: %d calls admitted, %d refused, %d early (%d of them wrongly), %d gave up waiting; %d asks, %d answers; %+v",
 		name, n, first, sum.admittedCalls, sum.refused, sum.refusedEarly, sum.falseEarly, sum.timeouts, sum.asks, sum.answers, s)
+}
+
+// checkMessages: a gateway speaks because it gets, gives back or is refused
+// something, or else no more often than it may repeat itself.
+func checkMessages(t *testing.T, w *world) {
+	t.Helper()
+	events, purses := int64(0), int64(0)
+	for _, e := range w.fold {
+		c := e.State().Counts
+		events += c.Grants + c.Recalls + c.DeniedEarly + c.DeniedFinal
+	}
+	for _, g := range w.gateways {
+		for _, p := range g.purses {
+			if p != nil {
+				purses++
+			}
+		}
+	}
+	if most := 3*events + purses*int64(20+w.width/(40*ms)); int64(w.asks) > most {
+		t.Errorf("seed %d: %d messages about %d events and %d leases", w.seed, w.asks, events, purses)
+	}
 }
 
 // quiet returns a large world in which nothing dies and nothing is lost.
@@ -145,6 +167,7 @@ func TestWithoutFaultsAllButAThousandthIsAdmitted(t *testing.T) {
 				if w.failure != "" {
 					t.Fatalf("%s\n%+v", w.failure, w.plan)
 				}
+				checkMessages(t, w)
 				s := w.fold[0].State()
 				if s.Settled < s.Amount-s.Amount/1000 {
 					t.Errorf("seed %d: only %d of %d units could be used", p.seed, s.Settled, s.Amount)

@@ -142,6 +142,28 @@ func TestASilentGatewayIsWaitedForOnce(t *testing.T) {
 	d.is("bert, at once", b.Verdict, DeniedEarly)
 }
 
+func TestWhoDoesNotWaitAnyMoreIsGrantedNothing(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 10, nil)
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 10})
+	d.ask(Ask{Gateway: bert, Seq: 1, Need: 1})
+	d.now = 90 * ms
+	d.ask(Ask{Gateway: cleo, Seq: 1, Need: 1})
+	d.ask(Ask{Gateway: bert, Seq: 2}) // its call has given up
+	d.ask(Ask{Gateway: anna, Seq: 2, Seen: d.sequence, Known: 10, Used: 9, Returned: 1})
+	d.is("bert", d.said[bert].Granted, int64(0))
+	d.is("cleo", d.said[cleo].Granted, int64(1))
+	// And one that died in the queue.
+	d = newDesk(t, 10, func(t *Terms) { t.Start = second })
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 1})
+	d.now = 200 * ms
+	d.apply(Entry{})
+	d.is("waiting", d.e.State().Waits, 0)
+	d.now = second
+	d.apply(Entry{})
+	d.is("outstanding", d.e.State().Outstanding, int64(0))
+}
+
 func TestWhatADeadGatewayHeldStaysSpentUntilItsSpoolSpeaks(t *testing.T) {
 	t.Parallel()
 	d := newDesk(t, 10, nil)
@@ -328,6 +350,53 @@ func TestUseStopsBeforeTheLeaseEndsAndABlockEndsInAQuestion(t *testing.T) {
 	}
 }
 
+func TestAnOlderAnswerChangesNoVerdict(t *testing.T) {
+	t.Parallel()
+	h := Habits{Term: second, ReportEvery: ms, RetryAfter: ms, Recheck: second, FirstWant: 1, MaxWant: 1}
+	p := NewPurse(anna, 0, h)
+	p.Need(1, second)
+	m, _ := p.Next(0)
+	denied := Answer{Gateway: anna, Epoch: 1, Revision: 5, Seq: m.Seq, Verdict: DeniedFinal}
+	p.Receive(denied, 0)
+	if o := p.Outcome(1, 0); o != Refused {
+		t.Errorf("denied: %d", o)
+	}
+	p.Receive(Answer{Gateway: anna, Epoch: 1, Revision: 7, Seq: m.Seq, Verdict: Open}, 0)
+	p.Receive(denied, 0)
+	if o := p.Outcome(1, 0); o != Fetch {
+		t.Errorf("unblocked, and the denial once more: %d", o)
+	}
+	// A denial of what was asked before is none of what is asked now.
+	p.Need(2, second)
+	p.Next(0)
+	p.Receive(Answer{Gateway: anna, Epoch: 1, Revision: 8, Seq: m.Seq, Verdict: DeniedFinal}, 0)
+	if o := p.Outcome(1, 0); o != Fetch {
+		t.Errorf("asked again, and denied for the ask before: %d", o)
+	}
+}
+
+func TestALastWordWaitsForWhoeverIsBetweenTakingAndUsing(t *testing.T) {
+	t.Parallel()
+	p := filled(1, 10)[0]
+	p.seq, p.answered = 1, 1
+	p.free.Add(-3) // a call that has taken them and is not yet counted as used
+	p.Close()
+	if m, _ := p.Next(1); m.Closing || m.Returned != 7 {
+		t.Errorf("before it is counted: %+v", m)
+	}
+	p.used.Add(3)
+	if m, ok := p.Next(2); !ok || !m.Closing || m.Used != 3 || m.Returned != 7 {
+		t.Errorf("after: %+v", m)
+	}
+	if p.Done() {
+		t.Error("it is done before anybody has heard of it")
+	}
+	p.Receive(Answer{Gateway: Gateway{1}, Epoch: 1, Revision: 9, Seq: p.seq, Granted: 10, Verdict: Ended}, 3)
+	if !p.Done() {
+		t.Error("it is not done")
+	}
+}
+
 func TestAReservationIsResolvedOnceAndNothingIsDropped(t *testing.T) {
 	t.Parallel()
 	// What is free, used, held and beyond of a lease of 100 of which 10 + 20 were
@@ -392,6 +461,9 @@ func TestReservationsAreBounded(t *testing.T) {
 	}
 	if r, _ := first.Settle([]int64{1}, 61); r != Forgotten {
 		t.Errorf("the one that was forgotten: %d", r)
+	}
+	if r := first.Void(61); r != Already {
+		t.Errorf("the one that was forgotten, again: %d", r)
 	}
 	if p.held.Load() != 30 || p.free.Load() != 70 {
 		t.Errorf("%d held, %d free: what was forgotten must stay held", p.held.Load(), p.free.Load())
