@@ -166,6 +166,12 @@ func yamlError(name string, err error) error {
 	var y yaml.Error
 	if errors.As(err, &y) {
 		e := &ConfigError{File: name, Text: y.GetMessage()}
+		switch {
+		case strings.HasSuffix(e.Text, "where sequence is expected"):
+			e.Text += ": write a list, as in [POST, PUT]"
+		case strings.HasSuffix(e.Text, "where mapping is expected"):
+			e.Text += ": write names with values, as in {json: model} (the file itself begins with routes:)"
+		}
 		if t := y.GetToken(); t != nil && t.Position != nil {
 			e.Line = t.Position.Line
 		}
