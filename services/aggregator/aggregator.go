@@ -19,6 +19,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/publish"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
@@ -357,13 +358,13 @@ func (s *service) open(ctx context.Context, shard uint32) (*owner, error) {
 	if err != nil {
 		return nil, err
 	}
-	next := before.found
-	next.epoch, next.owner = before.found.epoch+1, s.name
-	m, err := next.message(shard)
+	next := before.Found
+	next.Epoch, next.Owner = before.Found.Epoch+1, s.name
+	m, err := next.Message(shard)
 	if err != nil {
 		return nil, err
 	}
-	ledger.ExpectLast(m, before.revision)
+	ledger.ExpectLast(m, before.Revision)
 	if _, err := ledger.PublishBatch(ctx, s.nc, []*nats.Msg{m}); err != nil && !errors.Is(err, ledger.ErrStale) {
 		s.log.Debug().Err(err).Uint32("shard", shard).Msg("it is not clear whether the shard is taken over")
 	}
@@ -373,12 +374,12 @@ func (s *service) open(ctx context.Context, shard uint32) (*owner, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case at.found != next:
-		return nil, fmt.Errorf("shard %d: it is at epoch %d of another owner", shard, at.found.epoch)
+	case at.Found != next:
+		return nil, fmt.Errorf("shard %d: it is at epoch %d of another owner", shard, at.Found.Epoch)
 	}
 	o.lastBeacon.Store(time.Now().UnixNano())
-	o.pub = newPublisher(shard, at.revision, next, at.newest)
-	if o.state, err = s.load(ctx, shard, next.snapshot); err != nil {
+	o.pub = publish.New(shard, at.Revision, next, at.Newest)
+	if o.state, err = s.load(ctx, shard, next.Snapshot); err != nil {
 		if ctx.Err() != nil || errors.Is(err, errLags) || errors.Is(err, nats.ErrTimeout) || errors.Is(err, context.DeadlineExceeded) {
 			return nil, err
 		}
@@ -395,7 +396,7 @@ func (s *service) open(ctx context.Context, shard uint32) (*owner, error) {
 	}
 	// Decisions on entries that are gone would hide those on the entries that
 	// take their numbers.
-	if told, end := max(o.state.Sequence(), next.sequence, at.newest.revision), stream.CachedInfo().State.LastSeq; told > end {
+	if told, end := max(o.state.Sequence(), next.Sequence, at.Newest.Revision), stream.CachedInfo().State.LastSeq; told > end {
 		return nil, fmt.Errorf("shard %d is counted up to entry %d, but the ledger ends at %d: restore the ledger, or delete the bucket %s and the snapshots to count what it holds anew: %w",
 			shard, told, end, ledger.DecisionsBucket, ledger.ErrRewound)
 	}
@@ -420,25 +421,25 @@ func (s *service) open(ctx context.Context, shard uint32) (*owner, error) {
 		// A shard at rest must not make the others' entries be read again.
 		o.from = max(o.from, stream.CachedInfo().State.LastSeq+1)
 	}
-	o.log.Info().Uint64("epoch", next.epoch).Uint64("from", o.from).Uint64("to", o.target).Msg("owns the shard")
+	o.log.Info().Uint64("epoch", next.Epoch).Uint64("from", o.from).Uint64("to", o.target).Msg("owns the shard")
 	return o, nil
 }
 
 // readPosition returns how a shard stands in the decisions' stream.
-func (s *service) readPosition(ctx context.Context, shard uint32) (position, error) {
-	var at position
+func (s *service) readPosition(ctx context.Context, shard uint32) (publish.Position, error) {
+	var at publish.Position
 	const stream = "KV_" + ledger.DecisionsBucket
-	m, ok, err := ledger.LastMessage(ctx, s.js, stream, checkpointSubject(shard))
+	m, ok, err := ledger.LastMessage(ctx, s.js, stream, publish.CheckpointSubject(shard))
 	if err != nil {
 		return at, fmt.Errorf("checkpoint of shard %d: %w", shard, err)
 	}
 	if ok {
-		at.revision = m.Sequence
-		if at.found, err = readCheckpoint(shard, m.Header, m.Data); err != nil {
+		at.Revision = m.Sequence
+		if at.Found, err = publish.ReadCheckpoint(shard, m.Header, m.Data); err != nil {
 			return at, fmt.Errorf("%w: %w", errForGood, err)
 		}
 	}
-	m, ok, err = ledger.LastMessage(ctx, s.js, stream, decisionsSubject(shard))
+	m, ok, err = ledger.LastMessage(ctx, s.js, stream, publish.DecisionsSubject(shard))
 	switch {
 	case err != nil:
 		return at, fmt.Errorf("newest decision of shard %d: %w", shard, err)
@@ -452,7 +453,7 @@ func (s *service) readPosition(ctx context.Context, shard uint32) (position, err
 		if err != nil {
 			return at, fmt.Errorf("%w: newest decision of shard %d: %w", errForGood, shard, err)
 		}
-		at.newest, at.newestAt = toldBy(&d), m.Sequence
+		at.Newest, at.NewestAt = publish.ToldBy(&d), m.Sequence
 	}
 	return at, nil
 }

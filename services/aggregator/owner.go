@@ -21,6 +21,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/publish"
 	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 )
 
@@ -53,7 +54,7 @@ type owner struct {
 	shard  uint32
 	log    zerolog.Logger
 	state  *quota.Shard
-	pub    publisher
+	pub    publish.Publisher
 	from   uint64 // the first entry to read
 	target uint64 // what the ledger held of the shard at the start
 	ready  bool   // the target is counted
@@ -108,7 +109,7 @@ func (o *owner) run(ctx, io context.Context) error {
 		if o.stopping || len(o.dead) >= maxDead {
 			in, strays = nil, nil
 		}
-		if len(o.pub.queue) >= maxQueued {
+		if o.pub.Queued() >= maxQueued {
 			in = nil
 		}
 		select {
@@ -136,7 +137,7 @@ func (o *owner) run(ctx, io context.Context) error {
 			defer limit.Stop()
 			stop = limit.C
 		case <-stop:
-			o.log.Warn().Int("decisions", len(o.pub.queue)).Msg("stopped before everything was published: the next start does it")
+			o.log.Warn().Int("decisions", o.pub.Queued()).Msg("stopped before everything was published: the next start does it")
 			return nil
 		}
 	}
@@ -151,7 +152,7 @@ func (o *owner) settle() {
 
 // idle reports whether a clean stop has nothing left to do.
 func (o *owner) idle() bool {
-	return o.running == 0 && len(o.pub.queue) == 0 && len(o.dead) == 0 && o.pub.snapshot == "" && o.pub.flight == nil && (o.finalDone || o.entries == 0)
+	return o.running == 0 && o.pub.Queued() == 0 && len(o.dead) == 0 && !o.pub.Offered() && o.pub.Flight() == nil && (o.finalDone || o.entries == 0)
 }
 
 // do runs work beside the owner; what it returns is then called by the owner.
@@ -171,9 +172,9 @@ func (o *owner) start(io context.Context) {
 	if !o.publishing {
 		if wait := o.retryAt.Sub(now); wait > 0 {
 			wake = min(wake, wait)
-		} else if b := o.pub.flight; b != nil {
+		} else if b := o.pub.Flight(); b != nil {
 			o.publish(io, b)
-		} else if b := o.pub.next(); b != nil {
+		} else if b := o.pub.Next(); b != nil {
 			o.publish(io, b)
 		}
 	}
@@ -199,7 +200,7 @@ func (o *owner) start(io context.Context) {
 	}
 	// The state holds decisions that are not yet published; a dead letter must
 	// be kept before a snapshot passes its entry.
-	if !o.snapshotting && o.pub.snapshot == "" && o.entries > 0 && len(o.dead) == 0 {
+	if !o.snapshotting && !o.pub.Offered() && o.entries > 0 && len(o.dead) == 0 {
 		final := o.stopping && !o.finalDone
 		if final || (!o.stopping && (o.entries >= o.o.SnapshotEntries || now.Sub(o.lastSnapshot) >= o.o.SnapshotEvery)) {
 			o.finalDone = final
@@ -243,7 +244,7 @@ func (o *owner) apply(m ledger.Message) {
 			Msg("the last frames of a producer that has ended never came: calls are lost")
 	}
 	o.observe(fx, e.Batch != nil)
-	o.pub.add(m.Sequence, fx.Decisions)
+	o.pub.Add(m.Sequence, fx.Decisions)
 	o.checkReady()
 }
 
@@ -299,17 +300,17 @@ func (o *owner) checkReady() {
 }
 
 // publish stores a batch of decisions with the checkpoint.
-func (o *owner) publish(io context.Context, b *batch) {
+func (o *owner) publish(io context.Context, b *publish.Batch) {
 	o.publishing = true
 	o.do(io, ioTimeout, func(ctx context.Context) func() error {
-		msgs, err := o.pub.messages(b)
+		msgs, err := o.pub.Messages(b)
 		if err != nil {
 			return func() error { return fmt.Errorf("shard %d: %w", o.shard, err) }
 		}
 		sequence, err := o.send(ctx, b, msgs)
 		if err == nil {
 			at := time.Now()
-			return func() error { o.stored(io, b, o.pub.acked(sequence), at); return nil }
+			return func() error { o.stored(io, b, o.pub.Acked(sequence), at); return nil }
 		}
 		// Stored or not: the stream knows.
 		ask, cancel := context.WithTimeout(io, ioTimeout)
@@ -321,7 +322,7 @@ func (o *owner) publish(io context.Context, b *batch) {
 				o.later(errors.Join(err, askErr))
 				return nil
 			}
-			again, obsolete, err2 := o.pub.failed(stands)
+			again, obsolete, err2 := o.pub.Failed(stands)
 			switch {
 			case err2 != nil:
 				return err2
@@ -344,8 +345,8 @@ func (o *owner) later(err error) {
 }
 
 // send returns the stream sequence of the last message.
-func (o *owner) send(ctx context.Context, b *batch, msgs []*nats.Msg) (uint64, error) {
-	if !b.lone {
+func (o *owner) send(ctx context.Context, b *publish.Batch, msgs []*nats.Msg) (uint64, error) {
+	if !b.Lone {
 		return ledger.PublishBatch(ctx, o.nc, msgs)
 	}
 	ack, err := o.js.PublishMsg(ctx, msgs[0])
@@ -355,12 +356,12 @@ func (o *owner) send(ctx context.Context, b *batch, msgs []*nats.Msg) (uint64, e
 	return ack.Sequence, nil
 }
 
-func (o *owner) stored(io context.Context, b *batch, obsolete string, at time.Time) {
+func (o *owner) stored(io context.Context, b *publish.Batch, obsolete string, at time.Time) {
 	o.publishing = false
 	o.retry.reset()
 	o.m.batches.WithLabelValues("stored").Inc()
-	for i := range b.decisions {
-		d := &b.decisions[i]
+	for i := range b.Decisions {
+		d := &b.Decisions[i]
 		o.m.decisions.WithLabelValues(d.Verdict.String()).Inc()
 		// A trace that is replayed with its own times says nothing of latency.
 		if lag := at.Sub(d.Cause.Time()); d.Cause != 0 && lag < time.Hour {
@@ -449,7 +450,7 @@ func refusedWith(err error, codes ...jetstream.ErrorCode) bool {
 func (o *owner) tick(io context.Context) {
 	m, err := ledger.ControlMessage(o.shard, &tollkeeperv1.ControlEntry{
 		Id: ksuid.New().String(), Author: "aggregator", CreatedAtUnixMicros: time.Now().UnixMicro(),
-		Body: &tollkeeperv1.ControlEntry_Tick{Tick: &tollkeeperv1.Tick{Epoch: o.pub.last.epoch}},
+		Body: &tollkeeperv1.ControlEntry_Tick{Tick: &tollkeeperv1.Tick{Epoch: o.pub.Last().Epoch}},
 	})
 	if err != nil {
 		o.log.Error().Err(err).Msg("a tick could not be written")
@@ -482,8 +483,8 @@ func (o *owner) beacon() {
 		return
 	}
 	data, err := proto.Marshal(&tollkeeperv1.Beacon{
-		Shard: o.shard, Epoch: o.pub.last.epoch, LedgerSequence: o.state.Sequence(), StreamTimeUnixMicros: int64(o.state.Now()),
-		DecisionsSequence: o.pub.written, SentAtUnixMicros: time.Now().UnixMicro(),
+		Shard: o.shard, Epoch: o.pub.Last().Epoch, LedgerSequence: o.state.Sequence(), StreamTimeUnixMicros: int64(o.state.Now()),
+		DecisionsSequence: o.pub.Written(), SentAtUnixMicros: time.Now().UnixMicro(),
 	})
 	if err == nil {
 		err = o.nc.Publish(ledger.BeaconSubject(o.shard), data)

@@ -47,7 +47,7 @@ func (o *owner) usage(query []byte) ([]byte, error) {
 	}
 	hash := o.state.Hash()
 	reply := ledger.UsageReply{
-		Shard: o.shard, Epoch: o.pub.last.epoch, Sequence: o.state.Sequence(), StreamTime: o.state.Now(), PlanVersion: o.state.PlanVersion(),
+		Shard: o.shard, Epoch: o.pub.Last().Epoch, Sequence: o.state.Sequence(), StreamTime: o.state.Now(), PlanVersion: o.state.PlanVersion(),
 		StateHash: hex.EncodeToString(hash[:]), Total: totalsOf(o.state.Total()), AccountCount: o.state.Accounts(), Accounts: []ledger.AccountUsage{},
 	}
 	for _, id := range r.Accounts {

@@ -113,7 +113,7 @@ func TestAShardWithoutCallsDoesNotStayBehind(t *testing.T) {
 	if err := r.stop(t); err != nil {
 		t.Fatal(err)
 	}
-	if c := w.checkpoint(idle); c.sequence != last+1 || c.snapshot == "" {
+	if c := w.checkpoint(idle); c.Sequence != last+1 || c.Snapshot == "" {
 		t.Errorf("got %+v", c)
 	}
 }

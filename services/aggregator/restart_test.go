@@ -25,6 +25,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/publish"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 )
 
@@ -45,7 +46,7 @@ func (w *world) published() map[string]int {
 		if err != nil {
 			w.t.Fatal(err)
 		}
-		if strings.HasPrefix(m.Subject, kvPrefix+"checkpoint.") {
+		if strings.HasPrefix(m.Subject, "$KV.decisions.checkpoint.") {
 			continue
 		}
 		d, err := ledger.UnmarshalDecision(m.Data)
@@ -57,14 +58,14 @@ func (w *world) published() map[string]int {
 	return out
 }
 
-func (w *world) checkpoint(shard uint32) checkpoint {
+func (w *world) checkpoint(shard uint32) publish.Checkpoint {
 	w.t.Helper()
 	s := &service{js: w.js}
 	at, err := s.readPosition(w.t.Context(), shard)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return at.found
+	return at.Found
 }
 
 // traffic sends n frames of calls of many accounts and returns the last
@@ -121,7 +122,7 @@ func TestARestartFromSnapshotOrFromTheBeginningGivesTheSameStateAndPublishesNoth
 		t.Fatal("nobody was denied: the test says nothing")
 	}
 	for shard := range w.shards {
-		if c := w.checkpoint(shard); c.snapshot == "" || c.epoch != 1 {
+		if c := w.checkpoint(shard); c.Snapshot == "" || c.Epoch != 1 {
 			t.Errorf("shard %d was stopped cleanly: %+v", shard, c)
 		}
 	}
@@ -426,7 +427,7 @@ func TestKilledAtAnyMomentItCountsEveryCallOnce(t *testing.T) {
 	p := ksuid.New()
 	sent, last := 0, map[uint32]uint64{}
 	for round := range 5 {
-		before := w.checkpoint(1).epoch
+		before := w.checkpoint(1).Epoch
 		child := exec.CommandContext(t.Context(), os.Args[0])
 		child.Env = append(os.Environ(), childEnv+"="+w.server.ClientURL())
 		if err := child.Start(); err != nil {
@@ -434,7 +435,7 @@ func TestKilledAtAnyMomentItCountsEveryCallOnce(t *testing.T) {
 		}
 		// Killed while it counts what it finds, or what is sent to it.
 		if round > 0 {
-			eventually(t, "the child owns the shards", func() bool { return w.checkpoint(1).epoch > before })
+			eventually(t, "the child owns the shards", func() bool { return w.checkpoint(1).Epoch > before })
 		}
 		l, n := w.traffic(p, 8, 30+10*round, uint64(round))
 		sent += n
@@ -486,7 +487,7 @@ func TestAnEntryThatDeniesThousandsIsPublishedInSeveralBatches(t *testing.T) {
 		t.Errorf("%d decisions of %d", len(published), n)
 	}
 	once(t, published)
-	if c := w.checkpoint(0); c.sequence != 2 {
+	if c := w.checkpoint(0); c.Sequence != 2 {
 		t.Errorf("got %+v", c)
 	}
 }

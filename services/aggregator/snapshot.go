@@ -21,7 +21,7 @@ func (o *owner) snapshot(io context.Context) {
 	data := o.state.AppendBinary(make([]byte, 0, o.snapshotSize+o.snapshotSize/8))
 	o.snapshotSize = len(data)
 	at := o.state.Sequence()
-	name := fmt.Sprintf("shard-%d/%d-%d", o.shard, at, o.pub.last.epoch)
+	name := fmt.Sprintf("shard-%d/%d-%d", o.shard, at, o.pub.Last().Epoch)
 	o.snapshotting, o.entries, o.lastSnapshot = true, 0, begin
 	o.do(io, snapshotTimeout, func(ctx context.Context) func() error {
 		_, err := o.objects.PutBytes(ctx, name, data)
@@ -36,7 +36,7 @@ func (o *owner) snapshot(io context.Context) {
 			o.m.snapshots.WithLabelValues("stored").Inc()
 			o.m.snapshotSeconds.Observe(time.Since(begin).Seconds())
 			o.m.snapshotBytes.Set(float64(len(data)))
-			o.pub.snapshot, o.pub.snapshotAt = name, at
+			o.pub.Offer(name, at)
 			return nil
 		}
 	})

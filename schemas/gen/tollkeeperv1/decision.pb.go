@@ -280,7 +280,9 @@ func (x *Decision) GetEpoch() uint64 {
 }
 
 // Checkpoint says up to which ledger sequence a shard's decisions were
-// published; it is written in one atomic batch with them.
+// published at least, and fences them: a decision is stored in one atomic batch
+// with a checkpoint, or alone on the condition that the newest checkpoint is its
+// owner's. What was published after it the shard's newest decision tells.
 type Checkpoint struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Shard          uint32                 `protobuf:"varint,1,opt,name=shard,proto3" json:"shard,omitempty"`

@@ -1,4 +1,4 @@
-package aggregator
+package publish
 
 import (
 	"errors"
@@ -12,24 +12,24 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
-// tape is the decisions' stream as a publisher sees it.
+// tape is the decisions' stream as a Publisher sees it.
 type tape struct {
 	t         *rapid.T
 	place     map[string]int // of each decision in the ledger's order
 	decisions []usage.Decision
 	sequence  uint64 // of the stream
 	revision  uint64 // of the checkpoint
-	last      checkpoint
+	last      Checkpoint
 	newestAt  uint64
-	late      []*batch // lone decisions that may still be on their way
+	late      []*Batch // lone decisions that may still be on their way
 }
 
 // store is what the stream does with a batch: all or nothing.
-func (tp *tape) store(b *batch) error {
+func (tp *tape) store(b *Batch) error {
 	if b.expect != tp.revision {
 		return ledger.ErrStale
 	}
-	for _, d := range b.decisions {
+	for _, d := range b.Decisions {
 		before := -1
 		if n := len(tp.decisions); n > 0 {
 			before = tp.place[tp.decisions[n-1].ID]
@@ -42,7 +42,7 @@ func (tp *tape) store(b *batch) error {
 		tp.sequence++
 		tp.newestAt = tp.sequence
 	}
-	if !b.lone {
+	if !b.Lone {
 		tp.sequence++
 		tp.revision, tp.last = tp.sequence, b.next
 	}
@@ -59,10 +59,10 @@ func (tp *tape) straggle() {
 	tp.late = nil
 }
 
-func (tp *tape) position() position {
-	at := position{revision: tp.revision, found: tp.last, newestAt: tp.newestAt}
+func (tp *tape) position() Position {
+	at := Position{Revision: tp.revision, Found: tp.last, NewestAt: tp.newestAt}
 	if n := len(tp.decisions); n > 0 {
-		at.newest = toldBy(&tp.decisions[n-1])
+		at.Newest = ToldBy(&tp.decisions[n-1])
 	}
 	return at
 }
@@ -82,17 +82,17 @@ func newEntry(sequence uint64, decisions int) entry {
 	return e
 }
 
-// decisions are the publisher's to change.
+// decisions are the Publisher's to change.
 func (e *entry) decisions() []usage.Decision { return slices.Clone(e.made) }
 
 // takeOver is what an owner does at its start.
-func (tp *tape) takeOver() publisher {
+func (tp *tape) takeOver() Publisher {
 	tp.straggle()
-	tp.last.epoch++
-	tp.last.owner = fmt.Sprint("owner", tp.last.epoch)
+	tp.last.Epoch++
+	tp.last.Owner = fmt.Sprint("owner", tp.last.Epoch)
 	tp.sequence++
 	tp.revision = tp.sequence
-	return newPublisher(0, tp.revision, tp.last, tp.position().newest)
+	return New(0, tp.revision, tp.last, tp.position().Newest)
 }
 
 func TestEveryDecisionIsPublishedInOrderWhateverHappens(t *testing.T) {
@@ -102,21 +102,21 @@ func TestEveryDecisionIsPublishedInOrderWhateverHappens(t *testing.T) {
 		var all []string
 		tp := &tape{t: t, place: map[string]int{}}
 		p := tp.takeOver()
-		read := 0 // entries of the log that the publisher has
+		read := 0 // entries of the log that the Publisher has
 		snapshots := map[string]int{"": 0}
 		sequence := uint64(0)
 		doubt := false // something was unclear
 		check := func() {
 			// Who starts from the snapshot never sees the entries before it.
 			need := 0
-			for _, e := range log[:snapshots[tp.last.snapshot]] {
+			for _, e := range log[:snapshots[tp.last.Snapshot]] {
 				need += len(e.made)
 			}
 			if need > 0 && (len(tp.decisions) == 0 || tp.place[tp.decisions[len(tp.decisions)-1].ID] < need-1) {
-				t.Fatalf("snapshot %q passes decisions that are not published", tp.last.snapshot)
+				t.Fatalf("snapshot %q passes decisions that are not published", tp.last.Snapshot)
 			}
 		}
-		publish := func(b *batch) {
+		publish := func(b *Batch) {
 			result := rapid.SampledFrom([]string{"stored", "stored", "stored", "answer lost", "not stored", "on its way"}).Draw(t, "result")
 			doubt = doubt || result != "stored"
 			switch result {
@@ -124,10 +124,10 @@ func TestEveryDecisionIsPublishedInOrderWhateverHappens(t *testing.T) {
 				if err := tp.store(b); err != nil {
 					t.Fatal(err)
 				}
-				if b.lone {
-					p.acked(tp.newestAt)
+				if b.Lone {
+					p.Acked(tp.newestAt)
 				} else {
-					p.acked(tp.revision)
+					p.Acked(tp.revision)
 				}
 				return
 			case "answer lost":
@@ -135,15 +135,15 @@ func TestEveryDecisionIsPublishedInOrderWhateverHappens(t *testing.T) {
 					t.Fatal(err)
 				}
 			case "on its way":
-				if b.lone {
+				if b.Lone {
 					tp.late = append(tp.late, b)
 				}
 			}
-			again, _, err := p.failed(tp.position())
+			again, _, err := p.Failed(tp.position())
 			if err != nil || again != (result != "answer lost") {
 				t.Fatalf("%s: again %t, %v", result, again, err)
 			}
-			if again && p.flight.lone {
+			if again && p.flight.Lone {
 				t.Fatal("a lone decision that may be on its way is sent once more")
 			}
 		}
@@ -159,43 +159,43 @@ func TestEveryDecisionIsPublishedInOrderWhateverHappens(t *testing.T) {
 				}
 			case "read":
 				if read < len(log) {
-					p.add(log[read].sequence, log[read].decisions())
+					p.Add(log[read].sequence, log[read].decisions())
 					read++
 				}
 			case "publish":
 				b := p.flight
 				if b == nil {
-					b = p.next()
+					b = p.Next()
 				}
 				if b == nil {
 					break
 				}
-				if len(b.decisions) >= ledger.MaxBatch {
-					t.Fatalf("a batch of %d decisions and a checkpoint", len(b.decisions))
+				if len(b.Decisions) >= ledger.MaxBatch {
+					t.Fatalf("a batch of %d decisions and a checkpoint", len(b.Decisions))
 				}
 				publish(b)
 			case "snapshot":
 				if p.snapshot == "" && read > 0 {
-					name := fmt.Sprint("after ", read, " by ", p.last.epoch)
+					name := fmt.Sprint("after ", read, " by ", p.last.Epoch)
 					snapshots[name] = read
 					p.snapshot, p.snapshotAt = name, log[read-1].sequence
 				}
 			case "arrive":
 				tp.straggle()
 			case "crash":
-				if b := p.flight; b != nil && b.lone {
+				if b := p.flight; b != nil && b.Lone {
 					tp.late = append(tp.late, b)
 					doubt = true
 				}
 				p = tp.takeOver()
-				read = snapshots[tp.last.snapshot]
+				read = snapshots[tp.last.Snapshot]
 			case "another owner":
 				old := p
 				p = tp.takeOver()
-				read = snapshots[tp.last.snapshot]
+				read = snapshots[tp.last.Snapshot]
 				b := old.flight
 				if b == nil {
-					b = old.next()
+					b = old.Next()
 				}
 				if b == nil {
 					break
@@ -203,28 +203,28 @@ func TestEveryDecisionIsPublishedInOrderWhateverHappens(t *testing.T) {
 				if err := tp.store(b); !errors.Is(err, ledger.ErrStale) {
 					t.Fatal("the old owner's batch was stored")
 				}
-				if _, _, err := old.failed(tp.position()); !errors.Is(err, ledger.ErrStale) {
+				if _, _, err := old.Failed(tp.position()); !errors.Is(err, ledger.ErrStale) {
 					t.Fatalf("the old owner was told %v", err)
 				}
 			}
 			check()
 		}
 		for ; read < len(log); read++ {
-			p.add(log[read].sequence, log[read].decisions())
+			p.Add(log[read].sequence, log[read].decisions())
 		}
-		for b := p.flight; ; b = p.next() {
+		for b := p.flight; ; b = p.Next() {
 			if b == nil {
-				if b = p.next(); b == nil {
+				if b = p.Next(); b == nil {
 					break
 				}
 			}
 			if err := tp.store(b); err != nil {
 				t.Fatal(err)
 			}
-			if b.lone {
-				p.acked(tp.newestAt)
+			if b.Lone {
+				p.Acked(tp.newestAt)
 			} else {
-				p.acked(tp.revision)
+				p.Acked(tp.revision)
 			}
 			check()
 		}
@@ -242,24 +242,24 @@ func TestEveryDecisionIsPublishedInOrderWhateverHappens(t *testing.T) {
 // anything newer is published: else the straggler could come after it.
 func TestAStragglerIsShutOut(t *testing.T) {
 	t.Parallel()
-	p := newPublisher(1, 7, checkpoint{epoch: 1, owner: "a"}, told{})
+	p := New(1, 7, Checkpoint{Epoch: 1, Owner: "a"}, Told{})
 	first := newEntry(3, 1)
-	p.add(3, first.decisions())
-	straggler := p.next()
-	if !straggler.lone {
+	p.Add(3, first.decisions())
+	straggler := p.Next()
+	if !straggler.Lone {
 		t.Fatal("one decision needs no batch")
 	}
-	again, _, err := p.failed(position{revision: 7, found: p.last})
-	if !again || err != nil || p.flight.lone || p.flight.expect != 7 || p.flight.next.sequence != 3 {
+	again, _, err := p.Failed(Position{Revision: 7, Found: p.last})
+	if !again || err != nil || p.flight.Lone || p.flight.expect != 7 || p.flight.next.Sequence != 3 {
 		t.Fatalf("again %t, %v: %+v", again, err, p.flight)
 	}
-	p.acked(9)
+	p.Acked(9)
 	second := newEntry(4, 1)
-	p.add(4, second.decisions())
-	if b := p.next(); !b.lone || b.expect != 9 || b.expect == straggler.expect {
+	p.Add(4, second.decisions())
+	if b := p.Next(); !b.Lone || b.expect != 9 || b.expect == straggler.expect {
 		t.Fatalf("got %+v", b)
 	}
-	p.acked(10)
+	p.Acked(10)
 	if p.written != 10 || p.revision != 9 {
 		t.Errorf("got %+v", p)
 	}
@@ -267,21 +267,21 @@ func TestAStragglerIsShutOut(t *testing.T) {
 
 func TestACheckpointIsReadAsItWasWritten(t *testing.T) {
 	t.Parallel()
-	for _, want := range []checkpoint{
-		{epoch: 1, owner: "a"},
-		{epoch: 7, owner: "b", sequence: 99, snapshot: "shard-3/98-7"},
+	for _, want := range []Checkpoint{
+		{Epoch: 1, Owner: "a"},
+		{Epoch: 7, Owner: "b", Sequence: 99, Snapshot: "shard-3/98-7"},
 	} {
-		m, err := want.message(3)
+		m, err := want.Message(3)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got, err := readCheckpoint(3, m.Header, m.Data); err != nil || got != want {
+		if got, err := ReadCheckpoint(3, m.Header, m.Data); err != nil || got != want {
 			t.Errorf("got %+v, %v; want %+v", got, err, want)
 		}
-		if _, err := readCheckpoint(4, m.Header, m.Data); err == nil {
+		if _, err := ReadCheckpoint(4, m.Header, m.Data); err == nil {
 			t.Error("it is another shard's")
 		}
-		if _, err := readCheckpoint(3, m.Header, []byte{0xff}); err == nil {
+		if _, err := ReadCheckpoint(3, m.Header, []byte{0xff}); err == nil {
 			t.Error("what is no protobuf was taken")
 		}
 	}
