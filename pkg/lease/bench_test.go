@@ -43,6 +43,24 @@ func BenchmarkTake(b *testing.B) {
 	b.Run("three limits", func(b *testing.B) { benchTake(b, 3, false) })
 }
 
+// The least that an admission from a lease can cost: what is free goes down,
+// what is used goes up.
+func BenchmarkBare(b *testing.B) {
+	var free, used atomic.Int64
+	free.Store(1 << 60)
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			for {
+				n := free.Load()
+				if free.CompareAndSwap(n, n-1) {
+					break
+				}
+			}
+			used.Add(1)
+		}
+	})
+}
+
 // Many accounts: the goroutines seldom meet.
 func BenchmarkTakeOfManyAccounts(b *testing.B) {
 	purses := filled(1<<16, 1<<60)
@@ -197,7 +215,7 @@ func TestManyGoroutinesTakeExactlyWhatThereIs(t *testing.T) {
 // All that may be called at the same time, at the same time.
 func TestConcurrentCallsNeitherMakeNorLoseUnits(t *testing.T) {
 	t.Parallel()
-	const units, callers = 200_000, 8
+	const units, callers = 2_000_000, 8
 	purses := filled(2, units)
 	hs := NewHolds(callers)
 	var used [2]atomic.Int64

@@ -540,10 +540,3 @@ func (e *Escrow) State() State {
 	}
 	return s
 }
-
-// Clone returns a copy that shares nothing.
-func (e *Escrow) Clone() *Escrow {
-	c := *e
-	c.leases, c.answers = slices.Clone(e.leases), nil
-	return &c
-}

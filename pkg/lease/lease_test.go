@@ -48,11 +48,23 @@ func TestTheLeasedTierExceedsByItsExposureAtMost(t *testing.T) {
 	})
 }
 
+func TestAWrongClockAdmitsNoMore(t *testing.T) {
+	t.Parallel()
+	worlds(t, "wrong clocks", func(seed uint64) plan {
+		p := random(seed)
+		p.faults.skew = 30 * simSkew
+		return p
+	})
+}
+
 func worlds(t *testing.T, name string, make func(uint64) plan) {
 	t.Helper()
 	first, n := uint64(1), uint64(*simSeeds)
 	if *simSeed != 0 {
 		first, n = *simSeed, 1
+	}
+	if raceDetector {
+		n = min(n, 100) // there is one goroutine in a world
 	}
 	var sum world
 	var s Counts

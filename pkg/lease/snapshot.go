@@ -19,7 +19,7 @@ func (e *Escrow) Append(b []byte) []byte {
 	b = binary.AppendUvarint(b, e.sequence)
 	b = binary.AppendUvarint(b, e.since)
 	for _, n := range e.integers() {
-		b = binary.AppendVarint(b, *n)
+		b = binary.AppendUvarint(b, uint64(*n))
 	}
 	b = binary.AppendUvarint(b, uint64(len(e.leases)))
 	for i := range e.leases {
@@ -29,15 +29,15 @@ func (e *Escrow) Append(b []byte) []byte {
 			b = binary.AppendUvarint(b, *n)
 		}
 		for _, n := range l.integers() {
-			b = binary.AppendVarint(b, *n)
+			b = binary.AppendUvarint(b, uint64(*n))
 		}
-		flags := byte(l.verdict)
+		flags := uint64(l.verdict)
 		for i, f := range l.flags() {
 			if *f {
 				flags |= 8 << i
 			}
 		}
-		b = append(b, flags)
+		b = binary.AppendUvarint(b, flags)
 	}
 	return b
 }
@@ -67,78 +67,43 @@ func Read(b []byte, t Terms) (*Escrow, []byte, error) {
 	if len(b) == 0 || b[0] != snapshotVersion {
 		return nil, nil, errSnapshot
 	}
-	r := reader{b: b[1:]}
-	e := &Escrow{terms: t}
-	e.sequence, e.since = r.uvarint(), r.uvarint()
+	b = b[1:]
+	bad := false
+	number := func() uint64 {
+		v, n := binary.Uvarint(b)
+		if n <= 0 {
+			bad = true
+			return 0
+		}
+		b = b[n:]
+		return v
+	}
+	e := &Escrow{terms: t, sequence: number(), since: number()}
 	for _, n := range e.integers() {
-		*n = r.varint()
+		*n = int64(number())
 	}
-	count := r.uvarint()
-	if count > uint64(len(r.b)/len(Gateway{})) {
-		return nil, nil, errSnapshot
-	}
-	for range count {
-		l := lease{gateway: r.gateway()}
+	for range min(number(), uint64(len(b)/len(Gateway{}))+1) {
+		var l lease
+		n := copy(l.gateway[:], b)
+		b = b[n:]
 		for _, n := range l.positions() {
-			*n = r.uvarint()
+			*n = number()
 		}
 		for _, n := range l.integers() {
-			*n = r.varint()
+			*n = int64(number())
 		}
-		flags := r.byte()
+		flags := number()
 		l.verdict = Verdict(flags & 7)
 		for i, f := range l.flags() {
 			*f = flags&(8<<i) != 0
 		}
 		if n := len(e.leases); n > 0 && bytes.Compare(e.leases[n-1].gateway[:], l.gateway[:]) >= 0 {
-			r.bad = true
+			bad = true // out of order: it would not be found
 		}
 		e.leases = append(e.leases, l)
 	}
-	if r.bad {
+	if bad {
 		return nil, nil, errSnapshot
 	}
-	return e, r.b, nil
-}
-
-type reader struct {
-	b   []byte
-	bad bool
-}
-
-func (r *reader) uvarint() uint64 {
-	v, n := binary.Uvarint(r.b)
-	return v * uint64(r.skip(n))
-}
-
-func (r *reader) varint() int64 {
-	v, n := binary.Varint(r.b)
-	return v * int64(r.skip(n))
-}
-
-func (r *reader) byte() byte {
-	if len(r.b) == 0 {
-		r.bad = true
-		return 0
-	}
-	v := r.b[0]
-	r.b = r.b[1:]
-	return v
-}
-
-func (r *reader) gateway() (g Gateway) {
-	n := copy(g[:], r.b)
-	r.b = r.b[n:]
-	r.bad = r.bad || n < len(g)
-	return g
-}
-
-// skip goes on by n bytes and returns 1, or 0 when there was no number.
-func (r *reader) skip(n int) int {
-	if n <= 0 {
-		r.bad = true
-		return 0
-	}
-	r.b = r.b[n:]
-	return 1
+	return e, b, nil
 }
