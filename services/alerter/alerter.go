@@ -129,9 +129,15 @@ func (o *Options) validate() error {
 // streams and its bucket at the start, and goes on through their absence; it
 // returns an error when options are wrong or can't be served.
 func Run(ctx context.Context, o Options) error {
+	own := o.Readiness == nil
 	o.setDefaults()
 	if err := o.validate(); err != nil {
 		return fmt.Errorf("alerter: %w", err)
+	}
+	if own {
+		if err := o.Registerer.Register(o.Readiness); err != nil {
+			return fmt.Errorf("alerter: metrics: %w", err)
+		}
 	}
 	m, err := newMetrics(o.Registerer)
 	if err != nil {
@@ -175,7 +181,7 @@ func Run(ctx context.Context, o Options) error {
 func serve(ctx context.Context, o *Options, m *metrics, deliveries []*deliver.Delivery) error {
 	ready := o.Readiness.Component("alerter")
 	if o.NATS.Readiness == nil {
-		o.NATS.Readiness = o.Readiness.Component("alerter-nats")
+		o.NATS.Readiness = o.Readiness.Component("alerter_nats")
 	}
 	nc, err := natsconn.Connect(ctx, o.NATS)
 	if err != nil {

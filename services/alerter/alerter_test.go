@@ -508,6 +508,16 @@ func TestItWaitsForTheLedgerToBeProvisioned(t *testing.T) {
 	}
 }
 
+func TestItsReadinessIsAMetricToo(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	o := quickOptions(b.url)
+	o.Registerer = newRegistry()
+	start(t, o)
+	b.traffic()
+	eventually(t, "both components are ready", func() bool { return gauge(t, o.Registerer, "tollkeeper_component_ready") == 2 })
+}
+
 func TestWrongOptionsAreRefusedWithASentence(t *testing.T) {
 	t.Parallel()
 	secret, err := ParseSecret(testSecret)

@@ -124,6 +124,12 @@ func run(ctx context.Context, o Options, s seams) (err error) {
 	if err != nil {
 		return fmt.Errorf("historian: metrics: %w", err)
 	}
+	// Every lane is known to /readyz before it is served: without components it
+	// says that all is well.
+	components := map[string]ready{}
+	for _, lane := range []string{"calls", "control", "decisions", "alerts"} {
+		components[lane] = o.Readiness.Component("historian_" + lane)
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	if o.AdminListen != "" {
 		group.Go(func() error {
@@ -131,16 +137,11 @@ func run(ctx context.Context, o Options, s seams) (err error) {
 				Handler: telemetry.NewHandler(telemetry.HandlerOptions{Gatherer: o.Registerer, Readiness: o.Readiness})})
 		})
 	}
-	group.Go(func() error { return work(ctx, o, s, m) })
+	group.Go(func() error { return work(ctx, o, s, m, components) })
 	return group.Wait()
 }
 
-func work(ctx context.Context, o Options, s seams, m *metrics) (err error) {
-	// Every lane is known to /readyz before anything is waited for.
-	components := map[string]ready{}
-	for _, lane := range []string{"calls", "control", "decisions", "alerts"} {
-		components[lane] = o.Readiness.Component("historian_" + lane)
-	}
+func work(ctx context.Context, o Options, s seams, m *metrics, components map[string]ready) (err error) {
 	if o.NATS.Readiness == nil {
 		o.NATS.Readiness = o.Readiness.Component("historian_nats")
 	}
