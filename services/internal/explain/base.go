@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -37,6 +38,10 @@ func (b *base) trace(d *usage.Decision, below trace.Position) trace.Options {
 	return trace.Options{State: b.state, Snapshot: b.snapshot != "", Again: b.again, Target: d, Below: below, Most: maxIndexed}
 }
 
+// listTimeout bounds the looking for snapshots: who may not read them is not
+// answered.
+const listTimeout = 5 * time.Second
+
 type snapshot struct {
 	name string
 	at   uint64
@@ -51,11 +56,20 @@ func (x *Explainer) base(ctx context.Context, shard uint32, all, before uint64) 
 	if err != nil {
 		return nil, err
 	}
+	horizon := usage.Micros(x.o.Horizon.Microseconds())
+	beginning := &base{state: quota.New(quota.Options{Shard: shard, Horizon: horizon}), horizon: horizon}
+	if all <= 1 && state.FirstSeq <= 1 {
+		return beginning, nil
+	}
 	list, store, err := x.snapshots(ctx, shard)
-	if err != nil {
+	switch {
+	case err == nil:
+	case state.FirstSeq <= 1 && ctx.Err() == nil:
+		// Without the right to read them, or while they are away, it takes longer.
+		return beginning, nil
+	default:
 		return nil, err
 	}
-	horizon := usage.Micros(x.o.Horizon.Microseconds())
 	first := func(usable func(snapshot) bool) (*base, error) {
 		for _, s := range list {
 			if s.at >= before || s.at+1 < state.FirstSeq || !usable(s) {
@@ -77,7 +91,7 @@ func (x *Explainer) base(ctx context.Context, shard uint32, all, before uint64) 
 		return b, err
 	}
 	if state.FirstSeq <= 1 {
-		return &base{state: quota.New(quota.Options{Shard: shard, Horizon: horizon}), horizon: horizon}, nil
+		return beginning, nil
 	}
 	return first(func(s snapshot) bool { return s.at >= all })
 }
@@ -85,6 +99,8 @@ func (x *Explainer) base(ctx context.Context, shard uint32, all, before uint64) 
 // snapshots returns those of a shard, newest first. Without the bucket there is
 // none.
 func (x *Explainer) snapshots(ctx context.Context, shard uint32) ([]snapshot, jetstream.ObjectStore, error) {
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
+	defer cancel()
 	store, err := x.o.JS.ObjectStore(ctx, ledger.SnapshotsBucket)
 	if errors.Is(err, jetstream.ErrBucketNotFound) {
 		return nil, nil, nil
