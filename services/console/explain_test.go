@@ -1,8 +1,6 @@
 package console
 
 import (
-	"context"
-	"fmt"
 	"net/http"
 	"testing"
 
@@ -131,20 +129,5 @@ func TestADecisionIsExplainedOverHTTP(t *testing.T) {
 	decode(t, fresh.do(exchange{path: "/v1/decisions/" + d.ID + "/explain", status: 410}), &p)
 	if p.Code != front.CodeGone || p.Status != http.StatusGone {
 		t.Errorf("%+v", p)
-	}
-}
-
-func TestWhatHindersAnExplanationIsSaid(t *testing.T) {
-	t.Parallel()
-	for _, c := range []struct {
-		err    error
-		status int
-	}{
-		{fmt.Errorf("x: %w", explain.ErrID), 400}, {fmt.Errorf("x: %w", explain.ErrCursor), 400}, {fmt.Errorf("x: %w", explain.ErrUnknown), 404},
-		{fmt.Errorf("x: %w", ledger.ErrPurged), 410}, {fmt.Errorf("x: %w", ledger.ErrRewound), 503}, {fmt.Errorf("x: %w", context.DeadlineExceeded), 503},
-	} {
-		if p := explainProblem("id", c.err); p.Status != c.status || p.Detail == "" {
-			t.Errorf("%v: %+v", c.err, p)
-		}
 	}
 }
