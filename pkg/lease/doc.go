@@ -27,6 +27,7 @@
 //	  Want                      granted only if something is free and nobody waits; never queued
 //	  Renew                     more time, as any Need or Want brings
 //	  Closing, LastWord         all that is not used comes back; the lease is over for good
+//	Outside                     settled without a lease: foreign events, corrections
 //	Amount                      raised: who was denied is told; lowered: what is out is called back
 //	(nothing: a tick)           leases lapse, patience ends, the policy releases, the window opens or ends
 //
@@ -43,8 +44,8 @@
 //	released  leased tier only: given up after ReleaseAfter of silence, within MaxExposure.
 //	closed    after the last word; remembered for Horizon, so that copies begin nothing.
 //
-// Always: settled + outstanding ≤ amount + excess, where excess only stems from Counts.Lowered, Above
-// and Late; settled + outstanding + exposure ≤ what there was + MaxExposure (+ Above). Outstanding
+// Always: settled + outstanding ≤ amount + excess, where excess only stems from Counts.Lowered, Above,
+// Late and Outside; settled + outstanding + exposure ≤ what there was + MaxExposure (+ Above, Outside). Outstanding
 // falls only by the holder's word or by a release: expiry, skew and failover free nothing. So a wrong
 // clock can put a call into the wrong window, but can't admit one too many of any window's lease.
 //

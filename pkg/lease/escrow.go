@@ -70,6 +70,7 @@ type Counts struct {
 	Above              int64 // units that cost more than was reserved
 	Late               int64 // units settled after they were given up
 	Lowered            int64 // units that were out or spent when the allowance was lowered below them
+	Outside            int64 // units used without a lease
 	Duplicate, Unknown int64 // messages
 }
 
@@ -103,6 +104,9 @@ type Entry struct {
 	Ask  *Ask
 	// Amount replaces the allowance's.
 	Amount *int64
+	// Outside units were used without a lease (foreign events, what was counted
+	// before the limit had leases); negative ones were not used after all.
+	Outside int64
 }
 
 // Effects of an entry.
@@ -130,16 +134,20 @@ func (e *Escrow) Apply(en Entry) Effects {
 	e.now = max(e.now, en.Time)
 	e.answers = e.answers[:0]
 	e.elapse()
+	before := e.excess()
 	if en.Amount != nil {
-		before := e.excess()
 		e.amount = bounded(*en.Amount)
-		if more := e.excess() - before; more > 0 {
-			e.counts.Lowered += more
-			e.since = en.Sequence
-		}
+		e.counts.Lowered += max(0, e.excess()-before)
+	}
+	if n := max(en.Outside, -e.settled); n != 0 {
+		e.settled += n
+		e.counts.Outside += n
 	}
 	if en.Ask != nil {
 		e.ask(en.Ask, &fx)
+	}
+	if e.excess() > before {
+		e.since = en.Sequence
 	}
 	e.serve()
 	for i := range e.leases {
@@ -301,7 +309,6 @@ func (e *Escrow) ask(m *Ask, fx *Effects) {
 
 // settle notes what of a lease was used, came back, and was cost beyond it.
 func (e *Escrow) settle(l *lease, used, returned, over int64) {
-	before := e.excess()
 	l.used += used
 	l.returned += returned
 	l.over += over
@@ -315,9 +322,6 @@ func (e *Escrow) settle(l *lease, used, returned, over int64) {
 	e.settled += used + over
 	e.counts.Returned += returned
 	e.counts.Above += over
-	if e.excess() > before {
-		e.since = e.sequence
-	}
 }
 
 // demand notes what the gateway would like.
@@ -503,9 +507,9 @@ func (e *Escrow) Resume() []Answer {
 // State is how an allowance stands.
 type State struct {
 	Amount int64
-	// Settled + Outstanding is at most Amount + Excess, and Excess at most
-	// Counts.Lowered + Counts.Above + Counts.Late: 0 in the exact tier unless
-	// the allowance was lowered or a call cost more than it reserved.
+	// Settled + Outstanding is at most Amount + Excess, and Excess at most what
+	// Counts say is Lowered, Above, Late and Outside: 0 in the exact tier unless
+	// the allowance was lowered, a call cost more than it reserved or had no lease.
 	Settled, Outstanding, Excess int64
 	// Exposure is what was given up and may yet turn out to be used; it plus
 	// Settled and Outstanding never passes what there was by more than

@@ -49,7 +49,6 @@ type HoldCounts struct {
 	Settled, Voided, Late, Forgotten int64
 	Already                          int64 // attempts to resolve a second time
 	Above                            int64 // units that cost more than was reserved
-	ReleasedUnits, RetainedUnits     int64 // at deadlines: free again; still held
 }
 
 // Holds are a gateway's reservations. Safe for concurrent use.
@@ -153,10 +152,8 @@ func (hs *Holds) expire(h *Hold) {
 	hs.counts.Expired++
 	for i, part := range h.parts {
 		if !part.Purse.release(part.Amount) {
-			hs.counts.RetainedUnits += part.Amount
 			continue
 		}
-		hs.counts.ReleasedUnits += part.Amount
 		if h.again == nil {
 			h.again = make([]bool, len(h.parts))
 		}

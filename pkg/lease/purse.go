@@ -77,27 +77,25 @@ type Purse struct {
 	exposed atomic.Int64
 	denial  atomic.Pointer[denial]
 
-	gateway         Gateway
-	habits          Habits
-	end             Micros
-	granted         int64
-	returned        int64
-	expiry          Micros
-	seq, answered   uint64
-	seen, epoch     uint64
-	recalled        uint64
-	verdict         Verdict
-	tight           bool // what comes free goes back
-	answer          bool // a recall is to be answered, if only with nothing
-	closing, closed bool
-	need            int64
-	needUntil       Micros
-	sent            Ask
-	sentAt, retryAt Micros
-	pause           Micros
-	hopeAt, renewAt Micros
-	usedThen        int64 // when it was last granted
-	grantedAt       Micros
+	gateway                          Gateway
+	habits                           Habits
+	end                              Micros
+	granted, returned                int64
+	expiry                           Micros
+	seq, answered                    uint64
+	seen, epoch                      uint64
+	recalled                         uint64
+	verdict                          Verdict
+	tight                            bool // what comes free goes back
+	answer                           bool // a recall is to be answered, if only with nothing
+	closing, closed                  bool
+	need                             int64
+	needUntil                        Micros
+	sent                             Ask
+	sentAt, retryAt, hopeAt, renewAt Micros
+	pause                            Micros
+	usedThen                         int64 // when it was last granted
+	grantedAt                        Micros
 }
 
 // NewPurse returns the purse of gateway g for an allowance whose window ends at

@@ -133,6 +133,8 @@ type truth struct {
 	used     int64 // units spent for certain: never shrinks
 	cap      int64 // what may be admitted
 	calls    int64
+	outside  int64 // units used by others than gateways
+	added    int64 // the positive ones of them
 }
 
 type world struct {
@@ -228,7 +230,7 @@ func (w *world) note(i int) {
 	w.history[i] = append(w.history[i], struct {
 		sequence uint64
 		amount   int64
-	}{uint64(len(w.log)), w.amounts[i]})
+	}{uint64(len(w.log)), w.amounts[i] - w.truth[i].outside})
 }
 
 func (w *world) fail(format string, args ...any) {
@@ -331,8 +333,10 @@ func (w *world) append(window int, en Entry) {
 	before := w.fold[window].State()
 	if en.Amount != nil {
 		w.amounts[window] = *en.Amount
-		w.note(window)
 	}
+	w.truth[window].outside += en.Outside
+	w.truth[window].added += max(0, en.Outside)
+	w.note(window)
 	fx := w.fold[window].Apply(en)
 	if fx.Invalid != "" {
 		w.fail("an honest message is invalid: %s: %+v", fx.Invalid, *en.Ask)
@@ -386,18 +390,19 @@ func (w *world) checkFold(window int, before State, en Entry) {
 	if out != s.Outstanding || given != s.Exposure {
 		w.fail("outstanding is %d, exposure %d; the leases say %d and %d", s.Outstanding, s.Exposure, out, given)
 	}
-	if s.Settled+s.Outstanding > s.Amount+s.Excess || s.Excess > s.Counts.Lowered+s.Counts.Above+s.Counts.Late {
+	if s.Settled+s.Outstanding > s.Amount+s.Excess || s.Excess > s.Counts.Lowered+s.Counts.Above+s.Counts.Late+w.truth[window].added {
 		w.fail("settled %d + outstanding %d exceed the allowance of %d by more than was lowered, above or late: %+v", s.Settled, s.Outstanding, s.Amount, s)
 	}
-	if s.Settled < before.Settled {
+	if s.Settled < before.Settled+min(0, en.Outside) {
 		w.fail("what was settled is unsettled: %d, was %d", s.Settled, before.Settled)
 	}
 	t := &w.truth[window]
-	committed := s.Settled - s.Counts.Above + s.Outstanding + s.Exposure
+	committed := s.Settled - s.Counts.Above - s.Counts.Outside + s.Outstanding + s.Exposure
 	if en.Amount != nil {
 		// Lowered: what is out already may be used.
-		t.cap = max(*en.Amount, committed-e.terms.MaxExposure)
+		t.cap = max(*en.Amount-t.outside, committed-e.terms.MaxExposure)
 	}
+	t.cap -= min(0, en.Outside)
 	if committed > t.cap+e.terms.MaxExposure {
 		w.fail("%d units may be used where %d + %d are allowed", committed, t.cap, e.terms.MaxExposure)
 	}
@@ -512,6 +517,14 @@ func (w *world) crashOwner() {
 func (w *world) changeAmount() {
 	i := w.rng.IntN(w.allowances())
 	n := w.rng.Int64N(2*w.amount + 1)
+	if w.chance(300) {
+		n = w.rng.Int64N(w.amount/4 + 1)
+		if w.chance(500) {
+			n = -min(n, w.fold[i].State().Counts.Outside) // a correction
+		}
+		w.append(i, Entry{Outside: n})
+		return
+	}
 	if w.chance(300) {
 		n = w.amounts[i] + w.rng.Int64N(w.amount+1)
 	}
@@ -831,7 +844,7 @@ func (w *world) checkAdmission(i int) {
 	}
 	// What the log says may be used covers what is.
 	s := w.fold[i].State()
-	if able := s.Settled - s.Counts.Above + s.Outstanding + s.Exposure; w.truth[i].admitted > able && !w.plan.faults.release {
+	if able := s.Settled - s.Counts.Above - s.Counts.Outside + s.Outstanding + s.Exposure; w.truth[i].admitted > able && !w.plan.faults.release {
 		w.fail("%d units are admitted, the ledger knows of %d", w.truth[i].admitted, able)
 	}
 }
@@ -863,7 +876,7 @@ func (w *world) audit() {
 		if !reflect.DeepEqual(e, last.escrows[i]) {
 			w.fail("the last owner's state of window %d is not the fold of the log:\n%+v\n%+v", i, *e, *last.escrows[i])
 		}
-		var settled, silent int64
+		settled, silent := w.truth[i].outside, int64(0)
 		for _, g := range w.gateways {
 			p := g.purses[i]
 			if p == nil {

@@ -46,7 +46,7 @@ func (e *Escrow) integers() []*int64 {
 	c := &e.counts
 	return []*int64{
 		&e.amount, (*int64)(&e.now), &e.settled, &e.outstanding, &e.exposure,
-		&c.Grants, &c.Granted, &c.Recalls, &c.Returned, &c.DeniedEarly, &c.DeniedFinal, &c.Released, &c.Above, &c.Late, &c.Lowered, &c.Duplicate, &c.Unknown,
+		&c.Grants, &c.Granted, &c.Recalls, &c.Returned, &c.DeniedEarly, &c.DeniedFinal, &c.Released, &c.Above, &c.Late, &c.Lowered, &c.Outside, &c.Duplicate, &c.Unknown,
 	}
 }
 

@@ -233,6 +233,22 @@ func TestALoweredAllowanceCallsBackAndARaisedOneUnblocks(t *testing.T) {
 	d.is("bert", b.Granted, int64(10))
 }
 
+func TestUseWithoutALeaseTakesOfTheAllowanceAndACorrectionGivesBack(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 10, nil)
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 8})
+	d.apply(Entry{Outside: 5})
+	d.is("excess", d.e.State().Excess, int64(3))
+	d.is("anna's recall", d.said[anna].Recall, d.sequence)
+	d.ask(Ask{Gateway: anna, Seq: 2, Seen: d.sequence, Known: 8, Used: 5, Returned: 3})
+	b, _ := d.ask(Ask{Gateway: bert, Seq: 1, Need: 1})
+	d.is("bert", b.Verdict, DeniedFinal)
+	d.apply(Entry{Outside: -2})
+	d.is("bert", d.said[bert].Verdict, Open)
+	b, _ = d.ask(Ask{Gateway: bert, Seq: 2, Need: 2})
+	d.is("bert", b.Granted, int64(2))
+}
+
 func TestAWindowGrantsNothingBeforeItBeginsAndAfterItEnds(t *testing.T) {
 	t.Parallel()
 	d := newDesk(t, 100, func(t *Terms) { t.Start, t.End = second, 2*second })
