@@ -195,6 +195,9 @@ func (s *service) count(ctx context.Context) error {
 	if err := s.takeOver(ctx, owners); err != nil {
 		return err
 	}
+	if err := s.sweep(ctx, owners); err != nil {
+		s.log.Warn().Err(err).Msg("old snapshots could not be removed: the next start tries again")
+	}
 	s.behind.Store(int64(len(owners)))
 	s.m.notCaughtUp.Set(float64(len(owners)))
 	s.ready.NotReady(fmt.Sprintf("%d shards are catching up", len(owners)))

@@ -92,7 +92,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		decisions:       vec("decisions_total", "Decisions published, by verdict.", "verdict"),
 		batches:         vec("decision_batches_total", "Batches of decisions by result: stored, unclear.", "result"),
 		interruptions:   counter("read_interruptions_total", "Times that reading the ledger was interrupted and began again where it was."),
-		decisionLatency: histogram("decision_latency_seconds", "From the time of the call that crossed a threshold to its decision being stored.", 0.0005, 18),
+		decisionLatency: histogram("decision_latency_seconds", "From the time of the call that crossed a threshold to its decision being stored.", 0.0001, 20),
 		countLatency:    histogram("count_latency_seconds", "From the sealing of a frame at its gateway to its calls being counted, once caught up.", 0.0001, 20),
 		snapshotSeconds: histogram("snapshot_seconds", "From the begin of writing a snapshot to its object being stored.", 0.001, 14),
 		snapshotBytes:   gauge("snapshot_bytes", "Size of the newest snapshot."),

@@ -3,6 +3,7 @@ package aggregator
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -115,6 +116,40 @@ func TestAShardWithoutCallsDoesNotStayBehind(t *testing.T) {
 	}
 	if c := w.checkpoint(idle); c.Sequence != last+1 || c.Snapshot == "" {
 		t.Errorf("got %+v", c)
+	}
+}
+
+// Who is killed between storing a snapshot and naming it leaves it behind.
+func TestSnapshotsThatNobodyNamesAreRemoved(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 2, time.Minute)
+	store, err := w.js.ObjectStore(t.Context(), ledger.SnapshotsBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"shard-0/7-1", "shard-1/9-1", "historian/calls.0"} {
+		if _, err := store.PutBytes(t.Context(), name, []byte("x")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.send(ksuid.New(), calls("acme", 1))
+	for range 2 { // the second time there is one that is named
+		r := w.run(Options{})
+		if err := r.stop(t); err != nil {
+			t.Fatal(err)
+		}
+	}
+	objects, err := store.List(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, o := range objects {
+		names = append(names, o.Name)
+	}
+	slices.Sort(names)
+	if want := []string{"historian/calls.0", w.checkpoint(w.shardOf("acme")).Snapshot}; !slices.Equal(names, want) {
+		t.Errorf("kept are %v, want %v", names, want)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -21,7 +22,7 @@ func (o *owner) snapshot(io context.Context) {
 	data := o.state.AppendBinary(make([]byte, 0, o.snapshotSize+o.snapshotSize/8))
 	o.snapshotSize = len(data)
 	at := o.state.Sequence()
-	name := fmt.Sprintf("shard-%d/%d-%d", o.shard, at, o.pub.Last().Epoch)
+	name := fmt.Sprintf("%s%d/%d-%d", snapshotPrefix, o.shard, at, o.pub.Last().Epoch)
 	o.snapshotting, o.entries, o.lastSnapshot = true, 0, begin
 	o.do(io, snapshotTimeout, func(ctx context.Context) func() error {
 		_, err := o.objects.PutBytes(ctx, name, data)
@@ -54,6 +55,38 @@ func (o *owner) forget(io context.Context, name string) {
 		}
 	})
 }
+
+// sweep deletes snapshots of the shards that no checkpoint names: whoever stored
+// them was killed before. It is for when the shards are owned and not yet run.
+func (s *service) sweep(ctx context.Context, owners []*owner) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	all, err := s.objects.List(ctx)
+	if errors.Is(err, jetstream.ErrNoObjectsFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	named := make(map[string]string, len(owners))
+	for _, o := range owners {
+		named[fmt.Sprintf("%s%d", snapshotPrefix, o.shard)] = o.pub.Last().Snapshot
+	}
+	for _, object := range all {
+		shard, _, _ := strings.Cut(object.Name, "/")
+		if name, ours := named[shard]; !ours || name == object.Name {
+			continue
+		}
+		if err := s.objects.Delete(ctx, object.Name); err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) {
+			return fmt.Errorf("delete snapshot %s: %w", object.Name, err)
+		}
+	}
+	return nil
+}
+
+// snapshotPrefix, then the shard's number, a slash and what tells its snapshots
+// apart.
+const snapshotPrefix = "shard-"
 
 var errLags = errors.New("the replica that answered does not know it yet")
 
