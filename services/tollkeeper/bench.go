@@ -20,6 +20,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/bench"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/engine"
 )
 
 // BenchOptions of a bench.
@@ -63,7 +64,7 @@ func benchSystem(ctx context.Context, o BenchOptions, synced bool) (_ *bench.Sys
 			err = errors.Join(err, stop())
 		}
 	}()
-	engines := EngineOptions{
+	engines := engine.Options{
 		DataDir: dir, EngineDir: o.EngineDir, NATSListen: "127.0.0.1:0", ClickHouseListen: "127.0.0.1:0", ClickHouseHTTPListen: "127.0.0.1:0",
 		Logger: o.Logger, Progress: o.Out,
 	}
@@ -72,21 +73,21 @@ func benchSystem(ctx context.Context, o BenchOptions, synced bool) (_ *bench.Sys
 	}
 	bounded := func(f func(context.Context) error) func() error {
 		return func() error {
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), engine.StopTimeout)
 			defer cancel()
 			return f(ctx)
 		}
 	}
-	natsd, err := StartNATS(ctx, engines)
+	natsd, err := engine.StartNATS(ctx, engines)
 	if err != nil {
 		return nil, err
 	}
 	stops = append(stops, bounded(natsd.Stop))
-	engine, err := StartClickHouse(ctx, engines, nil)
+	clickhouse, err := engine.StartClickHouse(ctx, engines, nil)
 	if err != nil {
 		return nil, err
 	}
-	stops = append(stops, bounded(engine.Stop))
+	stops = append(stops, bounded(clickhouse.Stop))
 	s := &bench.System{
 		Connect: func(ctx context.Context, name string) (*nats.Conn, error) {
 			return natsconn.Connect(ctx, natsconn.Options{URL: natsd.ClientURL(), Name: name, Logger: o.Logger})
@@ -103,7 +104,7 @@ func benchSystem(ctx context.Context, o BenchOptions, synced bool) (_ *bench.Sys
 	if _, err = ledger.Provision(ctx, s.JS, ledger.ProvisionOptions{Shards: o.Shards}); err != nil {
 		return nil, err
 	}
-	ho := engineHistory(engine.Addr(), engine.Credentials())
+	ho := engineHistory(clickhouse.Addr(), clickhouse.Credentials())
 	ho.Logger = o.Logger
 	if s.History, err = history.Open(ctx, ho); err != nil {
 		return nil, err

@@ -179,14 +179,13 @@ func (r *replayRun) run(ctx context.Context) (*replay.Report, error) {
 // used stays.
 func (r *replayRun) close(ctx context.Context) error {
 	applier := &plans.Applier{JS: r.js, NC: r.nc}
-	now, err := applier.Current(ctx)
+	_, err := applier.Change(ctx, "replay", func(now *plans.Document) *plans.Document {
+		doc := *now
+		doc.Accounts = slices.DeleteFunc(slices.Clone(doc.Accounts), func(a plans.Account) bool { return r.ours[a.ID] })
+		doc.Plans = slices.DeleteFunc(slices.Clone(doc.Plans), func(p plans.Plan) bool { return p.ID == "replay-"+r.id })
+		return &doc
+	})
 	if err != nil {
-		return err
-	}
-	doc := *now.Document
-	doc.Accounts = slices.DeleteFunc(slices.Clone(doc.Accounts), func(a plans.Account) bool { return r.ours[a.ID] })
-	doc.Plans = slices.DeleteFunc(slices.Clone(doc.Plans), func(p plans.Plan) bool { return p.ID == "replay-"+r.id })
-	if _, err := applier.Apply(ctx, &doc, "replay"); err != nil {
 		return fmt.Errorf("close the replay's accounts (they end with .%s): %w", r.id, err)
 	}
 	return nil
@@ -230,11 +229,7 @@ func (r *replayRun) open(ctx context.Context) error {
 		}
 	}
 	applier := &plans.Applier{JS: r.js, NC: r.nc}
-	now, err := applier.Current(ctx)
-	if err != nil {
-		return err
-	}
-	if _, err := applier.Apply(ctx, plans.Merge(now.Document, extra), "replay"); err != nil {
+	if _, err := applier.Change(ctx, "replay", func(now *plans.Document) *plans.Document { return plans.Merge(now, extra) }); err != nil {
 		return fmt.Errorf("open the replay's accounts: %w", err)
 	}
 	r.say("%d calls of %d accounts (suffix .%s), %d keys", len(r.o.Rows), len(r.accounts), r.id, len(keys))

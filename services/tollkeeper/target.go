@@ -17,6 +17,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/embedclickhouse"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/engine"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/replay"
 )
 
@@ -81,6 +82,7 @@ func Running(dataDir string) (Addresses, bool, error) {
 // given, else the one that runs in DataDir, else one of its own in a scratch
 // directory.
 type ReplayTarget struct {
+	// NATS has credentials also where its URL is found in DataDir.
 	NATS       natsconn.Options
 	ClickHouse history.Options
 	DataDir    string
@@ -108,7 +110,7 @@ func ReplayInto(ctx context.Context, t ReplayTarget, o ReplayOptions) (*replay.R
 		}
 		if ok {
 			say("replaying into the Tollkeeper that runs here (%s)", a.NATS)
-			o.NATS, o.ClickHouse = natsconn.Options{URL: a.NATS, Logger: t.Logger}, a.ClickHouseOptions
+			o.NATS.URL, o.ClickHouse = a.NATS, a.ClickHouseOptions
 			o.ClickHouse.Logger = t.Logger
 			return Replay(ctx, o)
 		}
@@ -130,7 +132,7 @@ func replayAlone(ctx context.Context, t ReplayTarget, o ReplayOptions) (report *
 	done := make(chan error, 1)
 	go func() {
 		done <- Run(life, Options{
-			Engines: EngineOptions{
+			Engines: engine.Options{
 				DataDir: dir, EngineDir: t.EngineDir, NATSListen: "127.0.0.1:0", ClickHouseListen: "127.0.0.1:0",
 				ClickHouseHTTPListen: "127.0.0.1:0", Progress: t.Out,
 			},

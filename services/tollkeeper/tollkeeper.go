@@ -4,6 +4,7 @@ package tollkeeper
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -29,13 +30,14 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/run"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/demo"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/engine"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/modelserver"
 )
 
 // Options of a whole Tollkeeper.
 type Options struct {
 	// Engines that are embedded where NATS or ClickHouse has no address.
-	Engines EngineOptions
+	Engines engine.Options
 	// NATS outside, when it has a URL.
 	NATS natsconn.Options
 	// ClickHouse outside, when it has addresses.
@@ -159,7 +161,7 @@ func (s *stack) brief(name string) natsconn.Options {
 func (s *stack) startNATS(ctx context.Context) error {
 	var err error
 	s.o.Engines.Logger = s.o.Logger
-	if s.natsd, err = StartNATS(ctx, s.o.Engines); err != nil {
+	if s.natsd, err = engine.StartNATS(ctx, s.o.Engines); err != nil {
 		return err
 	}
 	s.natsURL.URL, s.natsURL.User, s.natsURL.Password = s.natsd.ClientURL(), s.o.Engines.NATSUser, s.o.Engines.NATSPassword
@@ -170,7 +172,7 @@ func (s *stack) startNATS(ctx context.Context) error {
 func (s *stack) startClickHouse(ctx context.Context) error {
 	ready := s.readiness.Component("clickhouse_engine")
 	var err error
-	s.engine, err = StartClickHouse(ctx, s.o.Engines, func(c embedclickhouse.StateChange) {
+	s.engine, err = engine.StartClickHouse(ctx, s.o.Engines, func(c embedclickhouse.StateChange) {
 		if c.State == embedclickhouse.StateReady {
 			ready.OK()
 			return
@@ -232,6 +234,9 @@ func (s *stack) provision(ctx context.Context) error {
 	return err
 }
 
+// repairTimeout is longer than another's act must be left alone for.
+const repairTimeout = plans.DefaultTakeover + 5*time.Second
+
 // applyPlans applies the plans file, or the demo's to a ledger without plans.
 func (s *stack) applyPlans(ctx context.Context) (err error) {
 	name, data := s.o.Plans, demo.Plans
@@ -259,7 +264,22 @@ func (s *stack) applyPlans(ctx context.Context) (err error) {
 	applier := &plans.Applier{JS: js, NC: nc}
 	if name == "" {
 		now, err := applier.Current(ctx)
-		if err != nil || now.Revision != 0 {
+		if err != nil {
+			return err
+		}
+		if now.Revision != 0 {
+			if now.Unfinished == "" {
+				return nil
+			}
+			// Somebody was killed half way through applying: what stands now,
+			// applied again, first completes it.
+			repair, cancel := context.WithTimeout(ctx, repairTimeout)
+			defer cancel()
+			_, err := applier.Change(repair, "up", func(now *plans.Document) *plans.Document { return now })
+			if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+				s.o.Logger.Warn().Err(err).Msg("plans were applied in part, and still are: apply them again")
+				return nil
+			}
 			return err
 		}
 	}

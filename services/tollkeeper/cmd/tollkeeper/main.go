@@ -18,6 +18,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/run"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/engine"
 )
 
 type cli struct {
@@ -52,8 +53,8 @@ type engines struct {
 	ClickHouseHTTPListen string        `name:"clickhouse-http-listen" env:"TOLLKEEPER_CLICKHOUSE_HTTP_LISTEN" default:"127.0.0.1:8123" help:"Address of the embedded ClickHouse, HTTP."`
 }
 
-func (e engines) options(log zerolog.Logger) tollkeeper.EngineOptions {
-	return tollkeeper.EngineOptions{
+func (e engines) options(log zerolog.Logger) engine.Options {
+	return engine.Options{
 		DataDir: e.DataDir, EngineDir: e.EngineDir, NATSListen: e.NATSListen, NATSSync: e.NATSSync,
 		ClickHouseListen: e.ClickHouseListen, ClickHouseHTTPListen: e.ClickHouseHTTPListen, Logger: log, Progress: os.Stderr,
 	}
@@ -132,7 +133,7 @@ func (c *engineInstallCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	path, err := tollkeeper.InstallEngine(ctx, tollkeeper.EngineOptions{EngineDir: c.EngineDir, Logger: log, Progress: os.Stderr})
+	path, err := engine.Install(ctx, engine.Options{EngineDir: c.EngineDir, Logger: log, Progress: os.Stderr})
 	if err != nil {
 		return err
 	}
@@ -152,7 +153,7 @@ func (c *natsCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return tollkeeper.RunNATS(ctx, tollkeeper.EngineOptions{DataDir: c.DataDir, NATSListen: c.NATSListen, NATSSync: c.NATSSync, Logger: log}, os.Stdout)
+	return engine.RunNATS(ctx, engine.Options{DataDir: c.DataDir, NATSListen: c.NATSListen, NATSSync: c.NATSSync, Logger: log}, os.Stdout)
 }
 
 type clickhouseCmd struct {
@@ -168,7 +169,7 @@ func (c *clickhouseCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return tollkeeper.RunClickHouse(ctx, tollkeeper.EngineOptions{
+	return engine.RunClickHouse(ctx, engine.Options{
 		DataDir: c.DataDir, EngineDir: c.EngineDir, ClickHouseListen: c.ClickHouseListen, ClickHouseHTTPListen: c.ClickHouseHTTPListen,
 		Logger: log, Progress: os.Stderr,
 	}, os.Stdout)

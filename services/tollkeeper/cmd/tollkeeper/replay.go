@@ -58,12 +58,11 @@ func (c *replayCmd) Run(ctx context.Context) error {
 		}
 		o.Limits = append(o.Limits, limit)
 	}
-	target := tollkeeper.ReplayTarget{DataDir: c.DataDir, EngineDir: c.EngineDir, Isolated: c.Isolated, Out: os.Stdout, Logger: log}
+	target := tollkeeper.ReplayTarget{DataDir: c.DataDir, EngineDir: c.EngineDir, Isolated: c.Isolated, Out: os.Stdout, Logger: log, NATS: c.NATS.Options(c.NATSURL, "replay", log)}
 	if c.NATSURL != "" || len(c.ClickHouseAddr) > 0 {
 		if c.NATSURL == "" || len(c.ClickHouseAddr) == 0 {
 			return errors.New("give both --nats-url and --clickhouse-addr of the Tollkeeper to replay into, or neither")
 		}
-		target.NATS = c.NATS.Options(c.NATSURL, "replay", log)
 		if target.ClickHouse, err = c.ClickHouse.Options(c.ClickHouseAddr, log); err != nil {
 			return err
 		}

@@ -1,4 +1,6 @@
-package tollkeeper
+// Package engine starts the embedded engines: NATS in this process, ClickHouse as
+// its child.
+package engine
 
 import (
 	"context"
@@ -20,8 +22,8 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 
-// EngineOptions say where the embedded engines listen and keep their data.
-type EngineOptions struct {
+// Options say where the embedded engines listen and keep their data.
+type Options struct {
 	// DataDir holds everything that must survive a restart.
 	DataDir string
 	// EngineDir keeps the ClickHouse engine; empty is the user's cache.
@@ -43,7 +45,7 @@ type EngineOptions struct {
 }
 
 // StartNATS starts the embedded NATS server.
-func StartNATS(ctx context.Context, o EngineOptions) (*embednats.Server, error) {
+func StartNATS(ctx context.Context, o Options) (*embednats.Server, error) {
 	host, port, err := splitListen("nats-listen", o.NATSListen)
 	if err != nil {
 		return nil, err
@@ -57,8 +59,8 @@ func StartNATS(ctx context.Context, o EngineOptions) (*embednats.Server, error) 
 
 // StartClickHouse starts the embedded ClickHouse server, installing the engine
 // first when it is not there. onChange may be nil.
-func StartClickHouse(ctx context.Context, o EngineOptions, onChange func(embedclickhouse.StateChange)) (*embedclickhouse.Server, error) {
-	engine, err := InstallEngine(ctx, o)
+func StartClickHouse(ctx context.Context, o Options, onChange func(embedclickhouse.StateChange)) (*embedclickhouse.Server, error) {
+	engine, err := Install(ctx, o)
 	if err != nil {
 		return nil, err
 	}
@@ -96,9 +98,9 @@ func StartClickHouse(ctx context.Context, o EngineOptions, onChange func(embedcl
 	})
 }
 
-// InstallEngine fetches the ClickHouse engine when it is not there, with a
+// Install fetches the ClickHouse engine when it is not there, with a
 // progress bar, and returns its path.
-func InstallEngine(ctx context.Context, o EngineOptions) (string, error) {
+func Install(ctx context.Context, o Options) (string, error) {
 	if path, ok := embedclickhouse.Installed(o.EngineDir); ok {
 		return path, nil
 	}
@@ -148,7 +150,7 @@ func splitListen(flag, addr string) (host string, port int, err error) {
 }
 
 // RunNATS runs the embedded NATS alone until ctx is done.
-func RunNATS(ctx context.Context, o EngineOptions, out io.Writer) error {
+func RunNATS(ctx context.Context, o Options, out io.Writer) error {
 	s, err := StartNATS(ctx, o)
 	if err != nil {
 		return err
@@ -159,13 +161,13 @@ func RunNATS(ctx context.Context, o EngineOptions, out io.Writer) error {
 	case <-s.Done():
 		return errors.New("the NATS server ended by itself: see its log above")
 	}
-	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), StopTimeout)
 	defer cancel()
 	return s.Stop(stop)
 }
 
 // RunClickHouse runs the embedded ClickHouse alone until ctx is done.
-func RunClickHouse(ctx context.Context, o EngineOptions, out io.Writer) error {
+func RunClickHouse(ctx context.Context, o Options, out io.Writer) error {
 	s, err := StartClickHouse(ctx, o, nil)
 	if err != nil {
 		return err
@@ -176,10 +178,10 @@ func RunClickHouse(ctx context.Context, o EngineOptions, out io.Writer) error {
 	case <-s.Done():
 		return fmt.Errorf("the ClickHouse engine ended by itself: %w", s.Err())
 	}
-	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), StopTimeout)
 	defer cancel()
 	return s.Stop(stop)
 }
 
-// stopTimeout of an engine.
-const stopTimeout = 5 * time.Second
+// StopTimeout bounds stopping an engine.
+const StopTimeout = 5 * time.Second
