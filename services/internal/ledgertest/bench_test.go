@@ -2,10 +2,12 @@ package ledgertest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -62,4 +64,46 @@ func BenchmarkFrameSize(b *testing.B) {
 			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "frames/s")
 		})
 	}
+}
+
+// BenchmarkRead reads what a stream holds, entries of 4 KiB, from its beginning.
+func BenchmarkRead(b *testing.B) {
+	const n = 20_000
+	server, err := embednats.Start(b.Context(), embednats.Options{StoreDir: b.TempDir(), Logger: zerolog.Nop(), Sync: time.Minute, MaxFile: 100 << 30})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() { _ = server.Stop(context.Background()) }()
+	nc, err := nats.Connect(server.ClientURL())
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if _, err := ledger.Provision(b.Context(), js, ledger.ProvisionOptions{}); err != nil {
+		b.Fatal(err)
+	}
+	for range n {
+		if _, err := js.PublishAsync("calls.0", make([]byte, 4096)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	<-js.PublishAsyncComplete()
+	enough := errors.New("enough")
+	for b.Loop() {
+		left := n
+		err := ledger.Read(b.Context(), js, ledger.ReadOptions{Stream: ledger.Stream}, func(ledger.Message) error {
+			if left--; left == 0 {
+				return enough
+			}
+			return nil
+		})
+		if !errors.Is(err, enough) {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(n)*float64(b.N)/b.Elapsed().Seconds(), "entries/s")
 }
