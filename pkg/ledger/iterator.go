@@ -36,8 +36,10 @@ type iterator struct {
 	delivered uint64
 	// pending is how many messages the consumer had when it was made.
 	pending uint64
-	// silent ends when the server has owed messages for too long in silence.
-	silent *time.Timer
+	// silent ends when nothing has come for too long, not even a heartbeat;
+	// heardLately says that it has to begin anew before the next wait.
+	silent      *time.Timer
+	heardLately bool
 }
 
 // Bounds of what is on its way from the server to one iterator. All that waits
@@ -143,12 +145,17 @@ func (in *iterator) next(ctx context.Context) (Message, error) {
 func (in *iterator) receive(ctx context.Context) (*nats.Msg, error) {
 	select {
 	case m, open := <-in.arrived:
+		in.heardLately = true
 		return m, closedUnless(open)
 	default:
 	}
-	in.silent.Reset(pullSilence)
+	if in.heardLately {
+		in.silent.Reset(pullSilence)
+		in.heardLately = false
+	}
 	select {
 	case m, open := <-in.arrived:
+		in.heardLately = true
 		return m, closedUnless(open)
 	case <-in.silent.C:
 		return nil, errSilent

@@ -488,3 +488,20 @@ func TestLargeEntriesAreReadWithoutAnInterruption(t *testing.T) {
 		t.Errorf("it was interrupted %d times: %v", n, r.errs)
 	}
 }
+
+// Requests that end without a message follow each other, and say that they are
+// there.
+func TestAnIdleReaderIsNotInterrupted(t *testing.T) {
+	t.Parallel()
+	_, _, js := provisioned(t)
+	want := appendEntries(t, js, "calls.0", 0, 3)
+	r := read(t, js, ledger.ReadOptions{Watchdog: time.Hour}, nil)
+	r.has(want)
+	idle := time.NewTimer(5 * time.Second) // longer than a request lasts
+	defer idle.Stop()
+	<-idle.C
+	r.has(append(want, appendEntries(t, js, "calls.0", 3, 3)...))
+	if n := r.interruptions(); n != 0 {
+		t.Errorf("it was interrupted %d times: %v", n, r.errs)
+	}
+}
