@@ -4,9 +4,7 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/alecthomas/kong"
@@ -22,13 +20,11 @@ type flags struct {
 	config.Admin `embed:""`
 	config.Log   `embed:""`
 
-	Alertmanager      []string          `name:"alertmanager" env:"TOLLKEEPER_ALERTMANAGER" sep:"," help:"Base URL of an Alertmanager, such as http://127.0.0.1:9093; every member of a cluster."`
-	Webhook           map[string]string `name:"webhook" env:"TOLLKEEPER_WEBHOOK" mapsep:";" help:"NAME=URL of a webhook (Standard Webhooks)."`
-	WebhookSecretFile map[string]string `name:"webhook-secret-file" env:"TOLLKEEPER_WEBHOOK_SECRET_FILE" mapsep:";" help:"NAME=FILE with the webhook's whsec_… secret; several, one a line, while it is rotated. Or variable TOLLKEEPER_WEBHOOK_SECRET for all without a file."`
-	RunbookURL        string            `name:"runbook-url" env:"TOLLKEEPER_RUNBOOK_URL" help:"Link in every alert."`
-	DashboardURL      string            `name:"dashboard-url" env:"TOLLKEEPER_DASHBOARD_URL" default:"http://127.0.0.1:8402/" help:"Link in every alert."`
-	RepeatEvery       time.Duration     `name:"alert-repeat-every" env:"TOLLKEEPER_ALERT_REPEAT_EVERY" default:"30s" help:"How often active alerts are repeated to Alertmanagers."`
-	Timeout           time.Duration     `name:"alert-timeout" env:"TOLLKEEPER_ALERT_TIMEOUT" default:"10s" help:"Timeout of one delivery."`
+	alerter.Receivers `embed:""`
+	RunbookURL        string        `name:"runbook-url" env:"TOLLKEEPER_RUNBOOK_URL" help:"Link in every alert."`
+	DashboardURL      string        `name:"dashboard-url" env:"TOLLKEEPER_DASHBOARD_URL" default:"http://127.0.0.1:8402/" help:"Link in every alert."`
+	RepeatEvery       time.Duration `name:"alert-repeat-every" env:"TOLLKEEPER_ALERT_REPEAT_EVERY" default:"30s" help:"How often active alerts are repeated to Alertmanagers."`
+	Timeout           time.Duration `name:"alert-timeout" env:"TOLLKEEPER_ALERT_TIMEOUT" default:"10s" help:"Timeout of one delivery."`
 
 	Window         time.Duration `name:"alert-window" env:"TOLLKEEPER_ALERT_WINDOW" default:"60s" help:"Sliding window of the rule."`
 	Threshold      float64       `name:"alert-threshold" env:"TOLLKEEPER_ALERT_THRESHOLD" default:"0.2" help:"Accounts that begin to be refused, as a part of the active ones."`
@@ -42,7 +38,7 @@ func main() {
 	var f flags
 	kong.Parse(&f, kong.Name("alerter"), kong.Description("Wakes somebody when many accounts begin to be refused with 402."), kong.Vars{"admin_listen": "127.0.0.1:8084"})
 	run.Main(func(ctx context.Context) error {
-		o, err := options(&f, os.Getenv("TOLLKEEPER_WEBHOOK_SECRET"))
+		o, err := options(&f, os.Getenv(alerter.WebhookSecretVariable))
 		if err != nil {
 			return err
 		}
@@ -59,46 +55,13 @@ func options(f *flags, secret string) (alerter.Options, error) {
 	rule.Window, rule.Threshold, rule.MinAccounts, rule.For, rule.ResolveAfter, rule.NoTrafficAfter = f.Window, f.Threshold, f.MinAccounts, f.For, f.ResolveAfter, f.NoTrafficAfter
 	rule.Quiet = max(rule.Quiet, rule.Window)
 	o := alerter.Options{
-		NATS:  f.NATS.Options("alerter", log),
-		Rules: []alert.Rule{rule}, Alertmanagers: f.Alertmanager,
+		NATS:        f.NATS.Options("alerter", log),
+		Rules:       []alert.Rule{rule},
 		Links:       alerter.Links{Runbook: f.RunbookURL, Dashboard: f.DashboardURL, Generator: f.DashboardURL},
 		RepeatEvery: f.RepeatEvery, Timeout: f.Timeout, AdminListen: f.AdminListen, Logger: log,
 	}
 	if o.AdminToken, err = f.Token(); err != nil {
 		return alerter.Options{}, err
 	}
-	if o.Webhooks, err = webhooks(f, secret); err != nil {
-		return alerter.Options{}, err
-	}
-	return o, nil
-}
-
-func webhooks(f *flags, secret string) ([]alerter.Webhook, error) {
-	var all []alerter.Webhook
-	names := make([]string, 0, len(f.Webhook))
-	for name := range f.Webhook {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	for _, name := range names {
-		text, where := secret, "TOLLKEEPER_WEBHOOK_SECRET"
-		if file, ok := f.WebhookSecretFile[name]; ok {
-			b, err := os.ReadFile(file)
-			if err != nil {
-				return nil, fmt.Errorf("secret of webhook %s: %w", name, err)
-			}
-			text, where = string(b), file
-		}
-		s, err := alerter.ParseSecret(text)
-		if err != nil {
-			return nil, fmt.Errorf("webhook %s: %s: %w (give a file with --webhook-secret-file %s=FILE)", name, where, err, name)
-		}
-		all = append(all, alerter.Webhook{Name: name, URL: f.Webhook[name], Secret: s})
-	}
-	for name := range f.WebhookSecretFile {
-		if _, ok := f.Webhook[name]; !ok {
-			return nil, fmt.Errorf("--webhook-secret-file names webhook %s, which --webhook does not", name)
-		}
-	}
-	return all, nil
+	return o, f.Receivers.Set(&o, secret)
 }

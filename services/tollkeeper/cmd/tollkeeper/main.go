@@ -11,6 +11,7 @@ import (
 	"github.com/alecthomas/kong"
 	"github.com/rs/zerolog"
 
+	"github.com/tollkeeper/tollkeeper/services/alerter"
 	"github.com/tollkeeper/tollkeeper/services/gateway"
 	"github.com/tollkeeper/tollkeeper/services/internal/config"
 	"github.com/tollkeeper/tollkeeper/services/internal/embedclickhouse"
@@ -61,24 +62,24 @@ func (e engines) options(log zerolog.Logger) engine.Options {
 }
 
 type upCmd struct {
-	Engines         engines                `embed:""`
-	AnalystPassword string                 `name:"clickhouse-analyst-password" env:"TOLLKEEPER_CLICKHOUSE_ANALYST_PASSWORD" help:"Password of the embedded ClickHouse's user analyst; generated when empty. With --clickhouse-password it is needed where other machines can reach ClickHouse."`
-	NATSURL         string                 `name:"nats-url" env:"TOLLKEEPER_NATS_URL" help:"Addresses of a NATS of your own, separated by commas; embedded when empty."`
-	NATS            config.NATSCredentials `embed:""`
-	ClickHouseAddr  []string               `name:"clickhouse-addr" env:"TOLLKEEPER_CLICKHOUSE_ADDR" help:"Addresses of a ClickHouse of your own (native protocol); embedded when empty."`
-	ClickHouse      history.Credentials    `embed:""`
-	APIListen       string                 `name:"api-listen" env:"TOLLKEEPER_API_LISTEN" default:"127.0.0.1:8402" help:"Address of console and API."`
-	APIToken        string                 `name:"api-token" env:"TOLLKEEPER_API_TOKEN" help:"Bearer token of the API; needed when other machines can reach it."`
-	GatewayListen   string                 `name:"gateway-listen" env:"TOLLKEEPER_GATEWAY_LISTEN" default:"127.0.0.1:8080" help:"Address of the gateway."`
-	GatewayAdmin    string                 `name:"gateway-admin-listen" env:"TOLLKEEPER_GATEWAY_ADMIN_LISTEN" default:"127.0.0.1:8081" help:"Address of the gateway's own API."`
-	GatewayToken    string                 `name:"gateway-admin-token" env:"TOLLKEEPER_GATEWAY_ADMIN_TOKEN" help:"Bearer token of the gateway's own API; needed when other machines can reach it."`
-	GatewayConfig   string                 `name:"gateway-config" env:"TOLLKEEPER_GATEWAY_CONFIG" type:"path" help:"Routes of the gateway; the demo's when empty."`
-	Plans           string                 `name:"plans" env:"TOLLKEEPER_PLANS" type:"path" help:"Plans file to apply at the start; the demo's, once, when empty."`
-	Demo            bool                   `name:"demo" env:"TOLLKEEPER_DEMO" default:"true" negatable:"" help:"Demo traffic through the gateway."`
-	DemoSeed        uint64                 `name:"demo-seed" env:"TOLLKEEPER_DEMO_SEED" default:"402" help:"Seed of the demo traffic."`
-	Shards          uint32                 `name:"shards" env:"TOLLKEEPER_SHARDS" help:"Shards of a ledger that does not exist yet; 0 is the default for one machine."`
-	Alertmanager    []string               `name:"alertmanager" env:"TOLLKEEPER_ALERTMANAGER" help:"Base URLs of Alertmanagers."`
-	config.Log      `embed:""`
+	Engines           engines                `embed:""`
+	AnalystPassword   string                 `name:"clickhouse-analyst-password" env:"TOLLKEEPER_CLICKHOUSE_ANALYST_PASSWORD" help:"Password of the embedded ClickHouse's user analyst; generated when empty. With --clickhouse-password it is needed where other machines can reach ClickHouse."`
+	NATSURL           string                 `name:"nats-url" env:"TOLLKEEPER_NATS_URL" help:"Addresses of a NATS of your own, separated by commas; embedded when empty."`
+	NATS              config.NATSCredentials `embed:""`
+	ClickHouseAddr    []string               `name:"clickhouse-addr" env:"TOLLKEEPER_CLICKHOUSE_ADDR" help:"Addresses of a ClickHouse of your own (native protocol); embedded when empty."`
+	ClickHouse        history.Credentials    `embed:""`
+	APIListen         string                 `name:"api-listen" env:"TOLLKEEPER_API_LISTEN" default:"127.0.0.1:8402" help:"Address of console and API."`
+	APIToken          string                 `name:"api-token" env:"TOLLKEEPER_API_TOKEN" help:"Bearer token of the API; needed when other machines can reach it."`
+	GatewayListen     string                 `name:"gateway-listen" env:"TOLLKEEPER_GATEWAY_LISTEN" default:"127.0.0.1:8080" help:"Address of the gateway."`
+	GatewayAdmin      string                 `name:"gateway-admin-listen" env:"TOLLKEEPER_GATEWAY_ADMIN_LISTEN" default:"127.0.0.1:8081" help:"Address of the gateway's own API."`
+	GatewayToken      string                 `name:"gateway-admin-token" env:"TOLLKEEPER_GATEWAY_ADMIN_TOKEN" help:"Bearer token of the gateway's own API; needed when other machines can reach it."`
+	GatewayConfig     string                 `name:"gateway-config" env:"TOLLKEEPER_GATEWAY_CONFIG" type:"path" help:"Routes of the gateway; the demo's when empty."`
+	Plans             string                 `name:"plans" env:"TOLLKEEPER_PLANS" type:"path" help:"Plans file to apply at the start; the demo's, once, when empty."`
+	Demo              bool                   `name:"demo" env:"TOLLKEEPER_DEMO" default:"true" negatable:"" help:"Demo traffic through the gateway."`
+	DemoSeed          uint64                 `name:"demo-seed" env:"TOLLKEEPER_DEMO_SEED" default:"402" help:"Seed of the demo traffic."`
+	Shards            uint32                 `name:"shards" env:"TOLLKEEPER_SHARDS" help:"Shards of a ledger that does not exist yet; 0 is the default for one machine."`
+	alerter.Receivers `embed:""`
+	config.Log        `embed:""`
 }
 
 func (c *upCmd) Run(ctx context.Context) error {
@@ -115,7 +116,9 @@ func (c *upCmd) Run(ctx context.Context) error {
 	} else if !c.Demo {
 		o.Gateway = nil
 	}
-	o.Alerter.Alertmanagers = c.Alertmanager
+	if err := c.Receivers.Set(&o.Alerter, os.Getenv(alerter.WebhookSecretVariable)); err != nil {
+		return err
+	}
 	return tollkeeper.Run(ctx, o)
 }
 
