@@ -212,10 +212,33 @@ func TestManyGoroutinesTakeExactlyWhatThereIs(t *testing.T) {
 	t.Logf("%d ledger entries, %+v", ledger.sequence, s.Counts)
 }
 
+// Not in parallel with other tests: they would keep the calls from meeting.
+func TestConcurrentTakesNeitherMakeNorLoseUnits(t *testing.T) {
+	const units, callers = 4_000_000, 4
+	p := filled(1, units)[0]
+	var taken atomic.Int64
+	var all sync.WaitGroup
+	for range callers {
+		all.Go(func() {
+			parts := []Part{{p, 1}}
+			for n := int64(0); ; n++ {
+				if out, _ := Take(parts, 1); !out.OK() {
+					taken.Add(n)
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+	if taken.Load() != units || p.used.Load() != units || p.free.Load() != 0 {
+		t.Errorf("%d of %d units were taken: %d used, %d free", taken.Load(), units, p.used.Load(), p.free.Load())
+	}
+}
+
 // All that may be called at the same time, at the same time.
 func TestConcurrentCallsNeitherMakeNorLoseUnits(t *testing.T) {
 	t.Parallel()
-	const units, callers = 2_000_000, 8
+	const units, callers = 500_000, 8
 	purses := filled(2, units)
 	hs := NewHolds(callers)
 	var used [2]atomic.Int64

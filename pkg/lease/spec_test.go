@@ -391,6 +391,27 @@ func TestAnOlderAnswerChangesNoVerdict(t *testing.T) {
 	}
 }
 
+func TestARecallTakesAlsoWhatIsTooLittleForACallThatWaits(t *testing.T) {
+	t.Parallel()
+	p := filled(1, 3)[0]
+	p.Need(5, second)
+	if m, ok := p.Next(1); !ok || m.Need != 2 || m.Returned != 0 {
+		t.Errorf("before: %+v", m)
+	}
+	p.Receive(Answer{Gateway: Gateway{1}, Epoch: 1, Revision: 2, Seq: 1, Granted: 3, Verdict: Waiting, Recall: 2}, 2)
+	if m, ok := p.Next(2); !ok || m.Need != 5 || m.Returned != 3 || m.Seen != 2 {
+		t.Errorf("after: %+v", m)
+	}
+	// With nothing to give back the recall is answered too, once.
+	p.Receive(Answer{Gateway: Gateway{1}, Epoch: 1, Revision: 3, Seq: 2, Granted: 3, Verdict: Waiting, Recall: 3}, 3)
+	if m, ok := p.Next(3); !ok || m.Seen != 3 {
+		t.Errorf("another: %+v, %v", m, ok)
+	}
+	if m, ok := p.Next(3); ok {
+		t.Errorf("and again: %+v", m)
+	}
+}
+
 func TestALastWordWaitsForWhoeverIsBetweenTakingAndUsing(t *testing.T) {
 	t.Parallel()
 	p := filled(1, 10)[0]
