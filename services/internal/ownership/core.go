@@ -1,0 +1,986 @@
+package ownership
+
+import (
+	"maps"
+	"slices"
+	"strings"
+	"time"
+)
+
+// config is what a machine is started with.
+type config struct {
+	member string
+	shards int
+	timing Timing
+	newID  func() string // of sessions; never the same twice
+}
+
+// phase is what a shard is to this member.
+type phase uint8
+
+const (
+	away      phase = iota // not ours
+	claiming               // the claim is on its way
+	held                   // ours: the callback runs
+	draining               // the callback runs and was asked to hand over
+	ending                 // the callback's context is cancelled; it has not returned
+	releasing              // the release is on its way
+)
+
+func (p phase) tenure() bool { return p == held || p == draining }
+
+// slot is what is known of a shard.
+type slot struct {
+	revision uint64
+	claim    claim
+	free     bool
+	freeAt   instant // since when we know that it is free
+
+	phase     phase
+	token     uint64
+	write     uint64 // the claim or release in flight; 0: none
+	since     instant
+	drainAt   instant
+	to        string  // whom it is or should be handed over to
+	wanted    instant // since when
+	notBefore instant // when it may be claimed (again)
+	failures  int
+	declined  bool
+}
+
+// peer is a session as this member sees it, its own earlier ones included.
+type peer struct {
+	session
+	revision uint64
+	present  bool // in the newest reading, or seen since
+	dead     bool // for good
+	first    instant
+	changed  instant // when the newest revision was first seen
+	fencing  uint64  // the write in flight
+	retryAt  instant
+}
+
+// beat is a renewal that was sent.
+type beat struct {
+	n  uint64
+	at instant
+}
+
+// maxBeats bounds the renewals whose answers are remembered.
+const maxBeats = 16
+
+// own is this member's session.
+type own struct {
+	id       string
+	revision uint64
+	beat     uint64
+	sent     []beat
+	write    uint64
+	next     instant // when to renew
+	doubt    bool    // the revision may not be the newest
+	asked    instant // when doubt began
+	ending   bool    // the write in flight is the last
+}
+
+type loss struct {
+	count int
+	last  instant
+}
+
+// write is a key to be stored if its newest revision is still expect.
+type write struct {
+	id     uint64
+	kind   writeKind
+	key    string
+	value  []byte
+	expect uint64
+	ttl    time.Duration // 0: it stays
+}
+
+type writeKind uint8
+
+const (
+	writeSession writeKind = iota
+	writeFence
+	writeClaim
+	writeRelease
+)
+
+type outcome uint8
+
+const (
+	stored   outcome = iota
+	conflict         // certainly not stored
+	unknown          // perhaps stored, perhaps later
+)
+
+type tenure struct {
+	shard uint32
+	token uint64
+}
+
+// effects are what the shell is to do.
+type effects struct {
+	writes  []write
+	poll    bool
+	acquire []tenure
+	drain   []uint32
+	revoke  []uint32
+	// standby is set when standbyChanged: the shards that would be ours if
+	// their owner died.
+	standby        []uint32
+	standbyChanged bool
+	notes          []note
+}
+
+// note is for logs and metrics.
+type note struct {
+	kind   noteKind
+	shard  uint32
+	member string
+	took   time.Duration
+}
+
+type noteKind uint8
+
+const (
+	noteLapsed noteKind = iota // could not prove its session in time
+	noteLost                   // its session was ended by another
+	noteFenced                 // ended another's session
+	noteStuck                  // a callback does not return
+	noteDouble                 // somebody else lives under our name
+	noteFailed                 // a callback gave its shard up
+)
+
+// machine decides for one member. It is pure: time and what was seen come in,
+// effects go out. Every method is followed by step, which does what is due.
+type machine struct {
+	config
+	own      own
+	deadline instant // we may act until then
+	lapsed   bool    // told
+	proofs   int
+	lastAck  instant
+	flowing  instant // since when our renewals are stored without a pause
+
+	peers  map[string]*peer
+	losses map[string]loss
+	slots  []slot
+	writes map[uint64]pending
+	lastID uint64
+
+	started  instant
+	synced   bool    // the bucket was read once
+	readAt   instant // when the newest complete reading was asked for
+	reading  bool
+	nextRead instant
+	dirty    bool // the plan is to be made anew
+	planned  planInput
+	members  []string
+	target   []string
+	standby  []uint32
+	doubled  bool // told
+	leaving  bool
+	done     bool
+}
+
+// pending is a write in flight.
+type pending struct {
+	kind  writeKind
+	shard uint32
+	peer  string
+	own   string // the session that it was written for
+	to    string // whom a release names
+	beat  beat
+}
+
+func newMachine(now instant, c config) *machine {
+	m := &machine{
+		config: c, started: now, deadline: now, lapsed: true, lastAck: now, flowing: now, nextRead: now, dirty: true,
+		peers: map[string]*peer{}, losses: map[string]loss{}, writes: map[uint64]pending{}, slots: make([]slot, c.shards), target: make([]string, c.shards),
+	}
+	m.own = own{id: c.newID(), next: now}
+	return m
+}
+
+// proven says whether this member may act.
+func (m *machine) proven(now instant) bool { return now < m.deadline }
+
+// believes says whether this member may act on a shard.
+func (m *machine) believes(now instant, shard uint32) bool {
+	return m.proven(now) && m.slots[shard].phase.tenure()
+}
+
+func (m *machine) put(fx *effects, p pending, w write) uint64 {
+	m.lastID++
+	w.id, w.kind = m.lastID, p.kind
+	p.own = m.own.id
+	m.writes[w.id] = p
+	fx.writes = append(fx.writes, w)
+	return w.id
+}
+
+// step does what is due.
+func (m *machine) step(now instant, fx *effects) {
+	if m.done {
+		return
+	}
+	if !m.proven(now) && !m.lapsed {
+		m.lapsed = true
+		fx.notes = append(fx.notes, note{kind: noteLapsed, took: now - m.deadline})
+		m.revokeAll(now, fx)
+	}
+	m.keepSession(now, fx)
+	if !m.reading && now >= m.nextRead {
+		m.reading = true
+		m.nextRead = now + m.timing.Poll
+		fx.poll = true
+	}
+	if m.mayFence(now) {
+		m.fenceSilent(now, fx)
+		m.forget(now)
+	}
+	if m.dirty {
+		m.dirty = false
+		m.replan(now, fx)
+	}
+	m.act(now, fx)
+	m.finish(now, fx)
+}
+
+// next is when step is due again, if nothing happens before.
+func (m *machine) next(now instant) instant {
+	at := now + m.timing.Poll
+	if !m.reading {
+		at = min(at, m.nextRead)
+	}
+	if m.own.write == 0 {
+		at = min(at, m.renewAt())
+	}
+	if !m.lapsed {
+		at = min(at, m.deadline)
+	}
+	if m.mayFence(now) {
+		for _, p := range m.peers {
+			if !p.dead && p.fencing == 0 {
+				at = min(at, max(p.changed+m.timing.TTL, m.flowing+m.timing.TTL, p.retryAt))
+			}
+		}
+	}
+	for i := range m.slots {
+		if s := &m.slots[i]; s.phase == away && s.write == 0 && s.notBefore > now {
+			at = min(at, s.notBefore)
+		}
+	}
+	return max(at, now+time.Millisecond)
+}
+
+// keepSession creates, renews and at last ends the session.
+func (m *machine) keepSession(now instant, fx *effects) {
+	if m.own.write != 0 || now < m.renewAt() || m.leaving && m.unheard() {
+		return
+	}
+	m.own.beat++
+	s := session{Member: m.member, State: stateAlive, Beat: m.own.beat}
+	switch {
+	case m.leaving && m.empty():
+		s.State = stateEnded
+		m.own.ending = true
+	case m.leaving:
+		s.State = stateLeaving
+	}
+	for i := range m.slots {
+		if m.slots[i].declined {
+			s.Declines = append(s.Declines, uint32(i))
+		}
+	}
+	b := beat{n: m.own.beat, at: now}
+	m.own.sent = append(m.own.sent, b)
+	if len(m.own.sent) > maxBeats {
+		m.own.sent = m.own.sent[1:]
+	}
+	m.own.next = now + m.timing.Renew
+	m.own.write = m.put(fx, pending{kind: writeSession, beat: b}, write{
+		key: sessionKey(m.own.id), value: encode(s), expect: m.own.revision, ttl: m.timing.garbage(),
+	})
+}
+
+// renewAt is when the session is to be renewed. In doubt a reading of the
+// bucket should come first.
+func (m *machine) renewAt() instant {
+	if m.own.doubt {
+		return max(m.own.next, m.own.asked+m.timing.Renew)
+	}
+	return m.own.next
+}
+
+// unheard says whether nobody can know of this session.
+func (m *machine) unheard() bool { return m.own.revision == 0 && len(m.own.sent) == 0 }
+
+// prove extends the time that we may act: the session was renewed by what was
+// sent at a given time.
+func (m *machine) prove(now, sent instant) {
+	// After a pause of the store everybody's silence begins anew: the others'
+	// renewals come back no sooner than ours.
+	if m.proofs == 0 || now-m.lastAck > m.timing.TTL/2 {
+		m.flowing = now
+	}
+	m.proofs++
+	m.lastAck = now
+	m.deadline = max(m.deadline, sent+m.timing.belief())
+	if m.proven(now) {
+		m.lapsed = false
+	}
+}
+
+// lose gives the session up: everything that was held is over.
+func (m *machine) lose(now instant, fx *effects) {
+	id := m.own.id
+	m.deadline = min(m.deadline, now)
+	m.lapsed = true
+	m.revokeAll(now, fx)
+	p := m.peer(now, id)
+	p.dead = true
+	m.own = own{id: m.newID(), next: now}
+	m.dirty = true
+	if !m.leaving {
+		fx.notes = append(fx.notes, note{kind: noteLost})
+	}
+}
+
+func (m *machine) revokeAll(now instant, fx *effects) {
+	for i := range m.slots {
+		m.revoke(now, uint32(i), fx)
+	}
+}
+
+func (m *machine) revoke(now instant, shard uint32, fx *effects) {
+	if s := &m.slots[shard]; s.phase.tenure() {
+		s.phase = ending
+		s.drainAt = now
+		fx.revoke = append(fx.revoke, shard)
+	}
+}
+
+// wrote takes the outcome of a write.
+func (m *machine) wrote(now instant, id, revision uint64, result outcome, fx *effects) {
+	p, ok := m.writes[id]
+	if !ok {
+		return
+	}
+	delete(m.writes, id)
+	switch p.kind {
+	case writeSession:
+		m.renewed(now, p, revision, result, fx)
+	case writeFence:
+		m.fenced(now, p, revision, result, fx)
+	case writeClaim, writeRelease:
+		m.claimed(now, p, revision, result, fx)
+	}
+	if result == conflict {
+		m.nextRead = min(m.nextRead, now)
+	}
+}
+
+func (m *machine) renewed(now instant, p pending, revision uint64, result outcome, fx *effects) {
+	if p.own != m.own.id {
+		return
+	}
+	m.own.write = 0
+	switch result {
+	case stored:
+		if m.own.ending {
+			m.done = true
+			return
+		}
+		if revision > m.own.revision {
+			m.own.revision = revision
+		}
+		m.answered(p.beat.n)
+		m.prove(now, p.beat.at)
+	case conflict:
+		// An earlier renewal was stored whose answer was lost, or we were fenced.
+		m.own.doubt, m.own.asked = true, now
+		m.own.next = now
+		m.own.ending = false
+	case unknown:
+		m.own.next = min(m.own.next, max(now, p.beat.at+m.timing.retry()))
+		m.own.ending = false
+	}
+}
+
+// answered forgets the renewals up to one, and returns when that was sent.
+func (m *machine) answered(n uint64) (at instant, ok bool) {
+	for len(m.own.sent) > 0 && m.own.sent[0].n <= n {
+		at, ok = m.own.sent[0].at, m.own.sent[0].n == n
+		m.own.sent = m.own.sent[1:]
+	}
+	return at, ok
+}
+
+func (m *machine) fenced(now instant, p pending, revision uint64, result outcome, fx *effects) {
+	q := m.peers[p.peer]
+	if q == nil {
+		return
+	}
+	q.fencing = 0
+	switch result {
+	case stored:
+		q.revision, q.present = max(q.revision, revision), true
+		fx.notes = append(fx.notes, note{kind: noteFenced, member: q.Member, took: now - q.changed})
+		m.bury(now, q, stateFenced)
+	case conflict:
+		// It lives, or somebody else was faster: the reading that follows tells.
+		q.changed = now
+	case unknown:
+		q.retryAt = now + m.timing.retry()
+	}
+}
+
+func (m *machine) claimed(now instant, p pending, revision uint64, result outcome, fx *effects) {
+	s := &m.slots[p.shard]
+	s.write = 0
+	was := s.phase
+	if s.phase == claiming || s.phase == releasing {
+		s.phase = away
+	}
+	m.dirty = true
+	if result != stored {
+		if result == unknown {
+			s.notBefore = max(s.notBefore, now+m.timing.retry())
+			m.nextRead = min(m.nextRead, now)
+		}
+		return
+	}
+	if revision < s.revision {
+		return // somebody has written since, and we saw it before this answer
+	}
+	s.revision, s.free = revision, false
+	if p.kind == writeRelease {
+		s.claim = claim{Session: p.own, Member: m.member, Released: true, To: p.to}
+		return
+	}
+	s.claim = claim{Session: p.own, Member: m.member}
+	if was != claiming || p.own != m.own.id || !m.proven(now) || m.leaving {
+		return // act releases or claims it again
+	}
+	s.phase, s.token, s.since = held, revision, now
+	fx.acquire = append(fx.acquire, tenure{p.shard, revision})
+}
+
+// returned says that a shard's callback is over: with failed it had no reason
+// to be, with cut its context was cancelled.
+func (m *machine) returned(now instant, shard uint32, failed, cut bool, fx *effects) {
+	s := &m.slots[shard]
+	m.dirty = true
+	asked := s.phase != held
+	s.phase = away
+	if failed && !asked && !cut {
+		if now-s.since > maxCooldown {
+			s.failures = 0
+		}
+		s.notBefore = now + min(minCooldown<<min(s.failures, 10), maxCooldown)
+		s.failures++
+		s.declined = true
+		m.own.next = min(m.own.next, now)
+		fx.notes = append(fx.notes, note{kind: noteFailed, shard: shard})
+	} else if asked {
+		s.failures = 0
+	}
+}
+
+// leave begins the orderly end: everything is handed over, then done is set.
+func (m *machine) leave(now instant) {
+	if !m.leaving {
+		m.leaving, m.dirty = true, true
+		m.own.next = min(m.own.next, now)
+	}
+}
+
+// cut cancels all callbacks: an orderly end takes too long.
+func (m *machine) cut(now instant, fx *effects) { m.revokeAll(now, fx) }
+
+// empty says whether the session is named by nothing that somebody may act on.
+func (m *machine) empty() bool {
+	for i := range m.slots {
+		if m.slots[i].phase != away || m.slots[i].write != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// finish ends the session as soon as nothing is held.
+func (m *machine) finish(now instant, fx *effects) {
+	if !m.leaving || m.done || m.own.write != 0 || !m.empty() {
+		return
+	}
+	if m.unheard() {
+		m.done = true
+		return
+	}
+	m.own.next = min(m.own.next, max(now, m.lastTry()+m.timing.retry()))
+	m.keepSession(now, fx)
+}
+
+func (m *machine) lastTry() instant {
+	if n := len(m.own.sent); n > 0 {
+		return m.own.sent[n-1].at
+	}
+	return -m.timing.retry()
+}
+
+func (m *machine) peer(now instant, id string) *peer {
+	p := m.peers[id]
+	if p == nil {
+		p = &peer{first: now, changed: now}
+		m.peers[id] = p
+	}
+	return p
+}
+
+// saw takes an entry that the bucket has or had. Older ones than known change
+// nothing.
+func (m *machine) saw(now instant, e entry, fx *effects) {
+	if id, ok := strings.CutPrefix(e.key, sessionPrefix); ok {
+		if p := m.peers[id]; p != nil && e.revision <= p.revision {
+			p.present = true
+			return
+		}
+	}
+	id, rec, shard, c, err := parse(e, m.shards)
+	switch {
+	case err != nil:
+	case c != nil:
+		s := &m.slots[shard]
+		if e.revision <= s.revision {
+			return
+		}
+		s.revision, s.claim, s.free = e.revision, *c, false
+		m.dirty = true
+		if s.phase.tenure() && c.Session != m.own.id {
+			// Cannot be, as long as everybody keeps to the protocol.
+			m.revoke(now, shard, fx)
+		}
+		if c.Session != "" && c.Session != m.own.id && !c.Released && m.peers[c.Session] == nil {
+			m.peer(now, c.Session).Member = c.Member
+		}
+	case id == m.own.id:
+		if e.revision <= m.own.revision {
+			return
+		}
+		m.own.revision, m.own.doubt = e.revision, false
+		if rec.over() {
+			if m.leaving && rec.is(stateEnded) {
+				m.done = true
+				return
+			}
+			m.lose(now, fx)
+		} else if at, ok := m.answered(rec.Beat); ok {
+			m.prove(now, at)
+		}
+	default:
+		if m.peers[id] == nil && len(m.peers) >= maxSessions+m.shards {
+			return
+		}
+		p := m.peer(now, id)
+		p.present = true
+		if e.revision <= p.revision {
+			return
+		}
+		if p.State != rec.State || p.Member != rec.Member || !slices.Equal(p.Declines, rec.Declines) {
+			m.dirty = true
+		}
+		p.revision, p.changed = e.revision, now
+		if p.dead {
+			return
+		}
+		p.session = *rec
+		if rec.over() {
+			m.bury(now, p, rec.State)
+		}
+	}
+}
+
+// bury: a session is over for good.
+func (m *machine) bury(now instant, p *peer, state string) {
+	if p.dead {
+		return
+	}
+	p.dead, p.State = true, state
+	m.dirty = true
+	if state != stateFenced || p.Member == "" {
+		return
+	}
+	l := m.losses[p.Member]
+	if now-l.last > 2*maxSettle {
+		l.count = 0
+	}
+	m.losses[p.Member] = loss{count: l.count + 1, last: now}
+	if len(m.losses) > maxSessions {
+		maps.DeleteFunc(m.losses, func(_ string, l loss) bool { return now-l.last > maxSettle })
+	}
+	if len(m.losses) > maxSessions {
+		clear(m.losses)
+	}
+}
+
+// read takes a complete reading of the bucket that was asked for at a given
+// time; ok is false when it failed.
+func (m *machine) read(now, asked instant, all []entry, ok bool, fx *effects) {
+	m.reading = false
+	if !ok {
+		m.nextRead = max(m.nextRead, now+m.timing.retry())
+		return
+	}
+	for _, p := range m.peers {
+		p.present = false
+	}
+	id, here := m.own.id, false
+	for _, e := range all {
+		here = here || e.key == sessionKey(id)
+		m.saw(now, e, fx)
+	}
+	m.readAt = asked
+	m.synced = true
+	// Time passes for the plan too: members settle.
+	m.dirty = true
+	if id != m.own.id || !m.own.doubt || asked < m.own.asked {
+		return
+	}
+	m.own.doubt = false
+	if !here && m.own.revision > 0 && !m.proven(now) {
+		m.lose(now, fx) // the server has removed what was not renewed for long
+	}
+}
+
+// mayFence says whether others' silence means anything: only to who can speak
+// and hear.
+func (m *machine) mayFence(now instant) bool {
+	return m.proven(now) && m.synced && now-m.readAt <= max(3*m.timing.Poll, m.timing.TTL)
+}
+
+// fenceSilent ends the sessions that were not renewed for a TTL.
+func (m *machine) fenceSilent(now instant, fx *effects) {
+	var silent []string
+	for id, p := range m.peers {
+		if !p.dead && p.fencing == 0 && now >= p.retryAt && now-max(p.changed, m.flowing) >= m.timing.TTL {
+			silent = append(silent, id)
+		}
+	}
+	slices.Sort(silent)
+	for _, id := range silent {
+		p := m.peers[id]
+		w := write{key: sessionKey(id), expect: p.revision, ttl: m.timing.garbage(), value: encode(session{
+			Member: p.Member, State: stateFenced, Beat: p.Beat, By: m.member,
+		})}
+		if !p.present {
+			w.expect = 0
+		}
+		p.fencing = m.put(fx, pending{kind: writeFence, peer: id}, w)
+	}
+}
+
+// forget drops the sessions that nobody names any more.
+func (m *machine) forget(now instant) {
+	var named map[string]bool
+	for id, p := range m.peers {
+		if p.present || p.fencing != 0 || now-p.changed < m.timing.TTL {
+			continue
+		}
+		if named == nil {
+			named = map[string]bool{}
+			for i := range m.slots {
+				if c := &m.slots[i].claim; !c.Released {
+					named[c.Session] = true
+				}
+			}
+		}
+		if !named[id] {
+			delete(m.peers, id)
+		}
+	}
+}
+
+// dead says whether nobody can act under a session any more.
+func (m *machine) dead(id string) bool {
+	p := m.peers[id]
+	return p != nil && p.dead
+}
+
+// isFree says whether a shard may be claimed.
+func (m *machine) isFree(s *slot) bool {
+	c := &s.claim
+	return s.revision == 0 || c.Released || c.Session == "" || c.Session == m.own.id || m.dead(c.Session)
+}
+
+// young: a fleet that starts together has no history to protect.
+func (m *machine) young(now instant) bool { return now-m.started < m.timing.Settle }
+
+// settled says whether a peer was there for long enough to be given shards.
+func (m *machine) settled(now instant, p *peer) bool {
+	l := m.losses[p.Member]
+	if now-l.last > 2*maxSettle {
+		l.count = 0
+	}
+	return now-p.first >= min(m.timing.Settle<<min(l.count, 16), max(maxSettle, m.timing.Settle))
+}
+
+// replan says for every shard who is to own it, and for which we are next.
+func (m *machine) replan(now instant, fx *effects) {
+	holds := map[string]bool{}
+	for i := range m.slots {
+		if c := &m.slots[i].claim; m.slots[i].revision > 0 && !c.Released {
+			holds[c.Session] = true
+		}
+	}
+	// One session a name: the one that came last.
+	by := map[string]*peer{}
+	double := false
+	for _, id := range slices.Sorted(maps.Keys(m.peers)) {
+		p := m.peers[id]
+		if p.dead || p.revision == 0 {
+			continue
+		}
+		if p.Member == m.member {
+			double = double || now-p.first > 2*m.timing.TTL && now-p.changed < m.timing.TTL
+			continue
+		}
+		if !p.is(stateAlive) || !m.young(now) && !m.settled(now, p) && !holds[id] {
+			continue
+		}
+		if q := by[p.Member]; q == nil || p.first >= q.first {
+			by[p.Member] = p
+		}
+	}
+	if double && !m.doubled {
+		fx.notes = append(fx.notes, note{kind: noteDouble, member: m.member})
+	}
+	m.doubled = double
+	if !m.leaving {
+		by[m.member] = nil
+	}
+	m.members = slices.Sorted(maps.Keys(by))
+	in := planInput{members: m.members, owner: m.owners(), declines: m.declines(by)}
+	if in.equal(m.planned) {
+		return
+	}
+	m.planned = in
+	m.target = make([]string, m.shards)
+	var standby []uint32
+	if len(m.members) > 0 {
+		for s, t := range plan(in.owner, in.members, in.declined) {
+			if t != nobody {
+				m.target[s] = m.members[t]
+			}
+		}
+		standby = m.inherit(in)
+	}
+	if !slices.Equal(standby, m.standby) {
+		m.standby = standby
+		fx.standby, fx.standbyChanged = standby, true
+	}
+}
+
+// planInput is all that a plan depends on.
+type planInput struct {
+	members  []string
+	owner    []int
+	declines [][]uint32 // of every member, in order
+}
+
+func (in planInput) equal(other planInput) bool {
+	return slices.Equal(in.members, other.members) && slices.Equal(in.owner, other.owner) &&
+		slices.EqualFunc(in.declines, other.declines, slices.Equal[[]uint32])
+}
+
+func (in planInput) declined(member int, shard uint32) bool {
+	_, ok := slices.BinarySearch(in.declines[member], shard)
+	return ok
+}
+
+// owners maps every shard to the member that has it or is to take it. A member
+// that was started again counts as the one it was.
+func (m *machine) owners() []int {
+	owner := make([]int, m.shards)
+	for i := range m.slots {
+		c := &m.slots[i].claim
+		name := c.Member
+		switch s := &m.slots[i]; {
+		case s.phase == draining:
+			// It will go there, also when balance comes about otherwise.
+			name = s.to
+		case c.Released:
+			name = c.To
+		}
+		owner[i] = nobody
+		if n, ok := slices.BinarySearch(m.members, name); ok && m.slots[i].revision > 0 {
+			owner[i] = n
+		}
+	}
+	return owner
+}
+
+func (m *machine) declines(by map[string]*peer) [][]uint32 {
+	all := make([][]uint32, len(m.members))
+	for n, name := range m.members {
+		if p := by[name]; p != nil {
+			all[n] = p.Declines // in order: that is how they are written
+			continue
+		}
+		for i := range m.slots {
+			if m.slots[i].declined {
+				all[n] = append(all[n], uint32(i))
+			}
+		}
+	}
+	return all
+}
+
+// inherit are the shards that would be planned for us without their owner.
+func (m *machine) inherit(in planInput) []uint32 {
+	us, ok := slices.BinarySearch(m.members, m.member)
+	if !ok {
+		return nil
+	}
+	var all []uint32
+	for gone := range m.members {
+		if gone == us {
+			continue
+		}
+		others := slices.Delete(slices.Clone(m.members), gone, gone+1)
+		at := func(n int) int {
+			if n >= gone {
+				return n + 1
+			}
+			return n
+		}
+		left := make([]int, len(in.owner))
+		for s, o := range in.owner {
+			switch {
+			case o == gone || o == nobody:
+				left[s] = nobody
+			case o > gone:
+				left[s] = o - 1
+			default:
+				left[s] = o
+			}
+		}
+		for s, t := range plan(left, others, func(n int, shard uint32) bool { return in.declined(at(n), shard) }) {
+			if in.owner[s] == gone && t != nobody && at(t) == us {
+				all = append(all, uint32(s))
+			}
+		}
+	}
+	slices.Sort(all)
+	return all
+}
+
+// act claims what is ours to claim and hands over what is not ours to keep.
+func (m *machine) act(now instant, fx *effects) {
+	moving := 0
+	for i := range m.slots {
+		if m.slots[i].phase == draining {
+			moving++
+		}
+	}
+	for i := range m.slots {
+		s, shard := &m.slots[i], uint32(i)
+		mine := m.target[i] == m.member && !m.leaving
+		switch s.phase {
+		case held:
+			switch {
+			case m.leaving:
+				s.to = m.target[i]
+			case mine || m.target[i] == "":
+				s.to = ""
+				continue
+			case !m.mayMove(now, s, m.target[i]) || moving >= maxMoves:
+				continue
+			}
+			moving++
+			s.phase, s.drainAt = draining, now
+			m.dirty = true
+			fx.drain = append(fx.drain, shard)
+		case draining:
+			if now-s.drainAt > m.timing.Drain {
+				m.revoke(now, shard, fx)
+			}
+		case ending:
+			if now-s.drainAt > m.timing.Drain {
+				s.drainAt = now
+				fx.notes = append(fx.notes, note{kind: noteStuck, shard: shard})
+			}
+		case away:
+			m.seek(now, shard, mine, fx)
+		}
+	}
+}
+
+// mayMove says whether a shard may go for the sake of balance: not soon after
+// it came, and only to somebody who is there.
+func (m *machine) mayMove(now instant, s *slot, to string) bool {
+	if s.to != to {
+		s.to, s.wanted = to, now
+	}
+	// What others do at the same time is seen one by one: a plan that does not
+	// last is no plan.
+	if now-s.wanted < m.timing.Poll || now-s.since < m.timing.Dwell && !m.young(now) {
+		return false
+	}
+	for _, p := range m.peers {
+		if p.Member == to && !p.dead && p.is(stateAlive) && now-p.changed < m.timing.TTL/2 {
+			return true
+		}
+	}
+	return false
+}
+
+// seek claims a shard that we do not hold, or releases what is left of ours.
+func (m *machine) seek(now instant, shard uint32, mine bool, fx *effects) {
+	s := &m.slots[shard]
+	if s.write != 0 {
+		return
+	}
+	if s.declined && now >= s.notBefore {
+		s.declined, m.dirty = false, true
+	}
+	free := m.synced && m.isFree(s)
+	if free && !s.free {
+		s.freeAt = now
+	}
+	s.free = free
+	left := s.claim.Session == m.own.id && !s.claim.Released && s.revision > 0
+	if !m.proven(now) || !free || now < s.notBefore && !(left && !mine) {
+		return
+	}
+	if left && (m.leaving || !mine && m.target[shard] != "") {
+		m.release(shard, fx)
+		return
+	}
+	if m.leaving || s.declined || !mine && !m.mayStep(now, s, shard) {
+		return
+	}
+	s.phase = claiming
+	s.write = m.put(fx, pending{kind: writeClaim, shard: shard}, write{
+		key: shardKey(shard), value: encode(claim{Session: m.own.id, Member: m.member}), expect: s.revision,
+	})
+}
+
+// mayStep: whom the plan names has not come for the shard, so the next may.
+func (m *machine) mayStep(now instant, s *slot, shard uint32) bool {
+	us, ok := slices.BinarySearch(m.members, m.member)
+	return ok && now-s.freeAt > 2*m.timing.TTL+time.Duration(min(rank(us, m.members, shard), 4))*m.timing.TTL/2
+}
+
+func (m *machine) release(shard uint32, fx *effects) {
+	s := &m.slots[shard]
+	s.phase = releasing
+	to := m.target[shard]
+	if to == m.member {
+		to = ""
+	}
+	s.write = m.put(fx, pending{kind: writeRelease, to: to, shard: shard}, write{
+		key: shardKey(shard), value: encode(claim{Session: m.own.id, Member: m.member, Released: true, To: to}), expect: s.revision,
+	})
+}
