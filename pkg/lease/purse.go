@@ -66,36 +66,30 @@ type denial struct {
 // free → returned. They are taken away before they are added: the sum is never
 // more than was granted, and less only while somebody is between the two.
 type Purse struct {
-	free  atomic.Int64
-	until atomic.Int64 // of the lease, skew taken off
-	low   atomic.Int64
-	used  atomic.Int64
-	_     [32]byte // one line for all that an admission touches
+	free, low, used atomic.Int64
+	until           atomic.Int64 // of the lease, skew taken off
+	_               [32]byte     // one line for all that an admission touches
 
-	held    atomic.Int64
-	over    atomic.Int64
-	exposed atomic.Int64
-	denial  atomic.Pointer[denial]
+	held, over, exposed atomic.Int64
+	denial              atomic.Pointer[denial]
+	ended               atomic.Bool // the ledger says that the window is over, whatever our clock says
 
-	gateway                          Gateway
-	habits                           Habits
-	end                              Micros
-	granted, returned                int64
-	expiry                           Micros
-	seq, answered                    uint64
-	seen, epoch                      uint64
-	recalled                         uint64
-	verdict                          Verdict
-	tight                            bool // what comes free goes back
-	answer                           bool // a recall is to be answered, if only with nothing
-	closing, closed                  bool
-	need                             int64
-	needUntil                        Micros
-	sent                             Ask
-	sentAt, retryAt, hopeAt, renewAt Micros
-	pause                            Micros
-	usedThen                         int64 // when it was last granted
-	grantedAt                        Micros
+	gateway                             Gateway
+	habits                              Habits
+	end                                 Micros
+	granted, returned                   int64
+	expiry, needUntil, grantedAt, pause Micros
+	seq, answered                       uint64
+	seen, epoch                         uint64
+	recalled                            uint64
+	verdict                             Verdict
+	tight                               bool // what comes free goes back
+	answer                              bool // a recall is to be answered, if only with nothing
+	closing, closed                     bool
+	need                                int64
+	sent                                Ask
+	sentAt, retryAt, hopeAt, renewAt    Micros
+	usedThen                            int64 // when it was last granted
 }
 
 // NewPurse returns the purse of gateway g for an allowance whose window ends at
@@ -187,7 +181,9 @@ func (p *Purse) Outcome(n int64, now Micros) Outcome {
 }
 
 // ending: nobody can tell any more which window it is.
-func (p *Purse) ending(now Micros) bool { return p.end != 0 && now >= p.end-p.habits.Skew }
+func (p *Purse) ending(now Micros) bool {
+	return p.ended.Load() || p.end != 0 && now >= p.end-p.habits.Skew
+}
 
 // Need notes that a call waits for n units, until a time.
 func (p *Purse) Need(n int64, until Micros) {
@@ -255,8 +251,10 @@ func (p *Purse) Receive(a Answer, now Micros) {
 	case DeniedFinal:
 		p.need = 0
 		p.denial.Store(&denial{a.Room, now + 8*p.habits.Recheck, false})
-	case Open, Waiting, Ended:
+	case Open, Waiting:
 		p.denial.Store(nil)
+	case Ended:
+		p.ended.Store(true)
 	}
 }
 

@@ -364,6 +364,11 @@ func TestUseStopsBeforeTheLeaseEndsAndABlockEndsInAQuestion(t *testing.T) {
 	if o := out(2*second - 10*ms); o != Over {
 		t.Errorf("when nobody can tell the window: %d", o)
 	}
+	// The ledger's word on it is better than our clock's.
+	p.Receive(Answer{Gateway: anna, Epoch: 2, Revision: 7, Seq: 1, Granted: 3, Expiry: second, Verdict: Ended}, second)
+	if o := out(second); o != Over {
+		t.Errorf("after the ledger has said so: %d", o)
+	}
 }
 
 func TestAnOlderAnswerChangesNoVerdict(t *testing.T) {
