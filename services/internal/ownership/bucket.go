@@ -13,6 +13,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/services/internal/ownership/fleet"
 )
 
 // DefaultBucket is the KV bucket that a fleet meets in.
@@ -74,36 +75,36 @@ func (b *bucket) open(ctx context.Context) error {
 var errUnfit = errors.New("the stream was made otherwise")
 
 // put stores a key if it is what it is believed to be.
-func (b *bucket) put(ctx context.Context, w write) (revision uint64, result outcome, err error) {
-	m := &nats.Msg{Subject: b.prefix() + w.key, Data: w.value, Header: nats.Header{}}
-	ledger.ExpectLast(m, w.expect)
-	if w.ttl > 0 {
-		m.Header.Set(jetstream.MsgTTLHeader, w.ttl.String())
+func (b *bucket) put(ctx context.Context, w fleet.Write) (revision uint64, result fleet.Outcome, err error) {
+	m := &nats.Msg{Subject: b.prefix() + w.Key, Data: w.Value, Header: nats.Header{}}
+	ledger.ExpectLast(m, w.Expect)
+	if w.TTL > 0 {
+		m.Header.Set(jetstream.MsgTTLHeader, w.TTL.String())
 	}
 	ack, err := b.js.PublishMsg(ctx, m, jetstream.WithRetryAttempts(0))
 	if err == nil {
-		return ack.Sequence, stored, nil
+		return ack.Sequence, fleet.Stored, nil
 	}
 	var api *jetstream.APIError
 	if errors.As(err, &api) && (api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence || api.ErrorCode == errCodeWriteUnderWay) {
-		return 0, conflict, nil
+		return 0, fleet.Conflict, nil
 	}
-	return 0, unknown, fmt.Errorf("store %s: %w", w.key, err)
+	return 0, fleet.Unknown, fmt.Errorf("store %s: %w", w.Key, err)
 }
 
 // read returns all keys as some replica has them, which may be behind.
-func (b *bucket) read(ctx context.Context) ([]entry, error) {
+func (b *bucket) read(ctx context.Context) ([]fleet.Entry, error) {
 	// A request answers with 1,024 keys at most. Claims first: whose session
 	// is named is then read after it.
-	claims, err := b.last(ctx, shardPrefix+">")
+	claims, err := b.last(ctx, fleet.ShardPrefix+">")
 	if err != nil {
 		return nil, err
 	}
-	sessions, err := b.last(ctx, sessionPrefix+">")
+	sessions, err := b.last(ctx, fleet.SessionPrefix+">")
 	return append(claims, sessions...), err
 }
 
-func (b *bucket) last(ctx context.Context, filter string) ([]entry, error) {
+func (b *bucket) last(ctx context.Context, filter string) ([]fleet.Entry, error) {
 	inbox := b.nc.NewInbox()
 	sub, err := b.nc.SubscribeSync(inbox)
 	if err != nil {
@@ -117,7 +118,7 @@ func (b *bucket) last(ctx context.Context, filter string) ([]entry, error) {
 	if err := b.nc.PublishRequest(b.api()+directGetAPI+b.stream(), inbox, request); err != nil {
 		return nil, fmt.Errorf("read %s: %w", filter, err)
 	}
-	var all []entry
+	var all []fleet.Entry
 	for {
 		m, err := sub.NextMsgWithContext(ctx)
 		if err != nil {
@@ -152,8 +153,8 @@ func (b *bucket) api() string {
 }
 
 // entry reads a message of a reading or of the feed.
-func (b *bucket) entry(m *nats.Msg) (entry, bool) {
+func (b *bucket) entry(m *nats.Msg) (fleet.Entry, bool) {
 	key, ok := strings.CutPrefix(m.Header.Get(jetstream.SubjectHeader), b.prefix())
 	revision, err := strconv.ParseUint(m.Header.Get(jetstream.SequenceHeader), 10, 64)
-	return entry{key: key, revision: revision, value: m.Data}, ok && err == nil
+	return fleet.Entry{Key: key, Revision: revision, Value: m.Data}, ok && err == nil
 }

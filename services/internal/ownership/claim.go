@@ -6,6 +6,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/tollkeeper/tollkeeper/services/internal/ownership/fleet"
 )
 
 // ErrLost is the cause of a claim's context that ended before its callback did,
@@ -51,7 +53,7 @@ func (c *Claim) Drain() <-chan struct{} { return c.drain }
 // proof is until when a member may act. It cancels the claims' contexts at that
 // moment by itself: whoever extends it may be the one that hangs.
 type proof struct {
-	clock func() instant
+	clock func() time.Duration
 	until atomic.Int64
 
 	mu     sync.Mutex
@@ -59,14 +61,14 @@ type proof struct {
 	timer  *time.Timer
 }
 
-func newProof(clock func() instant) *proof {
+func newProof(clock func() time.Duration) *proof {
 	p := &proof{clock: clock, claims: map[uint32]*Claim{}}
 	p.until.Store(int64(clock()))
 	p.timer = time.AfterFunc(time.Hour, p.expire)
 	return p
 }
 
-func (p *proof) set(until instant) {
+func (p *proof) set(until time.Duration) {
 	if p.until.Swap(int64(until)) == int64(until) {
 		return
 	}
@@ -90,12 +92,12 @@ func (p *proof) expire() {
 func (p *proof) stop() { p.timer.Stop() }
 
 // claim begins a claim.
-func (p *proof) claim(ctx context.Context, t tenure) *Claim {
-	c := &Claim{Shard: t.shard, Token: t.token, proof: p, drain: make(chan struct{})}
+func (p *proof) claim(ctx context.Context, t fleet.Tenure) *Claim {
+	c := &Claim{Shard: t.Shard, Token: t.Token, proof: p, drain: make(chan struct{})}
 	c.ctx, c.cancel = context.WithCancelCause(ctx)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.claims[t.shard] = c
+	p.claims[t.Shard] = c
 	if time.Duration(p.until.Load()) <= p.clock() {
 		c.cancel(ErrLost)
 	}

@@ -1,6 +1,7 @@
 // Package ownership says which of several aggregators owns which shard: one at
 // a time, another within two seconds of its death, and as few moves as balance
-// allows. The members of the fleet meet in a KV bucket; there is no leader.
+// allows. The members of the fleet meet in a KV bucket; there is no leader. Package
+// fleet below decides; this one carries out.
 //
 // # Keys
 //

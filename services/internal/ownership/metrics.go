@@ -68,5 +68,3 @@ func (m *metrics) unregister(r prometheus.Registerer) {
 		r.Unregister(c)
 	}
 }
-
-func (o outcome) String() string { return [...]string{"stored", "conflict", "unknown"}[o] }

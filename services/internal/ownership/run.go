@@ -13,6 +13,7 @@ import (
 	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/services/internal/ownership/fleet"
 )
 
 // DefaultStopTimeout bounds the hand-over of a clean stop.
@@ -32,7 +33,7 @@ type Options struct {
 	Member string
 	// Shards are numbered from 0; the same number at all members.
 	Shards uint32
-	Timing Timing
+	Timing fleet.Timing
 
 	// OnAcquire owns a shard from its call to its return, in a goroutine of
 	// its own; for one shard there is one at a time. It ends
@@ -77,7 +78,7 @@ const (
 // nothing and waits. It returns an error only for options that cannot work or a
 // bucket that was made otherwise.
 func Run(ctx context.Context, o Options) error {
-	o.Timing = o.Timing.withDefaults()
+	o.Timing = o.Timing.WithDefaults()
 	if o.Bucket == "" {
 		o.Bucket = DefaultBucket
 	}
@@ -122,11 +123,11 @@ func (o *Options) check() error {
 	case o.Shards == 0 || o.Shards > ledger.MaxShards:
 		return fmt.Errorf("%d shards: give 1 to %d", o.Shards, ledger.MaxShards)
 	}
-	return o.Timing.check()
+	return o.Timing.Check()
 }
 
 // input changes the machine.
-type input func(now instant, fx *effects)
+type input func(now time.Duration, fx *fleet.Effects)
 
 // runner carries out what the machine decides. One goroutine runs the machine;
 // all that may wait is done beside it.
@@ -169,8 +170,8 @@ func (r *runner) run(ctx context.Context) {
 	defer close(r.over)
 	r.proof = newProof(steady)
 	defer r.proof.stop()
-	m := newMachine(steady(), config{
-		member: r.o.Member, shards: int(r.o.Shards), timing: r.o.Timing, newID: func() string { return ksuid.New().String() },
+	m := fleet.New(steady(), fleet.Config{
+		Member: r.o.Member, Shards: int(r.o.Shards), Timing: r.o.Timing, NewID: func() string { return ksuid.New().String() },
 	})
 	wake := time.NewTimer(0)
 	defer wake.Stop()
@@ -183,7 +184,7 @@ func (r *runner) run(ctx context.Context) {
 		case in = <-r.inputs:
 		case msg := <-r.feed:
 			if e, ok := r.bucket.entry(msg); ok {
-				in = func(now instant, fx *effects) { m.saw(now, e, fx) }
+				in = func(now time.Duration, fx *fleet.Effects) { m.Saw(now, e, fx) }
 			}
 		case <-wake.C:
 		case <-done:
@@ -191,62 +192,62 @@ func (r *runner) run(ctx context.Context) {
 			limit := time.NewTimer(r.o.StopTimeout)
 			defer limit.Stop()
 			stop = limit.C
-			in = func(now instant, _ *effects) { m.leave(now) }
+			in = func(now time.Duration, _ *fleet.Effects) { m.Leave(now) }
 		case <-stop:
 			stop, late = nil, true
 			r.o.Logger.Warn().Int("shards", r.running).Msg("the hand-over takes too long: what is left is given up")
-			in = m.cut
+			in = m.Cut
 		}
 		if r.o.hang != nil {
 			r.o.hang()
 		}
-		var fx effects
+		var fx fleet.Effects
 		now := steady()
 		if in != nil {
 			in(now, &fx)
 		}
-		m.step(now, &fx)
-		r.proof.set(m.deadline)
+		m.Step(now, &fx)
+		r.proof.set(m.Until())
 		r.carryOut(io, m, &fx)
 		// A session that cannot be ended orderly ends by its TTL.
-		if m.done || m.leaving && r.running == 0 && (late || !r.o.NC.IsConnected()) {
+		if m.Done() || m.Leaving() && r.running == 0 && (late || !r.o.NC.IsConnected()) {
 			return
 		}
-		wake.Reset(max(m.next(now)-steady(), 0))
+		wake.Reset(max(m.Next(now)-steady(), 0))
 	}
 }
 
-func (r *runner) carryOut(io context.Context, m *machine, fx *effects) {
-	for _, shard := range fx.revoke {
+func (r *runner) carryOut(io context.Context, m *fleet.Machine, fx *fleet.Effects) {
+	for _, shard := range fx.Revoke {
 		if c := r.proof.get(shard); c != nil {
 			c.cancel(ErrLost)
 		}
 	}
-	for _, shard := range fx.drain {
+	for _, shard := range fx.Drain {
 		if c := r.proof.get(shard); c != nil {
 			close(c.drain)
 			r.o.Logger.Info().Uint32("shard", shard).Uint64("token", c.Token).Msg("hands the shard over")
 		}
 	}
-	for _, t := range fx.acquire {
+	for _, t := range fx.Acquire {
 		r.acquire(io, m, t)
 	}
-	if fx.poll {
+	if fx.Poll {
 		go r.read(io, m)
 	}
-	for _, w := range fx.writes {
+	for _, w := range fx.Writes {
 		go r.write(io, m, w)
 	}
-	if fx.standbyChanged {
-		r.metrics.standby.Set(float64(len(fx.standby)))
+	if fx.StandbyChanged {
+		r.metrics.standby.Set(float64(len(fx.Standby)))
 		if r.o.OnStandby != nil {
-			r.o.OnStandby(append([]uint32(nil), fx.standby...))
+			r.o.OnStandby(append([]uint32(nil), fx.Standby...))
 		}
 	}
-	for _, n := range fx.notes {
+	for _, n := range fx.Notes {
 		r.tell(n)
 	}
-	r.metrics.members.Set(float64(len(m.members)))
+	r.metrics.members.Set(float64(m.Members()))
 	r.metrics.held.Set(float64(r.running))
 }
 
@@ -258,32 +259,32 @@ func (r *runner) give(in input) {
 	}
 }
 
-func (r *runner) acquire(io context.Context, m *machine, t tenure) {
+func (r *runner) acquire(io context.Context, m *fleet.Machine, t fleet.Tenure) {
 	c := r.proof.claim(io, t)
 	r.running++
 	r.metrics.acquired.Inc()
-	r.o.Logger.Info().Uint32("shard", t.shard).Uint64("token", t.token).Msg("owns the shard")
+	r.o.Logger.Info().Uint32("shard", t.Shard).Uint64("token", t.Token).Msg("owns the shard")
 	go func() {
 		err := r.o.OnAcquire(c.ctx, c)
 		cut := c.ctx.Err() != nil
-		r.give(func(now instant, fx *effects) {
-			r.proof.remove(t.shard)
+		r.give(func(now time.Duration, fx *fleet.Effects) {
+			r.proof.remove(t.Shard)
 			r.running--
 			r.metrics.released.Inc()
 			if err != nil && !cut {
-				r.o.Logger.Error().Err(err).Uint32("shard", t.shard).Msg("the shard was given up")
+				r.o.Logger.Error().Err(err).Uint32("shard", t.Shard).Msg("the shard was given up")
 			}
-			m.returned(now, t.shard, true, cut, fx)
+			m.Returned(now, t.Shard, true, cut, fx)
 		})
 	}()
 }
 
-func (r *runner) write(io context.Context, m *machine, w write) {
-	if w.kind != writeSession {
+func (r *runner) write(io context.Context, m *fleet.Machine, w fleet.Write) {
+	if w.Kind != fleet.WriteSession {
 		r.writes <- struct{}{}
 		defer func() { <-r.writes }()
 	}
-	ctx, cancel := context.WithTimeout(io, r.o.Timing.request())
+	ctx, cancel := context.WithTimeout(io, r.o.Timing.Request())
 	defer cancel()
 	start := steady()
 	revision, result, err := r.bucket.put(ctx, w)
@@ -291,13 +292,13 @@ func (r *runner) write(io context.Context, m *machine, w write) {
 	r.metrics.writes.WithLabelValues(result.String()).Inc()
 	if err != nil {
 		r.o.Logger.Debug().Err(err).Msg("it is not clear whether a key was stored")
-	} else if w.kind == writeSession {
+	} else if w.Kind == fleet.WriteSession {
 		r.metrics.renewal.Observe(took.Seconds())
 	}
-	r.give(func(now instant, fx *effects) { m.wrote(now, w.id, revision, result, fx) })
+	r.give(func(now time.Duration, fx *fleet.Effects) { m.Wrote(now, w.ID, revision, result, fx) })
 }
 
-func (r *runner) read(io context.Context, m *machine) {
+func (r *runner) read(io context.Context, m *fleet.Machine) {
 	ctx, cancel := context.WithTimeout(io, readTimeout)
 	defer cancel()
 	asked := steady()
@@ -310,26 +311,26 @@ func (r *runner) read(io context.Context, m *machine) {
 			r.o.Logger.Debug().Err(open).Msg("the ownership bucket cannot be opened")
 		}
 	}
-	r.give(func(now instant, fx *effects) { m.read(now, asked, all, err == nil, fx) })
+	r.give(func(now time.Duration, fx *fleet.Effects) { m.Read(now, asked, all, err == nil, fx) })
 }
 
-func (r *runner) tell(n note) {
+func (r *runner) tell(n fleet.Note) {
 	log := r.o.Logger.With().Str("member", r.o.Member).Logger()
-	switch n.kind {
-	case noteLapsed:
+	switch n.Kind {
+	case fleet.NoteLapsed:
 		r.metrics.lapses.Inc()
-		log.Warn().Dur("late_ms", n.took).Msg("the session could not be renewed in time: nothing is owned until it is")
-	case noteLost:
+		log.Warn().Dur("late_ms", n.Took).Msg("the session could not be renewed in time: nothing is owned until it is")
+	case fleet.NoteLost:
 		r.metrics.lost.Inc()
 		log.Warn().Msg("another member has ended our session: what was owned is not ours any more")
-	case noteFenced:
+	case fleet.NoteFenced:
 		r.metrics.fenced.Inc()
-		log.Warn().Str("gone", n.member).Dur("silent_ms", n.took).Msg("a member was not heard of: its shards are free")
-	case noteStuck:
-		log.Error().Uint32("shard", n.shard).Msg("a shard's callback does not return though its context is cancelled: nobody can own the shard before this process ends")
-	case noteDouble:
+		log.Warn().Str("gone", n.Member).Dur("silent_ms", n.Took).Msg("a member was not heard of: its shards are free")
+	case fleet.NoteStuck:
+		log.Error().Uint32("shard", n.Shard).Msg("a shard's callback does not return though its context is cancelled: nobody can own the shard before this process ends")
+	case fleet.NoteDouble:
 		log.Error().Msg("another live member has our name: give each its own, else shards are not shared evenly")
-	case noteFailed:
+	case fleet.NoteFailed:
 		r.metrics.failed.Inc()
 	}
 }

@@ -20,10 +20,11 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
+	"github.com/tollkeeper/tollkeeper/services/internal/ownership/fleet"
 )
 
 // quick is for tests that wait for balance.
-var quick = Timing{Settle: 200 * time.Millisecond, Dwell: 500 * time.Millisecond}
+var quick = fleet.Timing{Settle: 200 * time.Millisecond, Dwell: 500 * time.Millisecond}
 
 // register is where the callbacks of a fleet say what they do. It refuses
 // nothing: it tells when two act on a shard.

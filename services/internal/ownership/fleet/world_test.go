@@ -1,4 +1,4 @@
-package ownership
+package fleet
 
 import (
 	"container/heap"
@@ -46,7 +46,7 @@ type world struct {
 }
 
 type kept struct {
-	entry
+	Entry
 	at      time.Duration
 	removed bool // by its TTL
 }
@@ -60,7 +60,7 @@ type acquisition struct {
 type simulated struct {
 	w       *world
 	name    string
-	m       *machine
+	m       *Machine
 	rate    float64
 	offset  time.Duration
 	dead    bool
@@ -95,7 +95,7 @@ func (e *events) Pop() any {
 
 func newWorld(t *testing.T, seed uint64, shards int, timing Timing) *world {
 	w := &world{
-		t: t, seed: seed, rng: rand.New(rand.NewPCG(seed, 1)), shards: shards, timing: timing.withDefaults(),
+		t: t, seed: seed, rng: rand.New(rand.NewPCG(seed, 1)), shards: shards, timing: timing.WithDefaults(),
 		latency: 3 * time.Millisecond, drainMax: 20 * time.Millisecond, skew: 0.08,
 		store: map[string]kept{}, tokens: make([]uint64, shards), longest: make([]time.Duration, shards),
 	}
@@ -204,22 +204,22 @@ func (w *world) start(name string) *simulated {
 		w: w, name: name, runs: map[uint32]int{}, waiting: map[uint64]bool{},
 		rate: 1 + w.skew*(2*w.rng.Float64()-1), offset: time.Duration(w.rng.Int64N(int64(time.Hour))) - w.now,
 	}
-	x.m = newMachine(x.clock(), config{member: name, shards: w.shards, timing: w.timing, newID: func() string {
+	x.m = New(x.clock(), Config{Member: name, Shards: w.shards, Timing: w.timing, NewID: func() string {
 		w.ids++
 		return fmt.Sprintf("%s-%d", name, w.ids)
 	}})
 	w.members = slices.DeleteFunc(w.members, func(y *simulated) bool { return y.name == name && y.dead })
 	w.members = append(w.members, x)
-	x.input(func(instant, *effects) {})
+	x.input(func(Instant, *Effects) {})
 	return x
 }
 
-func (x *simulated) clock() instant { return x.offset + time.Duration(float64(x.w.now)*x.rate) }
+func (x *simulated) clock() Instant { return x.offset + time.Duration(float64(x.w.now)*x.rate) }
 
 func (x *simulated) kill() { x.dead = true }
 
 // input hands something to the machine; a paused member takes it when it wakes.
-func (x *simulated) input(f func(now instant, fx *effects)) {
+func (x *simulated) input(f func(now Instant, fx *Effects)) {
 	if x.dead {
 		return
 	}
@@ -229,10 +229,10 @@ func (x *simulated) input(f func(now instant, fx *effects)) {
 		return
 	}
 	x.w.touched = x
-	var fx effects
+	var fx Effects
 	now := x.clock()
 	f(now, &fx)
-	x.m.step(now, &fx)
+	x.m.Step(now, &fx)
 	x.do(&fx)
 	if x.m.done {
 		x.dead = true
@@ -240,51 +240,51 @@ func (x *simulated) input(f func(now instant, fx *effects)) {
 	}
 	x.wake++
 	wake := x.wake
-	x.w.after(max(time.Duration(float64(x.m.next(now)-now)/x.rate), time.Microsecond), func() {
+	x.w.after(max(time.Duration(float64(x.m.Next(now)-now)/x.rate), time.Microsecond), func() {
 		if wake == x.wake {
-			x.input(func(instant, *effects) {})
+			x.input(func(Instant, *Effects) {})
 		}
 	})
 }
 
-func (x *simulated) do(fx *effects) {
+func (x *simulated) do(fx *Effects) {
 	w := x.w
-	for _, n := range fx.notes {
-		switch n.kind {
-		case noteFenced:
+	for _, n := range fx.Notes {
+		switch n.Kind {
+		case NoteFenced:
 			w.fences++
-		case noteLapsed:
+		case NoteLapsed:
 			w.lapses++
 		}
 	}
-	for _, tn := range fx.acquire {
-		if tn.token <= w.tokens[tn.shard] {
-			w.fatalf("%s owns shard %d with token %d after %d", x.name, tn.shard, tn.token, w.tokens[tn.shard])
+	for _, tn := range fx.Acquire {
+		if tn.Token <= w.tokens[tn.Shard] {
+			w.fatalf("%s owns shard %d with token %d after %d", x.name, tn.Shard, tn.Token, w.tokens[tn.Shard])
 		}
-		w.tokens[tn.shard] = tn.token
-		w.acquired = append(w.acquired, acquisition{w.now, tn.shard, x.name})
-		if x.runs[tn.shard] != 0 {
-			w.fatalf("%s runs shard %d twice", x.name, tn.shard)
+		w.tokens[tn.Shard] = tn.Token
+		w.acquired = append(w.acquired, acquisition{w.now, tn.Shard, x.name})
+		if x.runs[tn.Shard] != 0 {
+			w.fatalf("%s runs shard %d twice", x.name, tn.Shard)
 		}
 		x.lastRun++
-		x.runs[tn.shard] = x.lastRun
+		x.runs[tn.Shard] = x.lastRun
 		if w.chance(w.failures) {
-			x.end(tn.shard, w.upTo(time.Second), true, false)
+			x.end(tn.Shard, w.upTo(time.Second), true, false)
 		}
 	}
-	for _, s := range fx.drain {
+	for _, s := range fx.Drain {
 		x.end(s, w.upTo(w.drainMax), false, false)
 	}
-	for _, s := range fx.revoke {
+	for _, s := range fx.Revoke {
 		x.end(s, w.upTo(20*time.Millisecond), false, true)
 	}
-	if fx.standbyChanged {
-		x.standby = fx.standby
+	if fx.StandbyChanged {
+		x.standby = fx.Standby
 	}
-	for _, wr := range fx.writes {
+	for _, wr := range fx.Writes {
 		x.send(wr)
 	}
-	if fx.poll {
+	if fx.Poll {
 		x.poll()
 	}
 }
@@ -293,10 +293,10 @@ func (x *simulated) do(fx *effects) {
 func (x *simulated) end(s uint32, d time.Duration, failed, cut bool) {
 	run := x.runs[s]
 	x.w.after(d, func() {
-		x.input(func(now instant, fx *effects) {
+		x.input(func(now Instant, fx *Effects) {
 			if run != 0 && x.runs[s] == run {
 				x.runs[s] = 0
-				x.m.returned(now, s, failed, cut, fx)
+				x.m.Returned(now, s, failed, cut, fx)
 			}
 		})
 	})
@@ -314,18 +314,18 @@ func (x *simulated) trip() (time.Duration, bool) {
 	return w.upTo(w.latency), true
 }
 
-func (x *simulated) send(wr write) {
+func (x *simulated) send(wr Write) {
 	w := x.w
-	x.waiting[wr.id] = true
-	answer := func(revision uint64, result outcome) {
-		x.input(func(now instant, fx *effects) {
-			if x.waiting[wr.id] {
-				delete(x.waiting, wr.id)
-				x.m.wrote(now, wr.id, revision, result, fx)
+	x.waiting[wr.ID] = true
+	answer := func(revision uint64, result Outcome) {
+		x.input(func(now Instant, fx *Effects) {
+			if x.waiting[wr.ID] {
+				delete(x.waiting, wr.ID)
+				x.m.Wrote(now, wr.ID, revision, result, fx)
 			}
 		})
 	}
-	w.after(w.timing.request(), func() { answer(0, unknown) })
+	w.after(w.timing.Request(), func() { answer(0, Unknown) })
 	d, ok := x.trip()
 	if !ok {
 		return
@@ -342,10 +342,10 @@ func (x *simulated) send(wr write) {
 			return
 		}
 		revision, ok := w.put(wr)
-		result := stored
+		result := Stored
 		if !ok {
 			w.conflicts++
-			result = conflict
+			result = Conflict
 		}
 		if d, ok := x.trip(); ok {
 			w.after(d, func() { answer(revision, result) })
@@ -353,32 +353,32 @@ func (x *simulated) send(wr write) {
 	})
 }
 
-func (w *world) put(wr write) (uint64, bool) {
-	old := w.store[wr.key]
+func (w *world) put(wr Write) (uint64, bool) {
+	old := w.store[wr.Key]
 	if old.removed {
-		old.revision = 0
+		old.Revision = 0
 	}
-	if old.revision != wr.expect {
+	if old.Revision != wr.Expect {
 		return 0, false
 	}
 	w.sequence++
-	k := kept{entry: entry{wr.key, w.sequence, wr.value}, at: w.now}
-	w.store[wr.key] = k
+	k := kept{Entry: Entry{wr.Key, w.sequence, wr.Value}, at: w.now}
+	w.store[wr.Key] = k
 	w.log = append(w.log, k)
 	for _, x := range w.members {
 		if d, ok := x.trip(); ok {
 			w.after(d, func() {
 				if x.cut <= w.now {
-					x.input(func(now instant, fx *effects) { x.m.saw(now, k.entry, fx) })
+					x.input(func(now Instant, fx *Effects) { x.m.Saw(now, k.Entry, fx) })
 				}
 			})
 		}
 	}
-	if wr.ttl > 0 {
-		w.after(wr.ttl, func() {
-			if w.store[wr.key].revision == k.revision {
+	if wr.TTL > 0 {
+		w.after(wr.TTL, func() {
+			if w.store[wr.Key].Revision == k.Revision {
 				k.removed, k.at = true, w.now
-				w.store[wr.key] = k
+				w.store[wr.Key] = k
 				w.log = append(w.log, k)
 			}
 		})
@@ -390,11 +390,11 @@ func (x *simulated) poll() {
 	w := x.w
 	asked := x.clock()
 	open := true
-	answer := func(all []entry, ok bool) {
-		x.input(func(now instant, fx *effects) {
+	answer := func(all []Entry, ok bool) {
+		x.input(func(now Instant, fx *Effects) {
 			if open {
 				open = false
-				x.m.read(now, asked, all, ok, fx)
+				x.m.Read(now, asked, all, ok, fx)
 			}
 		})
 	}
@@ -415,7 +415,7 @@ func (x *simulated) poll() {
 }
 
 // state is what a replica answers.
-func (w *world) state() []entry {
+func (w *world) state() []Entry {
 	at := w.now
 	if w.chance(w.stale) {
 		at -= w.upTo(2 * time.Second)
@@ -428,15 +428,15 @@ func (w *world) state() []entry {
 			if k.at > at {
 				break
 			}
-			newest[k.key] = k
+			newest[k.Key] = k
 		}
 	}
-	var all []entry
+	var all []Entry
 	for _, k := range newest {
 		if !k.removed {
-			all = append(all, k.entry)
+			all = append(all, k.Entry)
 		}
 	}
-	slices.SortFunc(all, func(a, b entry) int { return int(a.revision) - int(b.revision) })
+	slices.SortFunc(all, func(a, b Entry) int { return int(a.Revision) - int(b.Revision) })
 	return all
 }

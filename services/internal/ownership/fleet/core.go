@@ -1,4 +1,7 @@
-package ownership
+// Package fleet is the state machine of one member of a fleet that shares
+// shards: time and what was seen come in, writes and what to begin or end go out.
+// No goroutine, clock or I/O. Package ownership describes the protocol.
+package fleet
 
 import (
 	"maps"
@@ -7,12 +10,12 @@ import (
 	"time"
 )
 
-// config is what a machine is started with.
-type config struct {
-	member string
-	shards int
-	timing Timing
-	newID  func() string // of sessions; never the same twice
+// Config is what a machine is started with.
+type Config struct {
+	Member string
+	Shards int
+	Timing Timing        // complete and checked
+	NewID  func() string // of sessions; never the same twice
 }
 
 // phase is what a shard is to this member.
@@ -34,16 +37,16 @@ type slot struct {
 	revision uint64
 	claim    claim
 	free     bool
-	freeAt   instant // since when we know that it is free
+	freeAt   Instant // since when we know that it is free
 
 	phase     phase
 	token     uint64
 	write     uint64 // the claim or release in flight; 0: none
-	since     instant
-	drainAt   instant
+	since     Instant
+	drainAt   Instant
 	to        string  // whom it is or should be handed over to
-	wanted    instant // since when
-	notBefore instant // when it may be claimed (again)
+	wanted    Instant // since when
+	notBefore Instant // when it may be claimed (again)
 	failures  int
 	declined  bool
 }
@@ -54,16 +57,16 @@ type peer struct {
 	revision uint64
 	present  bool // in the newest reading, or seen since
 	dead     bool // for good
-	first    instant
-	changed  instant // when the newest revision was first seen
+	first    Instant
+	changed  Instant // when the newest revision was first seen
 	fencing  uint64  // the write in flight
-	retryAt  instant
+	retryAt  Instant
 }
 
 // beat is a renewal that was sent.
 type beat struct {
 	n  uint64
-	at instant
+	at Instant
 }
 
 // maxBeats bounds the renewals whose answers are remembered.
@@ -76,92 +79,100 @@ type own struct {
 	beat     uint64
 	sent     []beat
 	write    uint64
-	next     instant // when to renew
+	next     Instant // when to renew
 	doubt    bool    // the revision may not be the newest
-	asked    instant // when doubt began
+	asked    Instant // when doubt began
 	ending   bool    // the write in flight is the last
 }
 
 type loss struct {
 	count int
-	last  instant
+	last  Instant
 }
 
-// write is a key to be stored if its newest revision is still expect.
-type write struct {
-	id     uint64
-	kind   writeKind
-	key    string
-	value  []byte
-	expect uint64
-	ttl    time.Duration // 0: it stays
+// Write is a key to be stored if its newest revision is still expect.
+type Write struct {
+	ID     uint64
+	Kind   WriteKind
+	Key    string
+	Value  []byte
+	Expect uint64
+	TTL    time.Duration // 0: it stays
 }
 
-type writeKind uint8
+// WriteKind is what a write is for.
+type WriteKind uint8
 
+// Kinds of writes. A session's must not wait for others.
 const (
-	writeSession writeKind = iota
-	writeFence
-	writeClaim
-	writeRelease
+	WriteSession WriteKind = iota // creates, renews or ends the member's own
+	WriteFence                    // ends another's
+	WriteClaim
+	WriteRelease
 )
 
-type outcome uint8
+// Outcome is what became of a write.
+type Outcome uint8
 
+// Outcomes of a write.
 const (
-	stored   outcome = iota
-	conflict         // certainly not stored
-	unknown          // perhaps stored, perhaps later
+	Stored   Outcome = iota
+	Conflict         // certainly not stored
+	Unknown          // perhaps stored, perhaps later
 )
 
-type tenure struct {
-	shard uint32
-	token uint64
+// Tenure is a shard that this member owns from now on, with its fencing token.
+type Tenure struct {
+	Shard uint32
+	Token uint64
 }
 
-// effects are what the shell is to do.
-type effects struct {
-	writes  []write
-	poll    bool
-	acquire []tenure
-	drain   []uint32
-	revoke  []uint32
-	// standby is set when standbyChanged: the shards that would be ours if
+// Effects are what the shell is to do, revoking first.
+type Effects struct {
+	Writes  []Write  // each is answered with Wrote
+	Poll    bool     // read the bucket, to be answered with Read
+	Acquire []Tenure // begin to own; the end is told with Returned
+	Drain   []uint32 // ask the owners of these shards to hand over
+	Revoke  []uint32 // these are not owned any more
+	// Standby is set when StandbyChanged: the shards that would be ours if
 	// their owner died.
-	standby        []uint32
-	standbyChanged bool
-	notes          []note
+	Standby        []uint32
+	StandbyChanged bool
+	Notes          []Note
 }
 
-// note is for logs and metrics.
-type note struct {
-	kind   noteKind
-	shard  uint32
-	member string
-	took   time.Duration
+// Note is for logs and metrics.
+type Note struct {
+	Kind   NoteKind
+	Shard  uint32
+	Member string
+	Took   time.Duration
 }
 
-type noteKind uint8
+// NoteKind is what a note tells.
+type NoteKind uint8
 
+// Kinds of notes.
 const (
-	noteLapsed noteKind = iota // could not prove its session in time
-	noteLost                   // its session was ended by another
-	noteFenced                 // ended another's session
-	noteStuck                  // a callback does not return
-	noteDouble                 // somebody else lives under our name
-	noteFailed                 // a callback gave its shard up
+	NoteLapsed NoteKind = iota // could not prove its session in time
+	NoteLost                   // its session was ended by another
+	NoteFenced                 // ended another's session
+	NoteStuck                  // a callback does not return
+	NoteDouble                 // somebody else lives under our name
+	NoteFailed                 // a callback gave its shard up
 )
 
-// machine decides for one member. It is pure: time and what was seen come in,
-// effects go out. Every method is followed by step, which does what is due.
-type machine struct {
-	config
-	own      own
-	deadline instant // we may act until then
-	lapsed   bool    // told
-	proofs   int
-	lastAck  instant
-	flowing  instant // since when our renewals are stored without a pause
+// Machine decides for one member. It is pure: time and what was seen come in,
+// effects go out. Every method that takes effects must be followed by Step, which
+// does what is due. Not safe for concurrent use.
+type Machine struct {
+	Config
+	own     own
+	until   Instant // we may act until then
+	lapsed  bool    // told
+	proofs  int
+	lastAck Instant
+	flowing Instant // since when our renewals are stored without a pause
 
 	peers  map[string]*peer
 	losses map[string]loss
@@ -169,11 +180,11 @@ type machine struct {
 	writes map[uint64]pending
 	lastID uint64
 
-	started  instant
+	started  Instant
 	synced   bool    // the bucket was read once
-	readAt   instant // when the newest complete reading was asked for
+	readAt   Instant // when the newest complete reading was asked for
 	reading  bool
-	nextRead instant
+	nextRead Instant
 	dirty    bool // the plan is to be made anew
 	planned  planInput
 	members  []string
@@ -186,7 +197,7 @@ type machine struct {
 
 // pending is a write in flight.
 type pending struct {
-	kind  writeKind
+	kind  WriteKind
 	shard uint32
 	peer  string
 	own   string // the session that it was written for
@@ -194,47 +205,60 @@ type pending struct {
 	beat  beat
 }
 
-func newMachine(now instant, c config) *machine {
-	m := &machine{
-		config: c, started: now, deadline: now, lapsed: true, lastAck: now, flowing: now, nextRead: now, dirty: true,
-		peers: map[string]*peer{}, losses: map[string]loss{}, writes: map[uint64]pending{}, slots: make([]slot, c.shards), target: make([]string, c.shards),
+// New is a member that begins now.
+func New(now Instant, c Config) *Machine {
+	m := &Machine{
+		Config: c, started: now, until: now, lapsed: true, lastAck: now, flowing: now, nextRead: now, dirty: true,
+		peers: map[string]*peer{}, losses: map[string]loss{}, writes: map[uint64]pending{}, slots: make([]slot, c.Shards), target: make([]string, c.Shards),
 	}
-	m.own = own{id: c.newID(), next: now}
+	m.own = own{id: c.NewID(), next: now}
 	return m
 }
 
 // proven says whether this member may act.
-func (m *machine) proven(now instant) bool { return now < m.deadline }
+func (m *Machine) proven(now Instant) bool { return now < m.until }
 
 // believes says whether this member may act on a shard.
-func (m *machine) believes(now instant, shard uint32) bool {
+func (m *Machine) believes(now Instant, shard uint32) bool {
 	return m.proven(now) && m.slots[shard].phase.tenure()
 }
 
-func (m *machine) put(fx *effects, p pending, w write) uint64 {
+func (m *Machine) put(fx *Effects, p pending, w Write) uint64 {
 	m.lastID++
-	w.id, w.kind = m.lastID, p.kind
+	w.ID, w.Kind = m.lastID, p.kind
 	p.own = m.own.id
-	m.writes[w.id] = p
-	fx.writes = append(fx.writes, w)
-	return w.id
+	m.writes[w.ID] = p
+	fx.Writes = append(fx.Writes, w)
+	return w.ID
 }
 
-// step does what is due.
-func (m *machine) step(now instant, fx *effects) {
+// Until is when this member may act no more, if nothing is renewed before.
+func (m *Machine) Until() Instant { return m.until }
+
+// Members is how many the shards are shared among, as this member sees it.
+func (m *Machine) Members() int { return len(m.members) }
+
+// Leaving says whether the orderly end has begun.
+func (m *Machine) Leaving() bool { return m.leaving }
+
+// Done says whether it is over: the session has ended.
+func (m *Machine) Done() bool { return m.done }
+
+// Step does what is due.
+func (m *Machine) Step(now Instant, fx *Effects) {
 	if m.done {
 		return
 	}
 	if !m.proven(now) && !m.lapsed {
 		m.lapsed = true
-		fx.notes = append(fx.notes, note{kind: noteLapsed, took: now - m.deadline})
+		fx.Notes = append(fx.Notes, Note{Kind: NoteLapsed, Took: now - m.until})
 		m.revokeAll(now, fx)
 	}
 	m.keepSession(now, fx)
 	if !m.reading && now >= m.nextRead {
 		m.reading = true
-		m.nextRead = now + m.timing.Poll
-		fx.poll = true
+		m.nextRead = now + m.Timing.Poll
+		fx.Poll = true
 	}
 	if m.mayFence(now) {
 		m.fenceSilent(now, fx)
@@ -248,9 +272,9 @@ func (m *machine) step(now instant, fx *effects) {
 	m.finish(now, fx)
 }
 
-// next is when step is due again, if nothing happens before.
-func (m *machine) next(now instant) instant {
-	at := now + m.timing.Poll
+// Next is when step is due again, if nothing happens before.
+func (m *Machine) Next(now Instant) Instant {
+	at := now + m.Timing.Poll
 	if !m.reading {
 		at = min(at, m.nextRead)
 	}
@@ -258,12 +282,12 @@ func (m *machine) next(now instant) instant {
 		at = min(at, m.renewAt())
 	}
 	if !m.lapsed {
-		at = min(at, m.deadline)
+		at = min(at, m.until)
 	}
 	if m.mayFence(now) {
 		for _, p := range m.peers {
 			if !p.dead && p.fencing == 0 {
-				at = min(at, max(p.changed+m.timing.TTL, m.flowing+m.timing.TTL, p.retryAt))
+				at = min(at, max(p.changed+m.Timing.TTL, m.flowing+m.Timing.TTL, p.retryAt))
 			}
 		}
 	}
@@ -276,12 +300,12 @@ func (m *machine) next(now instant) instant {
 }
 
 // keepSession creates, renews and at last ends the session.
-func (m *machine) keepSession(now instant, fx *effects) {
+func (m *Machine) keepSession(now Instant, fx *Effects) {
 	if m.own.write != 0 || now < m.renewAt() || m.leaving && m.unheard() {
 		return
 	}
 	m.own.beat++
-	s := session{Member: m.member, State: stateAlive, Beat: m.own.beat}
+	s := session{Member: m.Member, State: stateAlive, Beat: m.own.beat}
 	switch {
 	case m.leaving && m.empty():
 		s.State = stateEnded
@@ -299,96 +323,96 @@ func (m *machine) keepSession(now instant, fx *effects) {
 	if len(m.own.sent) > maxBeats {
 		m.own.sent = m.own.sent[1:]
 	}
-	m.own.next = now + m.timing.Renew
-	m.own.write = m.put(fx, pending{kind: writeSession, beat: b}, write{
-		key: sessionKey(m.own.id), value: encode(s), expect: m.own.revision, ttl: m.timing.garbage(),
+	m.own.next = now + m.Timing.Renew
+	m.own.write = m.put(fx, pending{kind: WriteSession, beat: b}, Write{
+		Key: sessionKey(m.own.id), Value: encode(s), Expect: m.own.revision, TTL: m.Timing.garbage(),
 	})
 }
 
 // renewAt is when the session is to be renewed. In doubt a reading of the
 // bucket should come first.
-func (m *machine) renewAt() instant {
+func (m *Machine) renewAt() Instant {
 	if m.own.doubt {
-		return max(m.own.next, m.own.asked+m.timing.Renew)
+		return max(m.own.next, m.own.asked+m.Timing.Renew)
 	}
 	return m.own.next
 }
 
 // unheard says whether nobody can know of this session.
-func (m *machine) unheard() bool { return m.own.revision == 0 && len(m.own.sent) == 0 }
+func (m *Machine) unheard() bool { return m.own.revision == 0 && len(m.own.sent) == 0 }
 
 // prove extends the time that we may act: the session was renewed by what was
 // sent at a given time.
-func (m *machine) prove(now, sent instant) {
+func (m *Machine) prove(now, sent Instant) {
 	// After a pause of the store everybody's silence begins anew: the others'
 	// renewals come back no sooner than ours.
-	if m.proofs == 0 || now-m.lastAck > m.timing.TTL/2 {
+	if m.proofs == 0 || now-m.lastAck > m.Timing.TTL/2 {
 		m.flowing = now
 	}
 	m.proofs++
 	m.lastAck = now
-	m.deadline = max(m.deadline, sent+m.timing.belief())
+	m.until = max(m.until, sent+m.Timing.belief())
 	if m.proven(now) {
 		m.lapsed = false
 	}
 }
 
 // lose gives the session up: everything that was held is over.
-func (m *machine) lose(now instant, fx *effects) {
+func (m *Machine) lose(now Instant, fx *Effects) {
 	id := m.own.id
-	m.deadline = min(m.deadline, now)
+	m.until = min(m.until, now)
 	m.lapsed = true
 	m.revokeAll(now, fx)
 	p := m.peer(now, id)
 	p.dead = true
-	m.own = own{id: m.newID(), next: now}
+	m.own = own{id: m.NewID(), next: now}
 	m.dirty = true
 	if !m.leaving {
-		fx.notes = append(fx.notes, note{kind: noteLost})
+		fx.Notes = append(fx.Notes, Note{Kind: NoteLost})
 	}
 }
 
-func (m *machine) revokeAll(now instant, fx *effects) {
+func (m *Machine) revokeAll(now Instant, fx *Effects) {
 	for i := range m.slots {
 		m.revoke(now, uint32(i), fx)
 	}
 }
 
-func (m *machine) revoke(now instant, shard uint32, fx *effects) {
+func (m *Machine) revoke(now Instant, shard uint32, fx *Effects) {
 	if s := &m.slots[shard]; s.phase.tenure() {
 		s.phase = ending
 		s.drainAt = now
-		fx.revoke = append(fx.revoke, shard)
+		fx.Revoke = append(fx.Revoke, shard)
 	}
 }
 
-// wrote takes the outcome of a write.
-func (m *machine) wrote(now instant, id, revision uint64, result outcome, fx *effects) {
+// Wrote takes the outcome of a write.
+func (m *Machine) Wrote(now Instant, id, revision uint64, result Outcome, fx *Effects) {
 	p, ok := m.writes[id]
 	if !ok {
 		return
 	}
 	delete(m.writes, id)
 	switch p.kind {
-	case writeSession:
+	case WriteSession:
 		m.renewed(now, p, revision, result, fx)
-	case writeFence:
+	case WriteFence:
 		m.fenced(now, p, revision, result, fx)
-	case writeClaim, writeRelease:
+	case WriteClaim, WriteRelease:
 		m.claimed(now, p, revision, result, fx)
 	}
-	if result == conflict {
+	if result == Conflict {
 		m.nextRead = min(m.nextRead, now)
 	}
 }
 
-func (m *machine) renewed(now instant, p pending, revision uint64, result outcome, fx *effects) {
+func (m *Machine) renewed(now Instant, p pending, revision uint64, result Outcome, fx *Effects) {
 	if p.own != m.own.id {
 		return
 	}
 	m.own.write = 0
 	switch result {
-	case stored:
+	case Stored:
 		if m.own.ending {
 			m.done = true
 			return
@@ -398,19 +422,19 @@ func (m *machine) renewed(now instant, p pending, revision uint64, result outcom
 		}
 		m.answered(p.beat.n)
 		m.prove(now, p.beat.at)
-	case conflict:
+	case Conflict:
 		// An earlier renewal was stored whose answer was lost, or we were fenced.
 		m.own.doubt, m.own.asked = true, now
 		m.own.next = now
 		m.own.ending = false
-	case unknown:
-		m.own.next = min(m.own.next, max(now, p.beat.at+m.timing.retry()))
+	case Unknown:
+		m.own.next = min(m.own.next, max(now, p.beat.at+m.Timing.retry()))
 		m.own.ending = false
 	}
 }
 
 // answered forgets the renewals up to one, and returns when that was sent.
-func (m *machine) answered(n uint64) (at instant, ok bool) {
+func (m *Machine) answered(n uint64) (at Instant, ok bool) {
 	for len(m.own.sent) > 0 && m.own.sent[0].n <= n {
 		at, ok = m.own.sent[0].at, m.own.sent[0].n == n
 		m.own.sent = m.own.sent[1:]
@@ -418,26 +442,26 @@ func (m *machine) answered(n uint64) (at instant, ok bool) {
 	return at, ok
 }
 
-func (m *machine) fenced(now instant, p pending, revision uint64, result outcome, fx *effects) {
+func (m *Machine) fenced(now Instant, p pending, revision uint64, result Outcome, fx *Effects) {
 	q := m.peers[p.peer]
 	if q == nil {
 		return
 	}
 	q.fencing = 0
 	switch result {
-	case stored:
+	case Stored:
 		q.revision, q.present = max(q.revision, revision), true
-		fx.notes = append(fx.notes, note{kind: noteFenced, member: q.Member, took: now - q.changed})
+		fx.Notes = append(fx.Notes, Note{Kind: NoteFenced, Member: q.Member, Took: now - q.changed})
 		m.bury(now, q, stateFenced)
-	case conflict:
+	case Conflict:
 		// It lives, or somebody else was faster: the reading that follows tells.
 		q.changed = now
-	case unknown:
-		q.retryAt = now + m.timing.retry()
+	case Unknown:
+		q.retryAt = now + m.Timing.retry()
 	}
 }
 
-func (m *machine) claimed(now instant, p pending, revision uint64, result outcome, fx *effects) {
+func (m *Machine) claimed(now Instant, p pending, revision uint64, result Outcome, fx *Effects) {
 	s := &m.slots[p.shard]
 	s.write = 0
 	was := s.phase
@@ -445,9 +469,9 @@ func (m *machine) claimed(now instant, p pending, revision uint64, result outcom
 		s.phase = away
 	}
 	m.dirty = true
-	if result != stored {
-		if result == unknown {
-			s.notBefore = max(s.notBefore, now+m.timing.retry())
+	if result != Stored {
+		if result == Unknown {
+			s.notBefore = max(s.notBefore, now+m.Timing.retry())
 			m.nextRead = min(m.nextRead, now)
 		}
 		return
@@ -456,21 +480,21 @@ func (m *machine) claimed(now instant, p pending, revision uint64, result outcom
 		return // somebody has written since, and we saw it before this answer
 	}
 	s.revision, s.free = revision, false
-	if p.kind == writeRelease {
-		s.claim = claim{Session: p.own, Member: m.member, Released: true, To: p.to}
+	if p.kind == WriteRelease {
+		s.claim = claim{Session: p.own, Member: m.Member, Released: true, To: p.to}
 		return
 	}
-	s.claim = claim{Session: p.own, Member: m.member}
+	s.claim = claim{Session: p.own, Member: m.Member}
 	if was != claiming || p.own != m.own.id || !m.proven(now) || m.leaving {
 		return // act releases or claims it again
 	}
 	s.phase, s.token, s.since = held, revision, now
-	fx.acquire = append(fx.acquire, tenure{p.shard, revision})
+	fx.Acquire = append(fx.Acquire, Tenure{p.shard, revision})
 }
 
-// returned says that a shard's callback is over: with failed it had no reason
+// Returned says that a shard's callback is over: with failed it had no reason
 // to be, with cut its context was cancelled.
-func (m *machine) returned(now instant, shard uint32, failed, cut bool, fx *effects) {
+func (m *Machine) Returned(now Instant, shard uint32, failed, cut bool, fx *Effects) {
 	s := &m.slots[shard]
 	m.dirty = true
 	asked := s.phase != held
@@ -483,25 +507,25 @@ func (m *machine) returned(now instant, shard uint32, failed, cut bool, fx *effe
 		s.failures++
 		s.declined = true
 		m.own.next = min(m.own.next, now)
-		fx.notes = append(fx.notes, note{kind: noteFailed, shard: shard})
+		fx.Notes = append(fx.Notes, Note{Kind: NoteFailed, Shard: shard})
 	} else if asked {
 		s.failures = 0
 	}
 }
 
-// leave begins the orderly end: everything is handed over, then done is set.
-func (m *machine) leave(now instant) {
+// Leave begins the orderly end: everything is handed over, then done is set.
+func (m *Machine) Leave(now Instant) {
 	if !m.leaving {
 		m.leaving, m.dirty = true, true
 		m.own.next = min(m.own.next, now)
 	}
 }
 
-// cut cancels all callbacks: an orderly end takes too long.
-func (m *machine) cut(now instant, fx *effects) { m.revokeAll(now, fx) }
+// Cut cancels all callbacks: an orderly end takes too long.
+func (m *Machine) Cut(now Instant, fx *Effects) { m.revokeAll(now, fx) }
 
 // empty says whether the session is named by nothing that somebody may act on.
-func (m *machine) empty() bool {
+func (m *Machine) empty() bool {
 	for i := range m.slots {
 		if m.slots[i].phase != away || m.slots[i].write != 0 {
 			return false
@@ -511,7 +535,7 @@ func (m *machine) empty() bool {
 }
 
 // finish ends the session as soon as nothing is held.
-func (m *machine) finish(now instant, fx *effects) {
+func (m *Machine) finish(now Instant, fx *Effects) {
 	if !m.leaving || m.done || m.own.write != 0 || !m.empty() {
 		return
 	}
@@ -519,18 +543,18 @@ func (m *machine) finish(now instant, fx *effects) {
 		m.done = true
 		return
 	}
-	m.own.next = min(m.own.next, max(now, m.lastTry()+m.timing.retry()))
+	m.own.next = min(m.own.next, max(now, m.lastTry()+m.Timing.retry()))
 	m.keepSession(now, fx)
 }
 
-func (m *machine) lastTry() instant {
+func (m *Machine) lastTry() Instant {
 	if n := len(m.own.sent); n > 0 {
 		return m.own.sent[n-1].at
 	}
-	return -m.timing.retry()
+	return -m.Timing.retry()
 }
 
-func (m *machine) peer(now instant, id string) *peer {
+func (m *Machine) peer(now Instant, id string) *peer {
 	p := m.peers[id]
 	if p == nil {
 		p = &peer{first: now, changed: now}
@@ -539,24 +563,24 @@ func (m *machine) peer(now instant, id string) *peer {
 	return p
 }
 
-// saw takes an entry that the bucket has or had. Older ones than known change
+// Saw takes an entry that the bucket has or had. Older ones than known change
 // nothing.
-func (m *machine) saw(now instant, e entry, fx *effects) {
-	if id, ok := strings.CutPrefix(e.key, sessionPrefix); ok {
-		if p := m.peers[id]; p != nil && e.revision <= p.revision {
+func (m *Machine) Saw(now Instant, e Entry, fx *Effects) {
+	if id, ok := strings.CutPrefix(e.Key, SessionPrefix); ok {
+		if p := m.peers[id]; p != nil && e.Revision <= p.revision {
 			p.present = true
 			return
 		}
 	}
-	id, rec, shard, c, err := parse(e, m.shards)
+	id, rec, shard, c, err := parse(e, m.Shards)
 	switch {
 	case err != nil:
 	case c != nil:
 		s := &m.slots[shard]
-		if e.revision <= s.revision {
+		if e.Revision <= s.revision {
 			return
 		}
-		s.revision, s.claim, s.free = e.revision, *c, false
+		s.revision, s.claim, s.free = e.Revision, *c, false
 		m.dirty = true
 		if s.phase.tenure() && c.Session != m.own.id {
 			// Cannot be, as long as everybody keeps to the protocol.
@@ -566,10 +590,10 @@ func (m *machine) saw(now instant, e entry, fx *effects) {
 			m.peer(now, c.Session).Member = c.Member
 		}
 	case id == m.own.id:
-		if e.revision <= m.own.revision {
+		if e.Revision <= m.own.revision {
 			return
 		}
-		m.own.revision, m.own.doubt = e.revision, false
+		m.own.revision, m.own.doubt = e.Revision, false
 		if rec.over() {
 			if m.leaving && rec.is(stateEnded) {
 				m.done = true
@@ -580,18 +604,18 @@ func (m *machine) saw(now instant, e entry, fx *effects) {
 			m.prove(now, at)
 		}
 	default:
-		if m.peers[id] == nil && len(m.peers) >= maxSessions+m.shards {
+		if m.peers[id] == nil && len(m.peers) >= maxSessions+m.Shards {
 			return
 		}
 		p := m.peer(now, id)
 		p.present = true
-		if e.revision <= p.revision {
+		if e.Revision <= p.revision {
 			return
 		}
 		if p.State != rec.State || p.Member != rec.Member || !slices.Equal(p.Declines, rec.Declines) {
 			m.dirty = true
 		}
-		p.revision, p.changed = e.revision, now
+		p.revision, p.changed = e.Revision, now
 		if p.dead {
 			return
 		}
@@ -603,7 +627,7 @@ func (m *machine) saw(now instant, e entry, fx *effects) {
 }
 
 // bury: a session is over for good.
-func (m *machine) bury(now instant, p *peer, state string) {
+func (m *Machine) bury(now Instant, p *peer, state string) {
 	if p.dead {
 		return
 	}
@@ -625,12 +649,12 @@ func (m *machine) bury(now instant, p *peer, state string) {
 	}
 }
 
-// read takes a complete reading of the bucket that was asked for at a given
+// Read takes a complete reading of the bucket that was asked for at a given
 // time; ok is false when it failed.
-func (m *machine) read(now, asked instant, all []entry, ok bool, fx *effects) {
+func (m *Machine) Read(now, asked Instant, all []Entry, ok bool, fx *Effects) {
 	m.reading = false
 	if !ok {
-		m.nextRead = max(m.nextRead, now+m.timing.retry())
+		m.nextRead = max(m.nextRead, now+m.Timing.retry())
 		return
 	}
 	for _, p := range m.peers {
@@ -638,8 +662,8 @@ func (m *machine) read(now, asked instant, all []entry, ok bool, fx *effects) {
 	}
 	id, here := m.own.id, false
 	for _, e := range all {
-		here = here || e.key == sessionKey(id)
-		m.saw(now, e, fx)
+		here = here || e.Key == sessionKey(id)
+		m.Saw(now, e, fx)
 	}
 	m.readAt = asked
 	m.synced = true
@@ -656,36 +680,36 @@ func (m *machine) read(now, asked instant, all []entry, ok bool, fx *effects) {
 
 // mayFence says whether others' silence means anything: only to who can speak
 // and hear.
-func (m *machine) mayFence(now instant) bool {
-	return m.proven(now) && m.synced && now-m.readAt <= max(3*m.timing.Poll, m.timing.TTL)
+func (m *Machine) mayFence(now Instant) bool {
+	return m.proven(now) && m.synced && now-m.readAt <= max(3*m.Timing.Poll, m.Timing.TTL)
 }
 
 // fenceSilent ends the sessions that were not renewed for a TTL.
-func (m *machine) fenceSilent(now instant, fx *effects) {
+func (m *Machine) fenceSilent(now Instant, fx *Effects) {
 	var silent []string
 	for id, p := range m.peers {
-		if !p.dead && p.fencing == 0 && now >= p.retryAt && now-max(p.changed, m.flowing) >= m.timing.TTL {
+		if !p.dead && p.fencing == 0 && now >= p.retryAt && now-max(p.changed, m.flowing) >= m.Timing.TTL {
 			silent = append(silent, id)
 		}
 	}
 	slices.Sort(silent)
 	for _, id := range silent {
 		p := m.peers[id]
-		w := write{key: sessionKey(id), expect: p.revision, ttl: m.timing.garbage(), value: encode(session{
-			Member: p.Member, State: stateFenced, Beat: p.Beat, By: m.member,
+		w := Write{Key: sessionKey(id), Expect: p.revision, TTL: m.Timing.garbage(), Value: encode(session{
+			Member: p.Member, State: stateFenced, Beat: p.Beat, By: m.Member,
 		})}
 		if !p.present {
-			w.expect = 0
+			w.Expect = 0
 		}
-		p.fencing = m.put(fx, pending{kind: writeFence, peer: id}, w)
+		p.fencing = m.put(fx, pending{kind: WriteFence, peer: id}, w)
 	}
 }
 
 // forget drops the sessions that nobody names any more.
-func (m *machine) forget(now instant) {
+func (m *Machine) forget(now Instant) {
 	var named map[string]bool
 	for id, p := range m.peers {
-		if p.present || p.fencing != 0 || now-p.changed < m.timing.TTL {
+		if p.present || p.fencing != 0 || now-p.changed < m.Timing.TTL {
 			continue
 		}
 		if named == nil {
@@ -703,31 +727,31 @@ func (m *machine) forget(now instant) {
 }
 
 // dead says whether nobody can act under a session any more.
-func (m *machine) dead(id string) bool {
+func (m *Machine) dead(id string) bool {
 	p := m.peers[id]
 	return p != nil && p.dead
 }
 
 // isFree says whether a shard may be claimed.
-func (m *machine) isFree(s *slot) bool {
+func (m *Machine) isFree(s *slot) bool {
 	c := &s.claim
 	return s.revision == 0 || c.Released || c.Session == "" || c.Session == m.own.id || m.dead(c.Session)
 }
 
 // young: a fleet that starts together has no history to protect.
-func (m *machine) young(now instant) bool { return now-m.started < m.timing.Settle }
+func (m *Machine) young(now Instant) bool { return now-m.started < m.Timing.Settle }
 
 // settled says whether a peer was there for long enough to be given shards.
-func (m *machine) settled(now instant, p *peer) bool {
+func (m *Machine) settled(now Instant, p *peer) bool {
 	l := m.losses[p.Member]
 	if now-l.last > 2*maxSettle {
 		l.count = 0
 	}
-	return now-p.first >= min(m.timing.Settle<<min(l.count, 16), max(maxSettle, m.timing.Settle))
+	return now-p.first >= min(m.Timing.Settle<<min(l.count, 16), max(maxSettle, m.Timing.Settle))
 }
 
 // replan says for every shard who is to own it, and for which we are next.
-func (m *machine) replan(now instant, fx *effects) {
+func (m *Machine) replan(now Instant, fx *Effects) {
 	holds := map[string]bool{}
 	for i := range m.slots {
 		if c := &m.slots[i].claim; m.slots[i].revision > 0 && !c.Released {
@@ -742,8 +766,8 @@ func (m *machine) replan(now instant, fx *effects) {
 		if p.dead || p.revision == 0 {
 			continue
 		}
-		if p.Member == m.member {
-			double = double || now-p.first > 2*m.timing.TTL && now-p.changed < m.timing.TTL
+		if p.Member == m.Member {
+			double = double || now-p.first > 2*m.Timing.TTL && now-p.changed < m.Timing.TTL
 			continue
 		}
 		if !p.is(stateAlive) || !m.young(now) && !m.settled(now, p) && !holds[id] {
@@ -754,11 +778,11 @@ func (m *machine) replan(now instant, fx *effects) {
 		}
 	}
 	if double && !m.doubled {
-		fx.notes = append(fx.notes, note{kind: noteDouble, member: m.member})
+		fx.Notes = append(fx.Notes, Note{Kind: NoteDouble, Member: m.Member})
 	}
 	m.doubled = double
 	if !m.leaving {
-		by[m.member] = nil
+		by[m.Member] = nil
 	}
 	m.members = slices.Sorted(maps.Keys(by))
 	in := planInput{members: m.members, owner: m.owners(), declines: m.declines(by)}
@@ -766,7 +790,7 @@ func (m *machine) replan(now instant, fx *effects) {
 		return
 	}
 	m.planned = in
-	m.target = make([]string, m.shards)
+	m.target = make([]string, m.Shards)
 	var standby []uint32
 	if len(m.members) > 0 {
 		for s, t := range plan(in.owner, in.members, in.declined) {
@@ -778,7 +802,7 @@ func (m *machine) replan(now instant, fx *effects) {
 	}
 	if !slices.Equal(standby, m.standby) {
 		m.standby = standby
-		fx.standby, fx.standbyChanged = standby, true
+		fx.Standby, fx.StandbyChanged = standby, true
 	}
 }
 
@@ -801,8 +825,8 @@ func (in planInput) declined(member int, shard uint32) bool {
 
 // owners maps every shard to the member that has it or is to take it. A member
 // that was started again counts as the one it was.
-func (m *machine) owners() []int {
-	owner := make([]int, m.shards)
+func (m *Machine) owners() []int {
+	owner := make([]int, m.Shards)
 	for i := range m.slots {
 		c := &m.slots[i].claim
 		name := c.Member
@@ -821,7 +845,7 @@ func (m *machine) owners() []int {
 	return owner
 }
 
-func (m *machine) declines(by map[string]*peer) [][]uint32 {
+func (m *Machine) declines(by map[string]*peer) [][]uint32 {
 	all := make([][]uint32, len(m.members))
 	for n, name := range m.members {
 		if p := by[name]; p != nil {
@@ -838,8 +862,8 @@ func (m *machine) declines(by map[string]*peer) [][]uint32 {
 }
 
 // inherit are the shards that would be planned for us without their owner.
-func (m *machine) inherit(in planInput) []uint32 {
-	us, ok := slices.BinarySearch(m.members, m.member)
+func (m *Machine) inherit(in planInput) []uint32 {
+	us, ok := slices.BinarySearch(m.members, m.Member)
 	if !ok {
 		return nil
 	}
@@ -877,7 +901,7 @@ func (m *machine) inherit(in planInput) []uint32 {
 }
 
 // act claims what is ours to claim and hands over what is not ours to keep.
-func (m *machine) act(now instant, fx *effects) {
+func (m *Machine) act(now Instant, fx *Effects) {
 	moving := 0
 	for i := range m.slots {
 		if m.slots[i].phase == draining {
@@ -886,7 +910,7 @@ func (m *machine) act(now instant, fx *effects) {
 	}
 	for i := range m.slots {
 		s, shard := &m.slots[i], uint32(i)
-		mine := m.target[i] == m.member && !m.leaving
+		mine := m.target[i] == m.Member && !m.leaving
 		switch s.phase {
 		case held:
 			switch {
@@ -901,15 +925,15 @@ func (m *machine) act(now instant, fx *effects) {
 			moving++
 			s.phase, s.drainAt = draining, now
 			m.dirty = true
-			fx.drain = append(fx.drain, shard)
+			fx.Drain = append(fx.Drain, shard)
 		case draining:
-			if now-s.drainAt > m.timing.Drain {
+			if now-s.drainAt > m.Timing.Drain {
 				m.revoke(now, shard, fx)
 			}
 		case ending:
-			if now-s.drainAt > m.timing.Drain {
+			if now-s.drainAt > m.Timing.Drain {
 				s.drainAt = now
-				fx.notes = append(fx.notes, note{kind: noteStuck, shard: shard})
+				fx.Notes = append(fx.Notes, Note{Kind: NoteStuck, Shard: shard})
 			}
 		case away:
 			m.seek(now, shard, mine, fx)
@@ -919,17 +943,17 @@ func (m *machine) act(now instant, fx *effects) {
 
 // mayMove says whether a shard may go for the sake of balance: not soon after
 // it came, and only to somebody who is there.
-func (m *machine) mayMove(now instant, s *slot, to string) bool {
+func (m *Machine) mayMove(now Instant, s *slot, to string) bool {
 	if s.to != to {
 		s.to, s.wanted = to, now
 	}
 	// What others do at the same time is seen one by one: a plan that does not
 	// last is no plan.
-	if now-s.wanted < m.timing.Poll || now-s.since < m.timing.Dwell && !m.young(now) {
+	if now-s.wanted < m.Timing.Poll || now-s.since < m.Timing.Dwell && !m.young(now) {
 		return false
 	}
 	for _, p := range m.peers {
-		if p.Member == to && !p.dead && p.is(stateAlive) && now-p.changed < m.timing.TTL/2 {
+		if p.Member == to && !p.dead && p.is(stateAlive) && now-p.changed < m.Timing.TTL/2 {
 			return true
 		}
 	}
@@ -937,7 +961,7 @@ func (m *machine) mayMove(now instant, s *slot, to string) bool {
 }
 
 // seek claims a shard that we do not hold, or releases what is left of ours.
-func (m *machine) seek(now instant, shard uint32, mine bool, fx *effects) {
+func (m *Machine) seek(now Instant, shard uint32, mine bool, fx *Effects) {
 	s := &m.slots[shard]
 	if s.write != 0 {
 		return
@@ -962,25 +986,28 @@ func (m *machine) seek(now instant, shard uint32, mine bool, fx *effects) {
 		return
 	}
 	s.phase = claiming
-	s.write = m.put(fx, pending{kind: writeClaim, shard: shard}, write{
-		key: shardKey(shard), value: encode(claim{Session: m.own.id, Member: m.member}), expect: s.revision,
+	s.write = m.put(fx, pending{kind: WriteClaim, shard: shard}, Write{
+		Key: shardKey(shard), Value: encode(claim{Session: m.own.id, Member: m.Member}), Expect: s.revision,
 	})
 }
 
 // mayStep: whom the plan names has not come for the shard, so the next may.
-func (m *machine) mayStep(now instant, s *slot, shard uint32) bool {
-	us, ok := slices.BinarySearch(m.members, m.member)
-	return ok && now-s.freeAt > 2*m.timing.TTL+time.Duration(min(rank(us, m.members, shard), 4))*m.timing.TTL/2
+func (m *Machine) mayStep(now Instant, s *slot, shard uint32) bool {
+	us, ok := slices.BinarySearch(m.members, m.Member)
+	return ok && now-s.freeAt > 2*m.Timing.TTL+time.Duration(min(rank(us, m.members, shard), 4))*m.Timing.TTL/2
 }
 
-func (m *machine) release(shard uint32, fx *effects) {
+func (m *Machine) release(shard uint32, fx *Effects) {
 	s := &m.slots[shard]
 	s.phase = releasing
 	to := m.target[shard]
-	if to == m.member {
+	if to == m.Member {
 		to = ""
 	}
-	s.write = m.put(fx, pending{kind: writeRelease, to: to, shard: shard}, write{
-		key: shardKey(shard), value: encode(claim{Session: m.own.id, Member: m.member, Released: true, To: to}), expect: s.revision,
+	s.write = m.put(fx, pending{kind: WriteRelease, to: to, shard: shard}, Write{
+		Key: shardKey(shard), Value: encode(claim{Session: m.own.id, Member: m.Member, Released: true, To: to}), Expect: s.revision,
 	})
 }
+
+// String names an outcome for metrics.
+func (o Outcome) String() string { return [...]string{"stored", "conflict", "unknown"}[o] }

@@ -1,4 +1,4 @@
-package ownership
+package fleet
 
 import (
 	"flag"
@@ -79,7 +79,7 @@ func TestNoTwoMembersEverBelieveToOwnAShard(t *testing.T) {
 			case 3:
 				w.outage = w.now + w.upTo(7*time.Second)
 			case 4:
-				x.input(func(now instant, _ *effects) { x.m.leave(now) })
+				x.input(func(now Instant, _ *Effects) { x.m.Leave(now) })
 				w.after(w.upTo(4*time.Second), func() {
 					x.kill()
 					w.start(x.name)
@@ -87,8 +87,8 @@ func TestNoTwoMembersEverBelieveToOwnAShard(t *testing.T) {
 			case 5:
 				// The wall clock of the servers jumps: a session is gone too soon.
 				for _, k := range w.state() {
-					if id := k.key; len(id) > 8 && id[:8] == sessionPrefix && w.rng.IntN(4) == 0 && w.mayRemove(k) {
-						w.store[id] = kept{entry: k, at: w.now, removed: true}
+					if id := k.Key; len(id) > 8 && id[:8] == SessionPrefix && w.rng.IntN(4) == 0 && w.mayRemove(k) {
+						w.store[id] = kept{Entry: k, at: w.now, removed: true}
 						w.log = append(w.log, w.store[id])
 					}
 				}
@@ -121,7 +121,7 @@ func TestNoTwoMembersEverBelieveToOwnAShard(t *testing.T) {
 
 // mayRemove: a session may vanish early only after its member can act no more;
 // else the servers' clocks have jumped by more than what is assumed of them.
-func (w *world) mayRemove(e entry) bool { return w.now-w.store[e.key].at > w.timing.TTL }
+func (w *world) mayRemove(e Entry) bool { return w.now-w.store[e.Key].at > w.timing.TTL }
 
 func TestTheShardsOfAKilledMemberAreOwnedAgainWithinTwoSeconds(t *testing.T) {
 	var worst time.Duration
@@ -205,7 +205,7 @@ func TestAnOrderlyEndHandsOverAtOnceAndMovesNothingElse(t *testing.T) {
 		w.fleet(n)
 		x := w.members[w.rng.IntN(n)]
 		had := w.owners()[x.name]
-		x.input(func(now instant, _ *effects) { x.m.leave(now) })
+		x.input(func(now Instant, _ *Effects) { x.m.Leave(now) })
 		took := w.until(200*time.Millisecond, "it is gone and every shard is owned", func() bool { return x.dead && w.allOwned() })
 		w.run(30 * time.Second)
 		if len(w.acquired) != had || w.fences > 0 {
@@ -255,7 +255,7 @@ func TestAnOutageThatAMemberDoesNotSurviveMovesOnlyWhatItHad(t *testing.T) {
 		w.run(w.outage - w.now)
 		// Who waits for an answer that was lost with the leader tries again
 		// after a request's time.
-		w.until(2*time.Second+w.timing.request(), "every shard is owned again", w.allOwned)
+		w.until(2*time.Second+w.timing.Request(), "every shard is owned again", w.allOwned)
 		for s := range before {
 			if before[s] != victim && w.owner(s) != before[s] {
 				w.fatalf("shard %d was %s's and is %s's", s, before[s], w.owner(s))

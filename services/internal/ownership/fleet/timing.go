@@ -1,4 +1,4 @@
-package ownership
+package fleet
 
 import (
 	"errors"
@@ -6,17 +6,17 @@ import (
 	"time"
 )
 
-// instant is a point of a member's own steady clock. Two members' instants
+// Instant is a point of a member's own steady clock. Two members' instants
 // cannot be compared; only how fast they pass is assumed to be about the same
 // (Timing.Safety).
-type instant = time.Duration
+type Instant = time.Duration
 
 // Timing is how a fleet tells a dead member from a slow one. All members of a
 // fleet must have the same TTL; zero fields take their defaults.
 type Timing struct {
 	// TTL is how long a session lives after its last renewal: whoever has not
 	// seen it renewed for that long may end it. Default 1.5 s, with which a
-	// killed member's shards are owned again within 1.6 s.
+	// killed member's shards are owned again after 1.3 to 1.75 s.
 	TTL time.Duration
 	// Renew is how often a session is renewed. Default TTL/5; at most TTL/3.
 	Renew time.Duration
@@ -51,7 +51,8 @@ const (
 	maxSessions = 1000
 )
 
-func (t Timing) withDefaults() Timing {
+// WithDefaults fills in what is zero.
+func (t Timing) WithDefaults() Timing {
 	set := func(d *time.Duration, value time.Duration) {
 		if *d == 0 {
 			*d = value
@@ -67,7 +68,8 @@ func (t Timing) withDefaults() Timing {
 	return t
 }
 
-func (t Timing) check() error {
+// Check says what is wrong with a complete timing.
+func (t Timing) Check() error {
 	switch {
 	case t.TTL < 100*time.Millisecond || t.TTL > time.Minute:
 		return fmt.Errorf("a session's TTL is %v: give 100 ms to 1 min", t.TTL)
@@ -87,8 +89,8 @@ func (t Timing) belief() time.Duration { return t.TTL - t.Safety }
 // retry is the pause after something failed.
 func (t Timing) retry() time.Duration { return t.Renew / 3 }
 
-// request bounds one conditional write.
-func (t Timing) request() time.Duration { return 2 * t.Renew }
+// Request bounds one conditional write.
+func (t Timing) Request() time.Duration { return 2 * t.Renew }
 
 // garbage is when the server removes a session that nobody renews. It is far
 // above the TTL because it runs on the servers' wall clocks, whose steps must

@@ -1,4 +1,4 @@
-package ownership
+package fleet
 
 import (
 	"encoding/json"
@@ -8,20 +8,21 @@ import (
 	"strings"
 )
 
-// entry is a key of the bucket with its revision.
-type entry struct {
-	key      string
-	revision uint64
-	value    []byte
+// Entry is a key of the bucket with its revision.
+type Entry struct {
+	Key      string
+	Revision uint64
+	Value    []byte
 }
 
+// Prefixes of the keys.
 const (
-	sessionPrefix = "session."
-	shardPrefix   = "shard."
+	SessionPrefix = "session."
+	ShardPrefix   = "shard."
 )
 
-func sessionKey(id string) string   { return sessionPrefix + id }
-func shardKey(shard uint32) string  { return shardPrefix + strconv.FormatUint(uint64(shard), 10) }
+func sessionKey(id string) string   { return SessionPrefix + id }
+func shardKey(shard uint32) string  { return ShardPrefix + strconv.FormatUint(uint64(shard), 10) }
 func encode(record any) []byte      { b, _ := json.Marshal(record); return b } // strings, numbers: it cannot fail
 func (s session) over() bool        { return s.State == stateEnded || s.State == stateFenced }
 func (s session) is(st string) bool { return s.State == st }
@@ -61,27 +62,27 @@ type claim struct {
 var errNotOurs = errors.New("no key of this protocol")
 
 // parse reads an entry: one of the two results is set.
-func parse(e entry, shards int) (id string, s *session, shard uint32, c *claim, err error) {
-	if id, ok := strings.CutPrefix(e.key, sessionPrefix); ok && id != "" {
+func parse(e Entry, shards int) (id string, s *session, shard uint32, c *claim, err error) {
+	if id, ok := strings.CutPrefix(e.Key, SessionPrefix); ok && id != "" {
 		s := new(session)
-		if len(e.value) == 0 {
+		if len(e.Value) == 0 {
 			return id, s, 0, nil, nil // deleted by hand: whoever is alive renews it
 		}
-		if err := json.Unmarshal(e.value, s); err != nil {
-			return "", nil, 0, nil, fmt.Errorf("%s: %w", e.key, err)
+		if err := json.Unmarshal(e.Value, s); err != nil {
+			return "", nil, 0, nil, fmt.Errorf("%s: %w", e.Key, err)
 		}
 		return id, s, 0, nil, nil
 	}
-	n, err := strconv.ParseUint(strings.TrimPrefix(e.key, shardPrefix), 10, 32)
-	if err != nil || !strings.HasPrefix(e.key, shardPrefix) || n >= uint64(shards) {
-		return "", nil, 0, nil, fmt.Errorf("%q: %w", e.key, errNotOurs)
+	n, err := strconv.ParseUint(strings.TrimPrefix(e.Key, ShardPrefix), 10, 32)
+	if err != nil || !strings.HasPrefix(e.Key, ShardPrefix) || n >= uint64(shards) {
+		return "", nil, 0, nil, fmt.Errorf("%q: %w", e.Key, errNotOurs)
 	}
-	if len(e.value) == 0 {
+	if len(e.Value) == 0 {
 		return "", nil, uint32(n), &claim{Released: true}, nil // deleted by hand
 	}
 	c = new(claim)
-	if err := json.Unmarshal(e.value, c); err != nil {
-		return "", nil, 0, nil, fmt.Errorf("%s: %w", e.key, err)
+	if err := json.Unmarshal(e.Value, c); err != nil {
+		return "", nil, 0, nil, fmt.Errorf("%s: %w", e.Key, err)
 	}
 	return "", nil, uint32(n), c, nil
 }
