@@ -25,9 +25,10 @@
 //     is conditional on that revision: a renewal on its way wins or loses as a
 //     whole. A member whose renewal meets another revision reads what stands
 //     there; if it was fenced, everything it held is over and it joins anew.
-//  3. Silence means something only to who could speak and hear meanwhile: after
-//     a pause of the bucket longer than TTL/2 everybody's silence begins anew. So
-//     an outage or election moves nothing.
+//  3. Silence means something only to who could speak and hear meanwhile: whose
+//     own newest renewal was stored and is at most 2 Renew old. After a pause of
+//     its own longer than TTL/2 everybody's silence begins anew. So an outage or
+//     an election moves nothing.
 //  4. A claim may be changed by its own session, or by anyone once that session
 //     is over (ended or fenced). A session that the server has removed is fenced
 //     by creating it, after a TTL of absence, like any silent one.

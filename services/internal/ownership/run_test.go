@@ -3,8 +3,11 @@ package ownership
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"slices"
@@ -380,10 +383,126 @@ func TestALostLeaderOfAnR3BucketStopsNothingForLongerThanTheElection(t *testing.
 	}
 }
 
-// A process that is stopped and continued: the test runs itself as the other member.
-const childURL = "OWNERSHIP_TEST_URL"
+func TestAKilledLeaderOfAnR3BucketIsOutlivedWithinItsElection(t *testing.T) {
+	t.Parallel()
+	// Two nodes here, one in a process that can be killed.
+	var routes []string
+	var ports []int
+	for len(ports) < 3 {
+		// Below the range that systems give away: tests beside this one must
+		// not be given the port before the node opens it.
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000)))
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
+		routes = append(routes, "nats://"+l.Addr().String())
+		l.Close()
+	}
+	node := func(i int) embednats.Options {
+		return embednats.Options{Name: fmt.Sprintf("n%d", i), StoreDir: t.TempDir(), Cluster: &embednats.ClusterOptions{Name: "toll", Port: ports[i], Routes: routes}}
+	}
+	text, err := json.Marshal(node(2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), os.Args[0])
+	cmd.Env = append(os.Environ(), childNode+"="+string(text))
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	var urls []string
+	var servers []*embednats.Server
+	for i := range 2 {
+		s, err := embednats.Start(t.Context(), node(i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { stopServer(t, s) })
+		servers = append(servers, s)
+		urls = append(urls, s.ClientURL())
+	}
+	r := newRegister(t, 12)
+	a := r.start(strings.Join(urls, ","), "a", Options{Timing: quick, Replicas: 3})
+	r.start(strings.Join(urls, ","), "b", Options{Timing: quick, Replicas: 3})
+	r.until(30*time.Second, "both share", shared("a", "b"))
+
+	stream := "KV_" + DefaultBucket
+	leads := func() string {
+		m, err := a.nc.Request("$JS.API.STREAM.INFO."+stream, nil, time.Second)
+		if err != nil {
+			return ""
+		}
+		var info jetstream.StreamInfo
+		if json.Unmarshal(m.Data, &info) != nil || info.Cluster == nil {
+			return ""
+		}
+		return info.Cluster.Leader
+	}
+	look := time.NewTicker(50 * time.Millisecond)
+	defer look.Stop()
+	over := time.After(20 * time.Second)
+	for leads() != "n2" {
+		_, err := a.nc.Request("$JS.API.STREAM.LEADER.STEPDOWN."+stream, []byte(`{"placement":{"preferred":"n2"}}`), time.Second)
+		if err != nil {
+			t.Log(err)
+		}
+		select {
+		case <-look.C:
+		case <-over:
+			t.Fatal("the node that is to be killed does not come to lead")
+		}
+	}
+	r.until(5*time.Second, "both share", shared("a", "b"))
+	before := r.owners()
+	r.reset()
+	start := time.Now()
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	over = time.After(20 * time.Second)
+	for led := false; !led; {
+		select {
+		case <-look.C:
+		case <-over:
+			t.Fatal("nobody leads the bucket any more")
+		}
+		led = servers[0].LeadsStream(stream) || servers[1].LeadsStream(stream)
+	}
+	election := time.Since(start)
+	took := r.until(2*time.Second, "both share again", shared("a", "b"))
+	gap, moves := r.seen()
+	t.Logf("killed leader: elected after %v, all owned %v later; longest time without an act %v, %d times acquired anew", election, took, gap, moves)
+	if after := r.owners(); !slices.Equal(after, before) {
+		t.Errorf("the owners were %v and are %v", before, after)
+	}
+}
+
+// A process that is stopped and continued, or killed: the test runs itself as the
+// other member, or as a node of NATS.
+const (
+	childURL  = "OWNERSHIP_TEST_URL"
+	childNode = "OWNERSHIP_TEST_NODE"
+)
 
 func TestMain(m *testing.M) {
+	if text := os.Getenv(childNode); text != "" {
+		var o embednats.Options
+		err := json.Unmarshal([]byte(text), &o)
+		if err == nil {
+			_, err = embednats.Start(context.Background(), o)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		select {}
+	}
 	if url := os.Getenv(childURL); url != "" {
 		if err := child(url); err != nil {
 			fmt.Fprintln(os.Stderr, err)

@@ -679,9 +679,10 @@ func (m *Machine) Read(now, asked Instant, all []Entry, ok bool, fx *Effects) {
 }
 
 // mayFence says whether others' silence means anything: only to who can speak
-// and hear.
+// and hear, and not to who has just fallen silent too.
 func (m *Machine) mayFence(now Instant) bool {
-	return m.proven(now) && m.synced && now-m.readAt <= max(3*m.Timing.Poll, m.Timing.TTL)
+	spoke := m.until - m.Timing.belief()
+	return m.proven(now) && m.synced && now-spoke <= m.Timing.Request() && now-m.readAt <= max(3*m.Timing.Poll, m.Timing.TTL)
 }
 
 // fenceSilent ends the sessions that were not renewed for a TTL.
