@@ -44,6 +44,7 @@ type world struct {
 	frames map[uint32]uint64 // number by shard
 	last   map[uint32]uint64 // sequence by shard
 	counts map[string]*ledger.AccountUsage
+	sent   map[string]int // calls of accounts with a limit
 }
 
 func newWorld(t *testing.T) *world {
@@ -69,7 +70,7 @@ func newWorld(t *testing.T) *world {
 	if _, err := ledger.Provision(t.Context(), js, ledger.ProvisionOptions{Shards: testShards}); err != nil {
 		t.Fatal(err)
 	}
-	return &world{t: t, url: s.ClientURL(), nc: nc, js: js, producer: ksuid.New(), frames: map[uint32]uint64{}, last: map[uint32]uint64{}, counts: map[string]*ledger.AccountUsage{}}
+	return &world{t: t, url: s.ClientURL(), nc: nc, js: js, producer: ksuid.New(), frames: map[uint32]uint64{}, last: map[uint32]uint64{}, counts: map[string]*ledger.AccountUsage{}, sent: map[string]int{}}
 }
 
 func demoPlans() *plans.Document {
@@ -352,7 +353,7 @@ func (w *world) start(o Options) string {
 // until polls another goroutine's or process's state.
 func (w *world) until(what string, ok func() bool) {
 	w.t.Helper()
-	deadline := time.NewTimer(15 * time.Second)
+	deadline := time.NewTimer(60 * time.Second)
 	defer deadline.Stop()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
@@ -360,7 +361,7 @@ func (w *world) until(what string, ok func() bool) {
 		select {
 		case <-tick.C:
 		case <-deadline.C:
-			w.t.Fatalf("not within 15 s: %s", what)
+			w.t.Fatalf("not within a minute: %s", what)
 		}
 	}
 }
