@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/aggregator"
 	"github.com/tollkeeper/tollkeeper/services/alerter"
@@ -303,20 +304,12 @@ func (s *stack) demoUpstream(ctx context.Context, ready func()) error {
 	return telemetry.Serve(ctx, telemetry.ServeOptions{Listener: l, Handler: modelserver.Handler(modelserver.Options{Delay: 5 * time.Millisecond})})
 }
 
-// DemoRoutes is a gateway configuration with one upstream.
-func DemoRoutes(upstream string) gateway.Config {
-	return gateway.Config{Routes: []gateway.RouteConfig{
-		{Name: "chat", Prefix: "/v1/chat", Upstream: upstream, Profile: "problem", Model: gateway.ModelConfig{JSON: "model"}, Usage: gateway.UsageJSON},
-		{Name: "api", Prefix: "/", Upstream: upstream, Profile: "problem", Model: gateway.ModelConfig{JSON: "model"}, Usage: gateway.UsageJSON},
-	}}
-}
-
 func (s *stack) gateway(ctx context.Context, ready func()) error {
 	o := *s.o.Gateway
 	o.NATS, o.Logger, o.Registerer, o.Readiness, o.ReadinessPrefix = s.nats("gateway"), s.logger("gateway"), s.registry, s.readiness, "gateway_"
 	o.Shards = 0
 	if len(o.Config.Routes) == 0 && s.upstream != "" {
-		o.Config = DemoRoutes(s.upstream)
+		o.Config = gateway.SingleUpstream("chat", s.upstream, refusal.Problem)
 	}
 	if o.SpoolDir == "" {
 		o.SpoolDir = filepath.Join(s.o.Engines.DataDir, "spool")

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
-	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -80,27 +79,36 @@ func durable(ctx context.Context, s *System, frames []encoded) (float64, error) 
 	}
 }
 
-// load publishes frames at about a number of calls a second until ctx is done.
-func load(ctx context.Context, js jetstream.JetStream, w *workload, callsPerSecond float64) error {
-	const burst = 8
-	producer := ksuid.New()
-	frames := w.frames(producer, 4096, frameCalls)
-	every := time.Duration(float64(burst*frameCalls) / callsPerSecond * float64(time.Second))
+// loadBurst is how many frames a load publishes at once, loadFrames how many it
+// has: made before anything is timed.
+const (
+	loadBurst  = 8
+	loadFrames = 8192
+)
+
+// load publishes frames at no more than a number of calls a second until ctx is
+// done, and says in reached how many a second it was.
+func load(ctx context.Context, js jetstream.JetStream, frames []encoded, callsPerSecond float64, started func(), reached *float64) error {
+	every := time.Duration(float64(loadBurst*frameCalls) / callsPerSecond * float64(time.Second))
+	start, sent := time.Now(), 0
+	defer func() { *reached = float64(sent) / time.Since(start).Seconds() }()
 	tick := time.NewTicker(every)
 	defer tick.Stop()
-	for at := 0; at+burst <= len(frames); at += burst {
+	for at := 0; at+loadBurst <= len(frames); at += loadBurst {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
-		if err := publish(ctx, js, ledger.CallsSubject, frames[at:at+burst]); err != nil {
+		if err := publish(ctx, js, ledger.CallsSubject, frames[at:at+loadBurst]); err != nil {
 			if ctx.Err() != nil {
 				return nil
 			}
 			return fmt.Errorf("load: %w", err)
 		}
+		sent += loadBurst * frameCalls
+		started()
 	}
-	<-ctx.Done() // the crossings outlast the frames only on a machine too fast for them
+	<-ctx.Done() // frames that run out before the crossings lower what was reached
 	return nil
 }

@@ -98,7 +98,7 @@ func TestTheReportNamesWhatDiffers(t *testing.T) {
 		t.Fatal(err)
 	}
 	text := out.String()
-	for _, want := range []string{"1,234,567   DIFFER", "THE FOUR POINTS DO NOT AGREE", "402 QUOTA_EXCEEDED: 3", "10 calls answered"} {
+	for _, want := range []string{"1,234,567   DIFFER", "THE POINTS DO NOT AGREE", "402 QUOTA_EXCEEDED: 3", "10 calls answered"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the report lacks %q:\n%s", want, text)
 		}
