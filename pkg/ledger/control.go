@@ -37,15 +37,26 @@ func LimitFromProto(p *tollkeeperv1.Limit) usage.Limit {
 	return usage.Limit{
 		ID: p.GetId(), Meter: usage.Meter(p.GetMeter()), Filter: FilterFromProto(p.GetFilter()), Window: usage.WindowKind(p.GetWindow()),
 		Amount: p.GetAmount(), Tier: usage.Tier(p.GetTier()), WarnPercent: p.GetWarnPercent(), Code: usage.Code(p.GetCode()), ActionURL: p.GetActionUrl(),
+		Lease: usage.LeaseTerms{
+			Term: usage.Micros(p.GetLease().GetTermMicros()), Patience: usage.Micros(p.GetLease().GetPatienceMicros()),
+			ReleaseAfter: usage.Micros(p.GetLease().GetReleaseAfterMicros()), MaxExposure: p.GetLease().GetMaxExposure(),
+		},
 	}
 }
 
 // LimitToProto is the inverse of LimitFromProto.
 func LimitToProto(l *usage.Limit) *tollkeeperv1.Limit {
-	return &tollkeeperv1.Limit{
+	p := &tollkeeperv1.Limit{
 		Id: l.ID, Meter: string(l.Meter), Filter: FilterToProto(&l.Filter), Window: string(l.Window),
 		Amount: l.Amount, Tier: string(l.Tier), WarnPercent: l.WarnPercent, Code: string(l.Code), ActionUrl: l.ActionURL,
 	}
+	if l.Lease != (usage.LeaseTerms{}) {
+		p.Lease = &tollkeeperv1.LeaseTerms{
+			TermMicros: int64(l.Lease.Term), PatienceMicros: int64(l.Lease.Patience),
+			ReleaseAfterMicros: int64(l.Lease.ReleaseAfter), MaxExposure: l.Lease.MaxExposure,
+		}
+	}
+	return p
 }
 
 // FilterFromProto converts a filter; nil matches everything.
@@ -96,7 +107,7 @@ func MarshalDecision(d *usage.Decision) ([]byte, error) {
 		Revision: d.Revision, Shard: d.Shard, Used: d.Used, Amount: d.Amount, Window: string(d.Window),
 		PeriodStartUnixMicros: int64(d.PeriodStart), PeriodEndUnixMicros: int64(d.PeriodEnd), Filter: FilterToProto(&d.Filter),
 		PlanVersion: d.PlanVersion, DecidedAtUnixMicros: int64(d.DecidedAt), CauseUnixMicros: int64(d.Cause), ActionUrl: d.ActionURL,
-		WarnPercent: d.WarnPercent, Epoch: d.Epoch,
+		WarnPercent: d.WarnPercent, Epoch: d.Epoch, Tier: string(d.Tier), Room: d.Room,
 	}
 	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(p)
 	if err != nil {
@@ -117,5 +128,6 @@ func UnmarshalDecision(data []byte) (usage.Decision, error) {
 		Window: usage.WindowKind(p.GetWindow()), PeriodStart: usage.Micros(p.GetPeriodStartUnixMicros()), PeriodEnd: usage.Micros(p.GetPeriodEndUnixMicros()),
 		Filter: FilterFromProto(p.GetFilter()), PlanVersion: p.GetPlanVersion(), DecidedAt: usage.Micros(p.GetDecidedAtUnixMicros()),
 		Cause: usage.Micros(p.GetCauseUnixMicros()), ActionURL: p.GetActionUrl(), WarnPercent: p.GetWarnPercent(), Epoch: p.GetEpoch(),
+		Tier: usage.Tier(p.GetTier()), Room: p.GetRoom(),
 	}, nil
 }

@@ -12,6 +12,7 @@ import (
 	"hash/maphash"
 
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/pkg/window"
 )
@@ -122,6 +123,45 @@ type Control struct {
 	// Closed retires a producer, which says that ClosedAt was its last number.
 	Closed   *dedup.Producer
 	ClosedAt uint64
+	// Complete says that every call the closed producer answered is in the log.
+	Complete bool
+	// Correction of what was counted.
+	Correction *Correction
+	// Core says by which rules the entries after it are folded.
+	Core *Core
+}
+
+// Correction of an account's usage. Adjustments are signed; a sum does not fall
+// below 0.
+type Correction struct {
+	Account              string
+	Time                 usage.Micros // 0: the entry's
+	Model, Route, Method string
+	Adjustments          []usage.Quantity
+}
+
+// Core is a version of the rules, and the horizon of foreign events and control
+// acts that goes with it, microseconds of stream time.
+type Core struct {
+	Version uint32
+	Horizon usage.Micros
+}
+
+// LeaseAsk is what one gateway says about one allowance.
+type LeaseAsk struct {
+	Account, LimitID string // "<plan>/<limit>"
+	// WindowStart is 0 for lifetime.
+	WindowStart usage.Micros
+	lease.Ask
+}
+
+// LeaseAnswer is what is to be said to a gateway.
+type LeaseAnswer struct {
+	Account, LimitID       string
+	WindowStart, WindowEnd usage.Micros // both 0 for lifetime
+	// Decision that a denial leads to; nil: none.
+	Decision *usage.Decision
+	lease.Answer
 }
 
 // Entry is one entry of the shard's ledger. With neither Batch nor Control it
@@ -132,6 +172,8 @@ type Entry struct {
 	Time    usage.Micros
 	Batch   *Batch
 	Control *Control
+	// Asks of one gateway about allowances of the tiers exact and leased.
+	Asks []LeaseAsk
 }
 
 // Effects of an entry.
@@ -140,6 +182,10 @@ type Effects struct {
 	// owner's to fill in. At most one for an account and limit, in the order
 	// of account, then limit.
 	Decisions []usage.Decision
+	// Answers to gateways, likewise; in the order of account, limit, gateway. An
+	// owner sends them after it has read back what led to them; a lost one is
+	// asked for again.
+	Answers []LeaseAnswer
 	// Invalid says why the entry was not folded (time passed nevertheless, and
 	// a frame's number is taken): it belongs in the dead-letter stream.
 	Invalid *usage.InvalidError

@@ -63,9 +63,44 @@ func (v Verdict) String() string {
 // Tier says how strictly a limit is enforced.
 type Tier string
 
-// TierEventual decides after counting: the overshoot is at most
-// rate x decision latency, and both are exported as metrics.
-const TierEventual Tier = "eventual"
+// The tiers.
+const (
+	// TierEventual decides after counting: the overshoot is at most
+	// rate x decision latency, and both are exported as metrics.
+	TierEventual Tier = "eventual"
+	// TierExact admits from leases: never a call beyond the amount.
+	TierExact Tier = "exact"
+	// TierLeased admits from leases, and hands out again what a silent gateway
+	// held: at most the limit's MaxExposure beyond the amount.
+	TierLeased Tier = "leased"
+)
+
+// Leased reports whether calls are admitted from leases.
+func (t Tier) Leased() bool { return t == TierExact || t == TierLeased }
+
+// LeaseTerms are the rules by which gateways share an allowance; spans are in
+// microseconds of the ledger's clock, and 0 is the default.
+type LeaseTerms struct {
+	// Term is how long a lease may be used after it was granted or renewed.
+	Term Micros
+	// Patience is how long a gateway may take to answer a recall before others
+	// are denied without waiting for it.
+	Patience Micros
+	// ReleaseAfter is after how long a silence what a lease held is handed out
+	// again, MaxExposure how many units may be given up so at any time. Both are
+	// of the tier leased only.
+	ReleaseAfter Micros
+	MaxExposure  int64
+}
+
+// Defaults of LeaseTerms.
+const (
+	DefaultLeaseTerm     = Micros(5_000_000)
+	DefaultLeasePatience = Micros(400_000)
+)
+
+// MaxLeaseSpan bounds each span of LeaseTerms.
+const MaxLeaseSpan = Micros(24 * 3600 * 1_000_000)
 
 // WindowKind names a limit's window.
 type WindowKind string
@@ -126,6 +161,8 @@ type Limit struct {
 	Code Code
 	// ActionURL is where a person can mend it.
 	ActionURL string
+	// Lease is of the tiers exact and leased only.
+	Lease LeaseTerms
 }
 
 // RefusalCode returns the limit's code or the default.
@@ -182,4 +219,10 @@ type Decision struct {
 	ActionURL   string
 	WarnPercent uint32
 	Epoch       uint64
+	// Tier of the limit; empty is eventual.
+	Tier Tier
+	// Room is how many units could still be had although Verdict is Deny: one
+	// call's need was refused, and a smaller one may pass. A gateway refuses by
+	// itself only where it is 0. Tiers exact and leased only.
+	Room int64
 }

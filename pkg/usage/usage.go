@@ -168,6 +168,8 @@ const (
 	Estimated
 	// FutureTime: the event time was ahead of the ledger and was clamped.
 	FutureTime
+	// FromLease: the units were taken from leases of the frame's producer.
+	FromLease
 )
 
 // Call is the record of one finished attempt at a gateway. It never carries a

@@ -52,7 +52,8 @@ type Call struct {
 	DurationMicros int64 `protobuf:"varint,15,opt,name=duration_micros,json=durationMicros,proto3" json:"duration_micros,omitempty"`
 	// Bits: 1 = admitted while the gateway could not know the verdict (law 5),
 	// 2 = quantities are estimates, 4 = the event time is in the future of the
-	// ledger and was clamped for counting.
+	// ledger and was clamped for counting, 8 = its units were taken from leases
+	// of the frame's producer.
 	Flags uint32 `protobuf:"varint,16,opt,name=flags,proto3" json:"flags,omitempty"`
 	// CloudEvents identity of a foreign producer; both empty for our gateways.
 	Source  string `protobuf:"bytes,17,opt,name=source,proto3" json:"source,omitempty"`
@@ -245,8 +246,8 @@ func (x *Call) GetQuantities() []*Quantity {
 	return nil
 }
 
-// Quantity is one meter's reading. Never negative: corrections are control
-// entries of their own.
+// Quantity is one meter's reading. In a call it is never negative: corrections
+// are control entries of their own.
 type Quantity struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Meter         string                 `protobuf:"bytes,1,opt,name=meter,proto3" json:"meter,omitempty"`

@@ -38,6 +38,8 @@ type ControlEntry struct {
 	//	*ControlEntry_AccountSet
 	//	*ControlEntry_Tick
 	//	*ControlEntry_ProducerClosed
+	//	*ControlEntry_Correction
+	//	*ControlEntry_CoreVersion
 	Body          isControlEntry_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -137,6 +139,24 @@ func (x *ControlEntry) GetProducerClosed() *ProducerClosed {
 	return nil
 }
 
+func (x *ControlEntry) GetCorrection() *Correction {
+	if x != nil {
+		if x, ok := x.Body.(*ControlEntry_Correction); ok {
+			return x.Correction
+		}
+	}
+	return nil
+}
+
+func (x *ControlEntry) GetCoreVersion() *CoreVersion {
+	if x != nil {
+		if x, ok := x.Body.(*ControlEntry_CoreVersion); ok {
+			return x.CoreVersion
+		}
+	}
+	return nil
+}
+
 type isControlEntry_Body interface {
 	isControlEntry_Body()
 }
@@ -157,6 +177,14 @@ type ControlEntry_ProducerClosed struct {
 	ProducerClosed *ProducerClosed `protobuf:"bytes,13,opt,name=producer_closed,json=producerClosed,proto3,oneof"`
 }
 
+type ControlEntry_Correction struct {
+	Correction *Correction `protobuf:"bytes,14,opt,name=correction,proto3,oneof"`
+}
+
+type ControlEntry_CoreVersion struct {
+	CoreVersion *CoreVersion `protobuf:"bytes,15,opt,name=core_version,json=coreVersion,proto3,oneof"`
+}
+
 func (*ControlEntry_PlanSet) isControlEntry_Body() {}
 
 func (*ControlEntry_AccountSet) isControlEntry_Body() {}
@@ -164,6 +192,10 @@ func (*ControlEntry_AccountSet) isControlEntry_Body() {}
 func (*ControlEntry_Tick) isControlEntry_Body() {}
 
 func (*ControlEntry_ProducerClosed) isControlEntry_Body() {}
+
+func (*ControlEntry_Correction) isControlEntry_Body() {}
+
+func (*ControlEntry_CoreVersion) isControlEntry_Body() {}
 
 // PlanSet replaces the whole set of plans of a shard.
 type PlanSet struct {
@@ -290,14 +322,17 @@ type Limit struct {
 	// minute, hour, day, week, month (calendar, UTC) or lifetime.
 	Window string `protobuf:"bytes,4,opt,name=window,proto3" json:"window,omitempty"`
 	Amount int64  `protobuf:"varint,5,opt,name=amount,proto3" json:"amount,omitempty"`
-	// eventual.
+	// eventual, exact or leased.
 	Tier string `protobuf:"bytes,6,opt,name=tier,proto3" json:"tier,omitempty"`
 	// Percent of the amount from which the verdict is warn; 0 is never.
 	WarnPercent uint32 `protobuf:"varint,7,opt,name=warn_percent,json=warnPercent,proto3" json:"warn_percent,omitempty"`
 	// Refusal code, QUOTA_EXCEEDED by default; RATE_LIMITED answers 429.
 	Code string `protobuf:"bytes,8,opt,name=code,proto3" json:"code,omitempty"`
 	// Where a person can mend it: goes into the 402 body.
-	ActionUrl     string `protobuf:"bytes,9,opt,name=action_url,json=actionUrl,proto3" json:"action_url,omitempty"`
+	ActionUrl string `protobuf:"bytes,9,opt,name=action_url,json=actionUrl,proto3" json:"action_url,omitempty"`
+	// How a limit of the tiers exact and leased is handed out; absent in the
+	// others, and where the defaults hold.
+	Lease         *LeaseTerms `protobuf:"bytes,10,opt,name=lease,proto3" json:"lease,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -395,6 +430,87 @@ func (x *Limit) GetActionUrl() string {
 	return ""
 }
 
+func (x *Limit) GetLease() *LeaseTerms {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+// LeaseTerms are the rules by which gateways share an allowance. 0 is the default.
+type LeaseTerms struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How long a lease may be used after it was granted or renewed.
+	TermMicros int64 `protobuf:"varint,1,opt,name=term_micros,json=termMicros,proto3" json:"term_micros,omitempty"`
+	// How long a gateway may take to answer a recall before others are denied
+	// without waiting for it.
+	PatienceMicros int64 `protobuf:"varint,2,opt,name=patience_micros,json=patienceMicros,proto3" json:"patience_micros,omitempty"`
+	// Tier leased only: after how long a silence what a lease held is handed out
+	// again, and how many units may be given up so at any time: the exposure.
+	ReleaseAfterMicros int64 `protobuf:"varint,3,opt,name=release_after_micros,json=releaseAfterMicros,proto3" json:"release_after_micros,omitempty"`
+	MaxExposure        int64 `protobuf:"varint,4,opt,name=max_exposure,json=maxExposure,proto3" json:"max_exposure,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *LeaseTerms) Reset() {
+	*x = LeaseTerms{}
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaseTerms) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaseTerms) ProtoMessage() {}
+
+func (x *LeaseTerms) ProtoReflect() protoreflect.Message {
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaseTerms.ProtoReflect.Descriptor instead.
+func (*LeaseTerms) Descriptor() ([]byte, []int) {
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *LeaseTerms) GetTermMicros() int64 {
+	if x != nil {
+		return x.TermMicros
+	}
+	return 0
+}
+
+func (x *LeaseTerms) GetPatienceMicros() int64 {
+	if x != nil {
+		return x.PatienceMicros
+	}
+	return 0
+}
+
+func (x *LeaseTerms) GetReleaseAfterMicros() int64 {
+	if x != nil {
+		return x.ReleaseAfterMicros
+	}
+	return 0
+}
+
+func (x *LeaseTerms) GetMaxExposure() int64 {
+	if x != nil {
+		return x.MaxExposure
+	}
+	return 0
+}
+
 // Filter restricts a limit to some calls; an empty list matches all.
 type Filter struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -407,7 +523,7 @@ type Filter struct {
 
 func (x *Filter) Reset() {
 	*x = Filter{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[4]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -419,7 +535,7 @@ func (x *Filter) String() string {
 func (*Filter) ProtoMessage() {}
 
 func (x *Filter) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[4]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -432,7 +548,7 @@ func (x *Filter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Filter.ProtoReflect.Descriptor instead.
 func (*Filter) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{4}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Filter) GetModels() []string {
@@ -466,7 +582,7 @@ type AccountSet struct {
 
 func (x *AccountSet) Reset() {
 	*x = AccountSet{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[5]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -478,7 +594,7 @@ func (x *AccountSet) String() string {
 func (*AccountSet) ProtoMessage() {}
 
 func (x *AccountSet) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[5]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -491,7 +607,7 @@ func (x *AccountSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AccountSet.ProtoReflect.Descriptor instead.
 func (*AccountSet) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{5}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *AccountSet) GetAccounts() []*Account {
@@ -516,7 +632,7 @@ type Account struct {
 
 func (x *Account) Reset() {
 	*x = Account{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[6]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -528,7 +644,7 @@ func (x *Account) String() string {
 func (*Account) ProtoMessage() {}
 
 func (x *Account) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[6]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -541,7 +657,7 @@ func (x *Account) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Account.ProtoReflect.Descriptor instead.
 func (*Account) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{6}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Account) GetId() string {
@@ -583,7 +699,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[7]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -595,7 +711,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[7]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -608,7 +724,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{7}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Tick) GetEpoch() uint64 {
@@ -623,14 +739,17 @@ type ProducerClosed struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Producer []byte                 `protobuf:"bytes,1,opt,name=producer,proto3" json:"producer,omitempty"`
 	// The last frame number it sent on this shard.
-	LastNumber    uint64 `protobuf:"varint,2,opt,name=last_number,json=lastNumber,proto3" json:"last_number,omitempty"`
+	LastNumber uint64 `protobuf:"varint,2,opt,name=last_number,json=lastNumber,proto3" json:"last_number,omitempty"`
+	// Every call that it answered is in the ledger: it ended in order, or spooled
+	// each before its answer. What is left of its leases on call counts comes back.
+	Complete      bool `protobuf:"varint,3,opt,name=complete,proto3" json:"complete,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ProducerClosed) Reset() {
 	*x = ProducerClosed{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[8]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -642,7 +761,7 @@ func (x *ProducerClosed) String() string {
 func (*ProducerClosed) ProtoMessage() {}
 
 func (x *ProducerClosed) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[8]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -655,7 +774,7 @@ func (x *ProducerClosed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProducerClosed.ProtoReflect.Descriptor instead.
 func (*ProducerClosed) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{8}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ProducerClosed) GetProducer() []byte {
@@ -672,11 +791,183 @@ func (x *ProducerClosed) GetLastNumber() uint64 {
 	return 0
 }
 
+func (x *ProducerClosed) GetComplete() bool {
+	if x != nil {
+		return x.Complete
+	}
+	return false
+}
+
+// Correction changes what was counted: usage that was reported wrongly, twice or
+// not at all. It enters the shard of the account's root; the entry's id is the
+// identity of the act.
+type Correction struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Account string                 `protobuf:"bytes,1,opt,name=account,proto3" json:"account,omitempty"`
+	// The event time of what is corrected, microseconds: it says which windows it
+	// belongs to. 0 is the time of the entry.
+	TimeUnixMicros int64  `protobuf:"varint,2,opt,name=time_unix_micros,json=timeUnixMicros,proto3" json:"time_unix_micros,omitempty"`
+	Model          string `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
+	Route          string `protobuf:"bytes,4,opt,name=route,proto3" json:"route,omitempty"`
+	Method         string `protobuf:"bytes,5,opt,name=method,proto3" json:"method,omitempty"`
+	// Signed: what is added to the sums. A sum does not fall below 0.
+	Adjustments []*Quantity `protobuf:"bytes,6,rep,name=adjustments,proto3" json:"adjustments,omitempty"`
+	// Why, for people.
+	Reason string `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
+	// What it corrects, where that is known: "<source>/<event id>",
+	// "<producer>/<shard>/<frame>/<index>", a decision or an invoice.
+	Reference     string `protobuf:"bytes,8,opt,name=reference,proto3" json:"reference,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Correction) Reset() {
+	*x = Correction{}
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Correction) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Correction) ProtoMessage() {}
+
+func (x *Correction) ProtoReflect() protoreflect.Message {
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Correction.ProtoReflect.Descriptor instead.
+func (*Correction) Descriptor() ([]byte, []int) {
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Correction) GetAccount() string {
+	if x != nil {
+		return x.Account
+	}
+	return ""
+}
+
+func (x *Correction) GetTimeUnixMicros() int64 {
+	if x != nil {
+		return x.TimeUnixMicros
+	}
+	return 0
+}
+
+func (x *Correction) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *Correction) GetRoute() string {
+	if x != nil {
+		return x.Route
+	}
+	return ""
+}
+
+func (x *Correction) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *Correction) GetAdjustments() []*Quantity {
+	if x != nil {
+		return x.Adjustments
+	}
+	return nil
+}
+
+func (x *Correction) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Correction) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+// CoreVersion says by which rules the entries after it are folded. Before the
+// first the program's default horizon holds.
+type CoreVersion struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Version uint32                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
+	// How long foreign events and control acts are remembered, microseconds of
+	// stream time.
+	ForeignHorizonMicros int64 `protobuf:"varint,2,opt,name=foreign_horizon_micros,json=foreignHorizonMicros,proto3" json:"foreign_horizon_micros,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
+}
+
+func (x *CoreVersion) Reset() {
+	*x = CoreVersion{}
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CoreVersion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CoreVersion) ProtoMessage() {}
+
+func (x *CoreVersion) ProtoReflect() protoreflect.Message {
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CoreVersion.ProtoReflect.Descriptor instead.
+func (*CoreVersion) Descriptor() ([]byte, []int) {
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *CoreVersion) GetVersion() uint32 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *CoreVersion) GetForeignHorizonMicros() int64 {
+	if x != nil {
+		return x.ForeignHorizonMicros
+	}
+	return 0
+}
+
 var File_tollkeeper_v1_control_proto protoreflect.FileDescriptor
 
 const file_tollkeeper_v1_control_proto_rawDesc = "" +
 	"\n" +
-	"\x1btollkeeper/v1/control.proto\x12\rtollkeeper.v1\"\xdb\x02\n" +
+	"\x1btollkeeper/v1/control.proto\x12\rtollkeeper.v1\x1a\x18tollkeeper/v1/call.proto\"\xd9\x03\n" +
 	"\fControlEntry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06author\x18\x02 \x01(\tR\x06author\x123\n" +
@@ -686,7 +977,11 @@ const file_tollkeeper_v1_control_proto_rawDesc = "" +
 	"\vaccount_set\x18\v \x01(\v2\x19.tollkeeper.v1.AccountSetH\x00R\n" +
 	"accountSet\x12)\n" +
 	"\x04tick\x18\f \x01(\v2\x13.tollkeeper.v1.TickH\x00R\x04tick\x12H\n" +
-	"\x0fproducer_closed\x18\r \x01(\v2\x1d.tollkeeper.v1.ProducerClosedH\x00R\x0eproducerClosedB\x06\n" +
+	"\x0fproducer_closed\x18\r \x01(\v2\x1d.tollkeeper.v1.ProducerClosedH\x00R\x0eproducerClosed\x12;\n" +
+	"\n" +
+	"correction\x18\x0e \x01(\v2\x19.tollkeeper.v1.CorrectionH\x00R\n" +
+	"correction\x12?\n" +
+	"\fcore_version\x18\x0f \x01(\v2\x1a.tollkeeper.v1.CoreVersionH\x00R\vcoreVersionB\x06\n" +
 	"\x04body\"\x87\x01\n" +
 	"\aPlanSet\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x127\n" +
@@ -694,7 +989,7 @@ const file_tollkeeper_v1_control_proto_rawDesc = "" +
 	"\x05plans\x18\x03 \x03(\v2\x13.tollkeeper.v1.PlanR\x05plans\"D\n" +
 	"\x04Plan\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12,\n" +
-	"\x06limits\x18\x02 \x03(\v2\x14.tollkeeper.v1.LimitR\x06limits\"\xf6\x01\n" +
+	"\x06limits\x18\x02 \x03(\v2\x14.tollkeeper.v1.LimitR\x06limits\"\xa7\x02\n" +
 	"\x05Limit\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05meter\x18\x02 \x01(\tR\x05meter\x12-\n" +
@@ -705,7 +1000,16 @@ const file_tollkeeper_v1_control_proto_rawDesc = "" +
 	"\fwarn_percent\x18\a \x01(\rR\vwarnPercent\x12\x12\n" +
 	"\x04code\x18\b \x01(\tR\x04code\x12\x1d\n" +
 	"\n" +
-	"action_url\x18\t \x01(\tR\tactionUrl\"R\n" +
+	"action_url\x18\t \x01(\tR\tactionUrl\x12/\n" +
+	"\x05lease\x18\n" +
+	" \x01(\v2\x19.tollkeeper.v1.LeaseTermsR\x05lease\"\xab\x01\n" +
+	"\n" +
+	"LeaseTerms\x12\x1f\n" +
+	"\vterm_micros\x18\x01 \x01(\x03R\n" +
+	"termMicros\x12'\n" +
+	"\x0fpatience_micros\x18\x02 \x01(\x03R\x0epatienceMicros\x120\n" +
+	"\x14release_after_micros\x18\x03 \x01(\x03R\x12releaseAfterMicros\x12!\n" +
+	"\fmax_exposure\x18\x04 \x01(\x03R\vmaxExposure\"R\n" +
 	"\x06Filter\x12\x16\n" +
 	"\x06models\x18\x01 \x03(\tR\x06models\x12\x16\n" +
 	"\x06routes\x18\x02 \x03(\tR\x06routes\x12\x18\n" +
@@ -719,11 +1023,25 @@ const file_tollkeeper_v1_control_proto_rawDesc = "" +
 	"\x04plan\x18\x03 \x01(\tR\x04plan\x12\x16\n" +
 	"\x06closed\x18\x04 \x01(\bR\x06closed\"\x1c\n" +
 	"\x04Tick\x12\x14\n" +
-	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\"M\n" +
+	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\"i\n" +
 	"\x0eProducerClosed\x12\x1a\n" +
 	"\bproducer\x18\x01 \x01(\fR\bproducer\x12\x1f\n" +
 	"\vlast_number\x18\x02 \x01(\x04R\n" +
-	"lastNumberBHZFgithub.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1;tollkeeperv1b\x06proto3"
+	"lastNumber\x12\x1a\n" +
+	"\bcomplete\x18\x03 \x01(\bR\bcomplete\"\x85\x02\n" +
+	"\n" +
+	"Correction\x12\x18\n" +
+	"\aaccount\x18\x01 \x01(\tR\aaccount\x12(\n" +
+	"\x10time_unix_micros\x18\x02 \x01(\x03R\x0etimeUnixMicros\x12\x14\n" +
+	"\x05model\x18\x03 \x01(\tR\x05model\x12\x14\n" +
+	"\x05route\x18\x04 \x01(\tR\x05route\x12\x16\n" +
+	"\x06method\x18\x05 \x01(\tR\x06method\x129\n" +
+	"\vadjustments\x18\x06 \x03(\v2\x17.tollkeeper.v1.QuantityR\vadjustments\x12\x16\n" +
+	"\x06reason\x18\a \x01(\tR\x06reason\x12\x1c\n" +
+	"\treference\x18\b \x01(\tR\treference\"]\n" +
+	"\vCoreVersion\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\rR\aversion\x124\n" +
+	"\x16foreign_horizon_micros\x18\x02 \x01(\x03R\x14foreignHorizonMicrosBHZFgithub.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1;tollkeeperv1b\x06proto3"
 
 var (
 	file_tollkeeper_v1_control_proto_rawDescOnce sync.Once
@@ -737,32 +1055,40 @@ func file_tollkeeper_v1_control_proto_rawDescGZIP() []byte {
 	return file_tollkeeper_v1_control_proto_rawDescData
 }
 
-var file_tollkeeper_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_tollkeeper_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_tollkeeper_v1_control_proto_goTypes = []any{
 	(*ControlEntry)(nil),   // 0: tollkeeper.v1.ControlEntry
 	(*PlanSet)(nil),        // 1: tollkeeper.v1.PlanSet
 	(*Plan)(nil),           // 2: tollkeeper.v1.Plan
 	(*Limit)(nil),          // 3: tollkeeper.v1.Limit
-	(*Filter)(nil),         // 4: tollkeeper.v1.Filter
-	(*AccountSet)(nil),     // 5: tollkeeper.v1.AccountSet
-	(*Account)(nil),        // 6: tollkeeper.v1.Account
-	(*Tick)(nil),           // 7: tollkeeper.v1.Tick
-	(*ProducerClosed)(nil), // 8: tollkeeper.v1.ProducerClosed
+	(*LeaseTerms)(nil),     // 4: tollkeeper.v1.LeaseTerms
+	(*Filter)(nil),         // 5: tollkeeper.v1.Filter
+	(*AccountSet)(nil),     // 6: tollkeeper.v1.AccountSet
+	(*Account)(nil),        // 7: tollkeeper.v1.Account
+	(*Tick)(nil),           // 8: tollkeeper.v1.Tick
+	(*ProducerClosed)(nil), // 9: tollkeeper.v1.ProducerClosed
+	(*Correction)(nil),     // 10: tollkeeper.v1.Correction
+	(*CoreVersion)(nil),    // 11: tollkeeper.v1.CoreVersion
+	(*Quantity)(nil),       // 12: tollkeeper.v1.Quantity
 }
 var file_tollkeeper_v1_control_proto_depIdxs = []int32{
-	1, // 0: tollkeeper.v1.ControlEntry.plan_set:type_name -> tollkeeper.v1.PlanSet
-	5, // 1: tollkeeper.v1.ControlEntry.account_set:type_name -> tollkeeper.v1.AccountSet
-	7, // 2: tollkeeper.v1.ControlEntry.tick:type_name -> tollkeeper.v1.Tick
-	8, // 3: tollkeeper.v1.ControlEntry.producer_closed:type_name -> tollkeeper.v1.ProducerClosed
-	2, // 4: tollkeeper.v1.PlanSet.plans:type_name -> tollkeeper.v1.Plan
-	3, // 5: tollkeeper.v1.Plan.limits:type_name -> tollkeeper.v1.Limit
-	4, // 6: tollkeeper.v1.Limit.filter:type_name -> tollkeeper.v1.Filter
-	6, // 7: tollkeeper.v1.AccountSet.accounts:type_name -> tollkeeper.v1.Account
-	8, // [8:8] is the sub-list for method output_type
-	8, // [8:8] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	1,  // 0: tollkeeper.v1.ControlEntry.plan_set:type_name -> tollkeeper.v1.PlanSet
+	6,  // 1: tollkeeper.v1.ControlEntry.account_set:type_name -> tollkeeper.v1.AccountSet
+	8,  // 2: tollkeeper.v1.ControlEntry.tick:type_name -> tollkeeper.v1.Tick
+	9,  // 3: tollkeeper.v1.ControlEntry.producer_closed:type_name -> tollkeeper.v1.ProducerClosed
+	10, // 4: tollkeeper.v1.ControlEntry.correction:type_name -> tollkeeper.v1.Correction
+	11, // 5: tollkeeper.v1.ControlEntry.core_version:type_name -> tollkeeper.v1.CoreVersion
+	2,  // 6: tollkeeper.v1.PlanSet.plans:type_name -> tollkeeper.v1.Plan
+	3,  // 7: tollkeeper.v1.Plan.limits:type_name -> tollkeeper.v1.Limit
+	5,  // 8: tollkeeper.v1.Limit.filter:type_name -> tollkeeper.v1.Filter
+	4,  // 9: tollkeeper.v1.Limit.lease:type_name -> tollkeeper.v1.LeaseTerms
+	7,  // 10: tollkeeper.v1.AccountSet.accounts:type_name -> tollkeeper.v1.Account
+	12, // 11: tollkeeper.v1.Correction.adjustments:type_name -> tollkeeper.v1.Quantity
+	12, // [12:12] is the sub-list for method output_type
+	12, // [12:12] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_tollkeeper_v1_control_proto_init() }
@@ -770,11 +1096,14 @@ func file_tollkeeper_v1_control_proto_init() {
 	if File_tollkeeper_v1_control_proto != nil {
 		return
 	}
+	file_tollkeeper_v1_call_proto_init()
 	file_tollkeeper_v1_control_proto_msgTypes[0].OneofWrappers = []any{
 		(*ControlEntry_PlanSet)(nil),
 		(*ControlEntry_AccountSet)(nil),
 		(*ControlEntry_Tick)(nil),
 		(*ControlEntry_ProducerClosed)(nil),
+		(*ControlEntry_Correction)(nil),
+		(*ControlEntry_CoreVersion)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -782,7 +1111,7 @@ func file_tollkeeper_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tollkeeper_v1_control_proto_rawDesc), len(file_tollkeeper_v1_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -104,7 +104,13 @@ type Decision struct {
 	ActionUrl       string `protobuf:"bytes,18,opt,name=action_url,json=actionUrl,proto3" json:"action_url,omitempty"`
 	WarnPercent     uint32 `protobuf:"varint,19,opt,name=warn_percent,json=warnPercent,proto3" json:"warn_percent,omitempty"`
 	// The owner's epoch when it was published.
-	Epoch         uint64 `protobuf:"varint,20,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Epoch uint64 `protobuf:"varint,20,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// The limit's tier; empty is eventual.
+	Tier string `protobuf:"bytes,21,opt,name=tier,proto3" json:"tier,omitempty"`
+	// Tiers exact and leased: how many units could still be had although the
+	// verdict is deny: it was one call's need that was refused, and a smaller one
+	// may pass. A gateway refuses by itself only where this is 0.
+	Room          int64 `protobuf:"varint,22,opt,name=room,proto3" json:"room,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -275,6 +281,20 @@ func (x *Decision) GetWarnPercent() uint32 {
 func (x *Decision) GetEpoch() uint64 {
 	if x != nil {
 		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Decision) GetTier() string {
+	if x != nil {
+		return x.Tier
+	}
+	return ""
+}
+
+func (x *Decision) GetRoom() int64 {
+	if x != nil {
+		return x.Room
 	}
 	return 0
 }
@@ -630,7 +650,7 @@ var File_tollkeeper_v1_decision_proto protoreflect.FileDescriptor
 
 const file_tollkeeper_v1_decision_proto_rawDesc = "" +
 	"\n" +
-	"\x1ctollkeeper/v1/decision.proto\x12\rtollkeeper.v1\x1a\x1btollkeeper/v1/control.proto\"\x95\x05\n" +
+	"\x1ctollkeeper/v1/decision.proto\x12\rtollkeeper.v1\x1a\x1btollkeeper/v1/control.proto\"\xbd\x05\n" +
 	"\bDecision\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aaccount\x18\x02 \x01(\tR\aaccount\x12\x14\n" +
@@ -653,7 +673,9 @@ const file_tollkeeper_v1_decision_proto_rawDesc = "" +
 	"\n" +
 	"action_url\x18\x12 \x01(\tR\tactionUrl\x12!\n" +
 	"\fwarn_percent\x18\x13 \x01(\rR\vwarnPercent\x12\x14\n" +
-	"\x05epoch\x18\x14 \x01(\x04R\x05epoch\"a\n" +
+	"\x05epoch\x18\x14 \x01(\x04R\x05epoch\x12\x12\n" +
+	"\x04tier\x18\x15 \x01(\tR\x04tier\x12\x12\n" +
+	"\x04room\x18\x16 \x01(\x03R\x04room\"a\n" +
 	"\n" +
 	"Checkpoint\x12\x14\n" +
 	"\x05shard\x18\x01 \x01(\rR\x05shard\x12\x14\n" +

@@ -12,7 +12,7 @@ const root = "github.com/tollkeeper/tollkeeper/"
 
 // core are the packages of pkg that hold state machines: time and state in,
 // values out.
-var core = []string{"pkg/alert", "pkg/dedup", "pkg/quota", "pkg/window"}
+var core = []string{"pkg/alert", "pkg/dedup", "pkg/lease", "pkg/quota", "pkg/window"}
 
 // large are the packages of more than maxLines lines: why they need to be, and
 // how large they may become before somebody has to think about it again.

@@ -8,6 +8,7 @@ import (
 	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -47,6 +48,10 @@ func (d *Decoder) Decode(m *ledger.Message) (quota.Entry, ledger.Kind, error) {
 			e.Control, err = controlOf(d.Control)
 		}
 	case ledger.KindLease:
+		var l *tollkeeperv1.LeaseEntry
+		if l, err = ledger.DecodeLease(m.Header, m.Data); err == nil {
+			e.Asks = asksOf(l)
+		}
 	}
 	return e, kind, err
 }
@@ -87,11 +92,37 @@ func controlOf(e *tollkeeperv1.ControlEntry) (*quota.Control, error) {
 			return nil, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("the closed producer is not a ksuid: %v", err)}
 		}
 		producer := dedup.Producer(p)
-		c.Closed, c.ClosedAt = &producer, body.ProducerClosed.GetLastNumber()
+		c.Closed, c.ClosedAt, c.Complete = &producer, body.ProducerClosed.GetLastNumber(), body.ProducerClosed.GetComplete()
+	case *tollkeeperv1.ControlEntry_Correction:
+		x := body.Correction
+		c.Correction = &quota.Correction{
+			Account: x.GetAccount(), Time: usage.Micros(x.GetTimeUnixMicros()), Model: x.GetModel(), Route: x.GetRoute(), Method: x.GetMethod(),
+		}
+		for _, q := range x.GetAdjustments() {
+			c.Correction.Adjustments = append(c.Correction.Adjustments, usage.Quantity{Meter: usage.Meter(q.GetMeter()), Value: q.GetValue()})
+		}
+	case *tollkeeperv1.ControlEntry_CoreVersion:
+		c.Core = &quota.Core{Version: body.CoreVersion.GetVersion(), Horizon: usage.Micros(body.CoreVersion.GetForeignHorizonMicros())}
 	case *tollkeeperv1.ControlEntry_Tick:
 		c.ID = "" // a tick does nothing that a second one could double
 	default:
 		return nil, &usage.InvalidError{Reason: usage.ReasonUnknownSchema, Message: "the control entry is of a kind that this version does not know"}
 	}
 	return c, nil
+}
+
+// asksOf translates a lease entry. Its gateway's id has the right length.
+func asksOf(e *tollkeeperv1.LeaseEntry) []quota.LeaseAsk {
+	asks := make([]quota.LeaseAsk, 0, len(e.GetAsks()))
+	for _, a := range e.GetAsks() {
+		asks = append(asks, quota.LeaseAsk{
+			Account: a.GetAccount(), LimitID: a.GetLimit(), WindowStart: usage.Micros(a.GetWindowStartUnixMicros()),
+			Ask: lease.Ask{
+				Gateway: lease.Gateway(e.GetGateway()), Seq: a.GetSeq(), Sent: lease.Micros(a.GetSentUnixMicros()), Seen: a.GetSeen(), Known: a.GetKnown(),
+				Used: a.GetUsed(), Returned: a.GetReturned(), Over: a.GetOver(), Held: a.GetHeld(), Need: a.GetNeed(), Want: a.GetWant(),
+				Renew: a.GetRenew(), Closing: a.GetClosing(),
+			},
+		})
+	}
+	return asks
 }

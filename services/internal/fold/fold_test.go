@@ -90,7 +90,26 @@ func TestControlEntriesAreTranslatedOrRefused(t *testing.T) {
 	if _, kind, err := d.Decode(&ledger.Message{Subject: "elsewhere"}); err == nil || kind != 0 {
 		t.Errorf("a subject of nobody: kind %d, %v", kind, err)
 	}
-	if e, kind, err := d.Decode(&ledger.Message{Subject: ledger.LeasesSubject(3), Sequence: 8}); err != nil || kind != ledger.KindLease || e.Batch != nil || e.Control != nil {
+	lease := func(e *tollkeeperv1.LeaseEntry) *ledger.Message {
+		m, err := ledger.LeaseMessage(3, e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return entry(m)
+	}
+	asks := []*tollkeeperv1.LeaseAsk{{Account: "acme", Limit: "free/calls", WindowStartUnixMicros: 60_000_000, Seq: 2, Known: 9, Used: 4, Returned: 1, Held: 2, Need: 1, Want: 30, Renew: true}}
+	if e, kind, err := d.Decode(lease(&tollkeeperv1.LeaseEntry{Gateway: p[:], Asks: asks})); err != nil || kind != ledger.KindLease || len(e.Asks) != 1 ||
+		e.Asks[0].Gateway != [20]byte(p) || e.Asks[0].LimitID != "free/calls" || e.Asks[0].WindowStart != 60_000_000 || e.Asks[0].Used != 4 || e.Asks[0].Want != 30 || !e.Asks[0].Renew {
 		t.Errorf("a lease: %+v, %v", e, err)
+	}
+	for name, m := range map[string]*ledger.Message{
+		"a gateway that is none": lease(&tollkeeperv1.LeaseEntry{Gateway: []byte{1}, Asks: asks}),
+		"a lease without asks":   lease(&tollkeeperv1.LeaseEntry{Gateway: p[:]}),
+		"a lease without codec":  {Subject: ledger.LeasesSubject(3), Sequence: 7},
+	} {
+		var invalid *usage.InvalidError
+		if e, kind, err := d.Decode(m); !errors.As(err, &invalid) || e.Asks != nil || e.Sequence != 7 || kind != ledger.KindLease {
+			t.Errorf("%s: %+v, %v", name, e, err)
+		}
 	}
 }
