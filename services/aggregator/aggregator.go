@@ -19,8 +19,8 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/publish"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/publish"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 

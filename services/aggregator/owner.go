@@ -21,8 +21,8 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
-	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/publish"
 	"github.com/tollkeeper/tollkeeper/services/internal/fold"
+	"github.com/tollkeeper/tollkeeper/services/internal/publish"
 )
 
 const (

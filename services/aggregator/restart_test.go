@@ -25,8 +25,8 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
-	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/publish"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/publish"
 )
 
 // published returns every decision ever published, by id, with how often.

@@ -9,9 +9,9 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/services/historian/internal/blocks"
-	"github.com/tollkeeper/tollkeeper/services/historian/internal/seen"
+	"github.com/tollkeeper/tollkeeper/services/internal/blocks"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
+	"github.com/tollkeeper/tollkeeper/services/internal/seen"
 )
 
 // calls gathers the ledger's calls.

@@ -16,7 +16,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/services/historian/internal/blocks"
+	"github.com/tollkeeper/tollkeeper/services/internal/blocks"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"

@@ -15,7 +15,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/services/historian/internal/blocks"
+	"github.com/tollkeeper/tollkeeper/services/internal/blocks"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 )
 

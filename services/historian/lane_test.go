@@ -12,7 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 
-	"github.com/tollkeeper/tollkeeper/services/historian/internal/blocks"
+	"github.com/tollkeeper/tollkeeper/services/internal/blocks"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 )
 

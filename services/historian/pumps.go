@@ -11,7 +11,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
-	"github.com/tollkeeper/tollkeeper/services/historian/internal/blocks"
+	"github.com/tollkeeper/tollkeeper/services/internal/blocks"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 )
 

@@ -7,8 +7,8 @@ import (
 	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/bound"
-	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/lane"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/spool"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/lane"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )

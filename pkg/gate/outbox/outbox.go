@@ -19,7 +19,7 @@ import (
 	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/bound"
-	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/lane"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/lane"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )

@@ -13,9 +13,9 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/bound"
-	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/lane"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/spool"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/wire"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/lane"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
