@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"strings"
+	"time"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"google.golang.org/protobuf/proto"
@@ -108,6 +109,7 @@ func checkLimits(p *Plan, i int, c *collector) {
 		if l.ActionURL != "" && !validActionURL(l.ActionURL) {
 			c.add(at("action_url"), "action_url is neither an http or https URL nor a path", "write it like https://example.com/billing or /billing")
 		}
+		checkLease(l, at("lease"), at("tier"), c)
 		if f := l.Filter; f != nil {
 			for name, list := range map[string][]string{"models": f.Models, "routes": f.Routes, "methods": f.Methods} {
 				for _, v := range list {
@@ -116,6 +118,68 @@ func checkLimits(p *Plan, i int, c *collector) {
 					}
 				}
 			}
+		}
+	}
+}
+
+// Bounds of a lease's terms beside usage.MaxLeaseSpan. A term holds while asks
+// and answers pass several times, and patience while one does.
+const (
+	minLeaseTerm     = time.Second
+	minLeasePatience = 50 * time.Millisecond
+	minReleaseAfter  = time.Second
+	maxLeaseSpan     = time.Duration(usage.MaxLeaseSpan) * time.Microsecond
+)
+
+func checkLease(l *Limit, lease, tier []any, c *collector) {
+	terms := l.Lease
+	if !usage.Tier(l.Tier).Leased() {
+		if terms != nil {
+			c.add(lease, "a limit of the tier eventual has no lease", "leave it out, or write tier: exact or tier: leased")
+		}
+		return
+	}
+	if terms == nil {
+		terms = &Lease{}
+	}
+	at := func(field string) []any { return append(lease[:len(lease):len(lease)], field) }
+	read := func(field, text string, absent, least time.Duration) (time.Duration, bool) {
+		if text == "" {
+			return absent, true
+		}
+		d, err := time.ParseDuration(text)
+		switch {
+		case err != nil:
+			c.add(at(field), field+" is not a span of time", "write it like 5s, 400ms or 1m30s")
+		case d < least:
+			c.add(at(field), fmt.Sprintf("%s is %s", field, text), fmt.Sprintf("write at least %s", least))
+		case d > maxLeaseSpan:
+			c.add(at(field), fmt.Sprintf("%s is %s", field, text), fmt.Sprintf("write at most %s", maxLeaseSpan))
+		case d%time.Microsecond != 0:
+			c.add(at(field), fmt.Sprintf("%s is %s", field, text), "write whole microseconds")
+		default:
+			return d, true
+		}
+		return 0, false
+	}
+	term, ok := read("term", terms.Term, time.Duration(usage.DefaultLeaseTerm)*time.Microsecond, minLeaseTerm)
+	patience, ok2 := read("patience", terms.Patience, time.Duration(usage.DefaultLeasePatience)*time.Microsecond, minLeasePatience)
+	if ok && ok2 && patience >= term {
+		c.add(at("patience"), fmt.Sprintf("patience is %s and the term %s", patience, term), "write a patience below the term")
+	}
+	read("release_after", terms.ReleaseAfter, 0, minReleaseAfter)
+	if terms.MaxExposure < 0 {
+		c.add(at("max_exposure"), fmt.Sprintf("max_exposure is %d", terms.MaxExposure), "write a number from 1 on")
+	}
+	for _, f := range [...]struct {
+		name  string
+		given bool
+	}{{"release_after", terms.ReleaseAfter != ""}, {"max_exposure", terms.MaxExposure != 0}} {
+		switch {
+		case l.Tier == string(usage.TierLeased) && !f.given:
+			c.add(tier, fmt.Sprintf("the lease of the limit %q has no %s", l.ID, f.name), "add it, or write tier: exact: a silent gateway's share is then never handed out twice")
+		case l.Tier == string(usage.TierExact) && f.given:
+			c.add(at(f.name), f.name+" would let an exact limit be exceeded", "leave it out, or write tier: leased")
 		}
 	}
 }

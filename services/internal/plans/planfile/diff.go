@@ -172,6 +172,17 @@ func compareLimit(a, b Limit) []FieldChange {
 	if b.Filter != nil {
 		y = *b.Filter
 	}
+	var s, t Lease
+	if a.Lease != nil {
+		s = *a.Lease
+	}
+	if b.Lease != nil {
+		t = *b.Lease
+	}
+	f.add("lease.term", s.Term, t.Term)
+	f.add("lease.patience", s.Patience, t.Patience)
+	f.add("lease.release_after", s.ReleaseAfter, t.ReleaseAfter)
+	f.add("lease.max_exposure", number(s.MaxExposure), number(t.MaxExposure))
 	f.add("filter.models", strings.Join(x.Models, ", "), strings.Join(y.Models, ", "))
 	f.add("filter.routes", strings.Join(x.Routes, ", "), strings.Join(y.Routes, ", "))
 	f.add("filter.methods", strings.Join(x.Methods, ", "), strings.Join(y.Methods, ", "))

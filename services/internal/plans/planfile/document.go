@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -45,7 +46,48 @@ type Limit struct {
 	Code        string  `json:"code,omitempty"`         // QUOTA_EXCEEDED when empty
 	ActionURL   string  `json:"action_url,omitempty"`
 	Filter      *Filter `json:"filter,omitempty"`
+	Lease       *Lease  `json:"lease,omitempty"` // tiers exact and leased only
 }
+
+// Lease says how gateways share the amount of a limit of the tiers exact and
+// leased; see usage.LeaseTerms. Spans of time are written as time.Duration
+// prints them.
+type Lease struct {
+	Term         string `json:"term,omitempty"`     // usage.DefaultLeaseTerm when empty
+	Patience     string `json:"patience,omitempty"` // usage.DefaultLeasePatience when empty
+	ReleaseAfter string `json:"release_after,omitempty"`
+	MaxExposure  int64  `json:"max_exposure,omitempty"`
+}
+
+// usage converts the terms of a checked limit; a nil receiver has the defaults.
+func (l *Lease) usage() usage.LeaseTerms {
+	t := usage.LeaseTerms{Term: usage.DefaultLeaseTerm, Patience: usage.DefaultLeasePatience}
+	if l == nil {
+		return t
+	}
+	t.MaxExposure = l.MaxExposure
+	for _, f := range [...]struct {
+		text string
+		into *usage.Micros
+	}{{l.Term, &t.Term}, {l.Patience, &t.Patience}, {l.ReleaseAfter, &t.ReleaseAfter}} {
+		if d, err := time.ParseDuration(f.text); err == nil {
+			*f.into = usage.Micros(d.Microseconds())
+		}
+	}
+	return t
+}
+
+// canonical writes the defaults out, and each span in one way.
+func (l *Lease) canonical() *Lease {
+	t := l.usage()
+	c := &Lease{Term: span(t.Term), Patience: span(t.Patience), MaxExposure: t.MaxExposure}
+	if t.ReleaseAfter != 0 {
+		c.ReleaseAfter = span(t.ReleaseAfter)
+	}
+	return c
+}
+
+func span(m usage.Micros) string { return (time.Duration(m) * time.Microsecond).String() }
 
 // Filter restricts a limit to some calls; an empty list matches every call.
 type Filter struct {
@@ -86,6 +128,9 @@ func (l *Limit) Usage() usage.Limit {
 	if u.Tier == "" {
 		u.Tier = usage.TierEventual
 	}
+	if u.Tier.Leased() {
+		u.Lease = l.Lease.usage()
+	}
 	u.Code = u.RefusalCode()
 	if l.Filter != nil {
 		u.Filter = usage.Filter{Models: l.Filter.Models, Routes: l.Filter.Routes, Methods: l.Filter.Methods}
@@ -114,6 +159,9 @@ func (d *Document) Canonical() *Document {
 			}
 			if l.Code == "" {
 				l.Code = string(usage.QuotaExceeded)
+			}
+			if usage.Tier(l.Tier).Leased() {
+				l.Lease = l.Lease.canonical()
 			}
 			if f := l.Filter; f != nil {
 				l.Filter = &Filter{Models: sorted(f.Models), Routes: sorted(f.Routes), Methods: sorted(f.Methods)}

@@ -289,6 +289,10 @@ func (c *collector) schemaProblems(e *jsonschema.ValidationError) {
 			c.add(path, "sha256 is not 64 lower-case hex digits", "write the SHA-256 of the key, never the key itself")
 			return
 		}
+		if n := len(path); n > 1 && path[n-2] == any("lease") {
+			c.add(path, field+" is not a span of time", "write it like 5s, 400ms or 1m30s")
+			return
+		}
 		c.add(path, fmt.Sprintf("%s has characters or a length that a name must not have", field), "use letters, digits, '_', '.', '-'")
 	default:
 		c.add(path, fmt.Sprintf("%s does not match the schema (%s)", field, strings.Join(e.ErrorKind.KeywordPath(), "/")), "see plans.schema.json")
@@ -315,6 +319,8 @@ func place(path []any) string {
 		return "the file"
 	case fmt.Sprint(path[n-1]) == "filter":
 		return "a filter"
+	case fmt.Sprint(path[n-1]) == "lease":
+		return "a lease"
 	case n == 2 && path[0] == "plans":
 		return "a plan"
 	case n == 2 && path[0] == "accounts":
@@ -333,7 +339,8 @@ func fields(path []any) []string {
 	return map[string][]string{
 		"the file":   {"version", "plans", "accounts"},
 		"a plan":     {"id", "limits"},
-		"a limit":    {"id", "meter", "window", "amount", "tier", "warn_percent", "code", "action_url", "filter"},
+		"a limit":    {"id", "meter", "window", "amount", "tier", "warn_percent", "code", "action_url", "filter", "lease"},
+		"a lease":    {"term", "patience", "release_after", "max_exposure"},
 		"a filter":   {"models", "routes", "methods"},
 		"an account": {"id", "parent", "plan", "keys"},
 		"a key":      {"id", "sha256"},

@@ -34,9 +34,20 @@ func AccountRecord(x Index, id string) *tollkeeperv1.AccountRecord {
 			r.Limits = append(r.Limits, accountLimit(step, p, &p.Limits[k]))
 		}
 	}
-	if len(r.Limits) > 0 {
-		// The strictest on the path; there is one tier.
-		r.Tier = string(usage.TierEventual)
-	}
+	r.Tier = string(strictest(r.Limits))
 	return r
+}
+
+// strictest returns the strictest tier among limits, empty when there are none.
+func strictest(limits []*tollkeeperv1.AccountLimit) usage.Tier {
+	var tier usage.Tier
+	for _, l := range limits {
+		switch t := usage.Tier(l.GetLimit().GetTier()); {
+		case t == usage.TierExact:
+			return t
+		case t == usage.TierLeased || tier == "":
+			tier = t
+		}
+	}
+	return tier
 }
