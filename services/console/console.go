@@ -248,6 +248,7 @@ func (c *console) run(ctx context.Context) error {
 	})
 	group.Go(func() error { return c.produce(ctx) })
 	group.Go(func() error { return c.watchParts(ctx) })
+	group.Go(func() error { return c.finishPlans(ctx) })
 	return group.Wait()
 }
 
@@ -296,6 +297,34 @@ func (c *console) startOf(ctx context.Context, name string, back uint64, next *u
 	}
 	*next = max(*next, from)
 	return nil
+}
+
+const (
+	// finishEvery is how often the console looks for plans that somebody began to
+	// apply and did not get done, finishTimeout how long completing them may take.
+	finishEvery   = time.Minute
+	finishTimeout = applyTimeout
+)
+
+// finishPlans completes, at the start and then regularly, what an applying of
+// plans that died has left half done: the gateways' directory must not stay behind
+// the ledger until somebody happens to apply something.
+func (c *console) finishPlans(ctx context.Context) error {
+	tick := time.NewTicker(finishEvery)
+	defer tick.Stop()
+	for {
+		bounded, cancel := context.WithTimeout(ctx, finishTimeout)
+		err := c.applier.Finish(bounded)
+		cancel()
+		if err != nil && ctx.Err() == nil {
+			c.log.Warn().Err(err).Msg("plans that somebody else began to apply could not be completed: trying again in a minute")
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 func micros(t time.Time) usage.Micros { return usage.At(t) }

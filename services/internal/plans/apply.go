@@ -234,6 +234,26 @@ func (a *Applier) changeOnce(ctx context.Context, s *store, g ledger.Geometry, a
 	return a.replace(ctx, s, g, now, doc, author)
 }
 
+// Finish completes what an act that died has left half done, or does nothing:
+// when none is unfinished, or while whoever began it may still be at it (Takeover).
+// Apply and Change do so by themselves; it is for when nobody applies anything.
+func (a *Applier) Finish(ctx context.Context) error {
+	geometry, err := ledger.ReadGeometry(ctx, a.JS)
+	if err != nil {
+		return err
+	}
+	s, err := openStore(ctx, a.JS)
+	if err != nil {
+		return err
+	}
+	err = a.finishOther(ctx, s, geometry, "")
+	var busy *BusyError
+	if errors.As(err, &busy) || errors.Is(err, ErrConflict) {
+		return nil // somebody is at it
+	}
+	return err
+}
+
 // finishOther completes or refuses to wait for another's act with another
 // document.
 func (a *Applier) finishOther(ctx context.Context, s *store, g ledger.Geometry, version string) error {

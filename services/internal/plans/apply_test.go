@@ -386,6 +386,44 @@ func TestAnUnfinishedActIsCompletedBeforeAnother(t *testing.T) {
 	}
 }
 
+func TestWhatIsHalfDoneIsFinishedThoughNobodyApplies(t *testing.T) {
+	t.Parallel()
+	b := newBus(t)
+	if err := b.applier().Finish(t.Context()); err != nil {
+		t.Fatalf("nothing was ever begun: %v", err)
+	}
+	if _, err := b.applier().Apply(t.Context(), first(), "ada"); err != nil {
+		t.Fatal(err)
+	}
+	dies := b.applier()
+	dies.step = func(step string) error {
+		if step == "entries" {
+			return errCrash
+		}
+		return nil
+	}
+	if _, err := dies.Apply(t.Context(), second(), "bob"); !errors.Is(err, errCrash) {
+		t.Fatalf("got %v", err)
+	}
+	if err := b.applier().Finish(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	now, err := b.applier().Current(t.Context())
+	if err != nil || now.Author != "ada" || now.Unfinished != Version(second()) {
+		t.Fatalf("an act that may still be going on was taken over: %+v, %v", now, err)
+	}
+	later := b.applier()
+	later.Takeover = time.Nanosecond
+	if err := later.Finish(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.expect(t, second())
+	now, err = b.applier().Current(t.Context())
+	if err != nil || now.Author != "bob" || now.Unfinished != "" {
+		t.Errorf("got %+v, %v", now, err)
+	}
+}
+
 func TestWhatIsHalfDoneIsSeenByWhoeverAsksWhatWouldChange(t *testing.T) {
 	t.Parallel()
 	b := newBus(t)
