@@ -12,7 +12,7 @@ const root = "github.com/tollkeeper/tollkeeper/"
 
 // core are the packages of pkg that hold state machines: time and state in,
 // values out.
-var core = []string{"pkg/alert", "pkg/dedup", "pkg/lease", "pkg/quota", "pkg/window"}
+var core = []string{"pkg/alert", "pkg/audit", "pkg/dedup", "pkg/lease", "pkg/quota", "pkg/window"}
 
 // large are the packages of more than maxLines lines: why they need to be, and
 // how large they may become before somebody has to think about it again.
@@ -24,6 +24,7 @@ var large = map[string]struct {
 	"pkg/ledger":                        {3600, "the wire is known in one place; half of it is one codec, a writer and a distrustful reader of the same columns, which a package of its own would have to export all over again"},
 	"pkg/quota":                         {2600, "one state machine: counting, deciding, snapshot and queries share a state without pointers; packages for them would export its innards to each other and to nobody else"},
 	"services/internal/embedclickhouse": {2300, "installing, configuring and supervising one foreign process"},
+	"services/internal/history":         {1800, "the only room that knows a driver: what is asked of one server goes over one client with one set of bounds"},
 }
 
 const maxLines = 1500

@@ -10,6 +10,7 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/audit"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -41,6 +42,7 @@ type Block struct {
 	sequence   proto.ColUInt64
 	row        proto.ColUInt16
 	streamTime proto.ColDateTime
+	sealed     proto.ColDateTime // minute
 	time       int64s
 	late       proto.ColUInt8
 
@@ -93,7 +95,7 @@ func NewBlock() *Block {
 // Reset empties the block and keeps its memory.
 func (b *Block) Reset() {
 	b.rows, b.bytes, b.first, b.last, b.since, b.until = 0, 0, 0, 0, 0, 0
-	b.sequence, b.row, b.streamTime.Data, b.late = b.sequence[:0], b.row[:0], b.streamTime.Data[:0], b.late[:0]
+	b.sequence, b.row, b.streamTime.Data, b.sealed.Data, b.late = b.sequence[:0], b.row[:0], b.streamTime.Data[:0], b.sealed.Data[:0], b.late[:0]
 	b.shard, b.frame, b.traceFlags, b.status, b.flags, b.known = b.shard[:0], b.frame[:0], b.traceFlags[:0], b.status[:0], b.flags[:0], b.known[:0]
 	b.traceID.Buf, b.spanID.Buf = b.traceID.Buf[:0], b.spanID.Buf[:0]
 	b.time.ColInt64, b.duration.ColInt64 = b.time.ColInt64[:0], b.duration.ColInt64[:0]
@@ -145,6 +147,7 @@ func (b *Block) AppendFrame(f *ledger.Frame, e Entry, keep []uint32) {
 
 	b.sequence = fill(b.sequence, n, e.Sequence)
 	b.streamTime.Data = fill(b.streamTime.Data, n, proto.DateTime(int64(e.Time)/1_000_000))
+	b.sealed.Data = fill(b.sealed.Data, n, proto.DateTime(audit.FrameMinute(f.SealedAt, e.Time)*60))
 	b.shard = fill(b.shard, n, uint16(f.Shard))
 	b.frame = fill(b.frame, n, f.Number)
 	b.row = grow(b.row, n)
@@ -369,5 +372,5 @@ func (b *Block) Calls() proto.Input {
 	for m, name := range usage.BuiltInMeters() {
 		in = append(in, proto.InputColumn{Name: string(name), Data: &b.meters[m]})
 	}
-	return append(in, proto.InputColumn{Name: "custom", Data: &b.custom})
+	return append(in, proto.InputColumn{Name: "custom", Data: &b.custom}, proto.InputColumn{Name: "frame_minute", Data: &b.sealed})
 }
