@@ -21,6 +21,8 @@ type UsageRequest struct {
 	Accounts []string `json:"accounts,omitempty"`
 	// Top is how many accounts are wanted when Accounts is empty; at most MaxUsageAccounts.
 	Top int `json:"top,omitempty"`
+	// TotalsOnly leaves out how limits stand, and the state's hash.
+	TotalsOnly bool `json:"totals_only,omitempty"`
 }
 
 // UsageReply holds the counters of some accounts of a shard.

@@ -45,13 +45,19 @@ func (o *owner) usage(query []byte) ([]byte, error) {
 	if len(r.Accounts) > ledger.MaxUsageAccounts || r.Top > ledger.MaxUsageAccounts || r.Top < 0 {
 		return nil, fmt.Errorf("at most %d accounts are answered at once", ledger.MaxUsageAccounts)
 	}
-	hash := o.state.Hash()
 	reply := ledger.UsageReply{
 		Shard: o.shard, Epoch: o.pub.Last().Epoch, Sequence: o.state.Sequence(), StreamTime: o.state.Now(), PlanVersion: o.state.PlanVersion(),
-		StateHash: hex.EncodeToString(hash[:]), Total: totalsOf(o.state.Total()), AccountCount: o.state.Accounts(), Accounts: []ledger.AccountUsage{},
+		Total: totalsOf(o.state.Total()), AccountCount: o.state.Accounts(), Accounts: []ledger.AccountUsage{},
+	}
+	if !r.TotalsOnly {
+		hash := o.state.Hash()
+		reply.StateHash = hex.EncodeToString(hash[:])
 	}
 	for _, id := range r.Accounts {
 		if u, ok := o.state.Account(id); ok {
+			if r.TotalsOnly {
+				u.Limits = nil
+			}
 			reply.Accounts = append(reply.Accounts, usageOf(&u))
 		}
 	}
