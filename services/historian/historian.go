@@ -254,9 +254,12 @@ func lanes(o Options, s seams, m *metrics, js jetstream.JetStream, h *history.Hi
 	all.gather = newCalls(usage.Micros(o.Horizon.Microseconds()), func(b *history.Block) []part { return wrap(h.Parts(b)) }, m, o.Logger)
 	all.snapshots, all.snapshotEvery = &objectSnapshots{js: js}, o.SnapshotEvery
 
-	control := base("control", ledger.Stream, []string{"control"}, ledger.AllControl)
-	control.gather = &pump[history.ControlRow]{lane: "control", read: readControl, metrics: m, log: o.Logger,
-		parts: func(rows []history.ControlRow, s blocks.Span) []part { return wrap(h.ControlParts(rows, s.From, s.To)) }}
+	control := base("control", ledger.Stream, []string{"control", "corrections"}, ledger.AllControl)
+	control.gather = &pump[act]{lane: "control", read: readControl, metrics: m, log: o.Logger,
+		parts: func(acts []act, s blocks.Span) []part {
+			rows, corrections := actRows(acts)
+			return wrap(append(h.ControlParts(rows, s.From, s.To), h.CorrectionParts(corrections, s.From, s.To)...))
+		}}
 
 	decisions := base("decisions", "KV_"+ledger.DecisionsBucket, []string{"decisions"})
 	decisions.gather = &pump[history.DecisionRow]{lane: "decisions", read: readDecision, metrics: m, log: o.Logger,

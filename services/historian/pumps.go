@@ -78,38 +78,83 @@ func readDecision(m ledger.Message) (history.DecisionRow, bool, error) {
 	return history.DecisionRow{Position: position(m), Decision: d}, true, err
 }
 
+// act is a control entry, and what it corrects, if it does.
+type act struct {
+	history.ControlRow
+	correction *history.CorrectionRow
+}
+
+// actRows tells acts and corrections apart.
+func actRows(acts []act) (rows []history.ControlRow, corrections []history.CorrectionRow) {
+	for i := range acts {
+		rows = append(rows, acts[i].ControlRow)
+		if acts[i].correction != nil {
+			corrections = append(corrections, *acts[i].correction)
+		}
+	}
+	return rows, corrections
+}
+
+// correctionRow is the row of a correction; nil for what counting refuses.
+func correctionRow(row *history.ControlRow, c *tollkeeperv1.Correction) *history.CorrectionRow {
+	out := &history.CorrectionRow{
+		Position: row.Position, Shard: row.Shard, ID: row.ID, Author: row.Author, CreatedAt: row.CreatedAt, Account: c.GetAccount(),
+		At: usage.Micros(c.GetTimeUnixMicros()), Model: c.GetModel(), Route: c.GetRoute(), Method: c.GetMethod(), Reason: c.GetReason(), Reference: c.GetReference(),
+	}
+	// As it is counted: not after the entry.
+	if out.At == 0 || out.At > row.Time {
+		out.At = row.Time
+	}
+	for _, q := range c.GetAdjustments() {
+		m := usage.Meter(q.GetMeter())
+		if i, ok := m.Index(); ok {
+			out.BuiltIn[i] += q.GetValue()
+			continue
+		}
+		out.Custom = append(out.Custom, usage.Quantity{Meter: m, Value: q.GetValue()})
+	}
+	return out
+}
+
 // readControl reads a control entry of the ledger.
-func readControl(m ledger.Message) (history.ControlRow, bool, error) {
+func readControl(m ledger.Message) (act, bool, error) {
 	kind, shard, err := ledger.ParseSubject(m.Subject)
 	if err != nil || kind != ledger.KindControl {
-		return history.ControlRow{}, false, nil
+		return act{}, false, nil
 	}
 	e, err := ledger.DecodeControl(m.Header, m.Data)
 	if err != nil {
-		return history.ControlRow{}, true, err
+		return act{}, true, err
 	}
-	row := history.ControlRow{Position: position(m), Shard: shard, ID: e.GetId(), Author: e.GetAuthor(), CreatedAt: usage.Micros(e.GetCreatedAtUnixMicros())}
+	var out act
+	row := &out.ControlRow
+	*row = history.ControlRow{Position: position(m), Shard: shard, ID: e.GetId(), Author: e.GetAuthor(), CreatedAt: usage.Micros(e.GetCreatedAtUnixMicros())}
 	switch e.GetBody().(type) {
 	case *tollkeeperv1.ControlEntry_Tick:
 		// One a second and shard, and nobody's act: they say that time passed.
-		return row, false, nil
+		return out, false, nil
 	case *tollkeeperv1.ControlEntry_PlanSet:
 		row.Kind = "plan_set"
 	case *tollkeeperv1.ControlEntry_AccountSet:
 		row.Kind = "account_set"
 	case *tollkeeperv1.ControlEntry_ProducerClosed:
 		row.Kind = "producer_closed"
+	case *tollkeeperv1.ControlEntry_Correction:
+		row.Kind = "correction"
+		out.correction = correctionRow(row, e.GetCorrection())
+	case *tollkeeperv1.ControlEntry_CoreVersion:
+		row.Kind = "core_version"
 	default:
 		row.Kind = "unknown" // a newer writer's
 	}
 	body, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(e)
 	if err != nil {
-		return row, true, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: "the control entry can't be written as JSON: " + err.Error()}
+		return out, true, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: "the control entry can't be written as JSON: " + err.Error()}
 	}
 	// protojson varies its spaces on purpose; a row must come out the same.
 	compact, err := compactJSON(body)
 	row.Body = compact
-	return row, true, err
+	return out, true, err
 }
 
 // readAlert reads a transition of an episode.

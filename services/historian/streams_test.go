@@ -63,8 +63,16 @@ func TestDecisionsAlertsAndActsAreInTheHistory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	correction, err := ledger.ControlMessage(1, &tollkeeperv1.ControlEntry{Id: "act-2", Author: "somebody", CreatedAtUnixMicros: 1_763_370_000_000_000, Body: &tollkeeperv1.ControlEntry_Correction{Correction: &tollkeeperv1.Correction{
+		Account: "a", TimeUnixMicros: 1_763_360_000_000_000, Model: "m", Reason: "twice", Reference: "r",
+		Adjustments: []*tollkeeperv1.Quantity{{Meter: "calls", Value: -3}, {Meter: "images", Value: 2}},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
 	w.publish(tick.Subject, tick.Header, tick.Data)
 	w.publish(act.Subject, act.Header, act.Data)
+	corrected := w.publish(correction.Subject, correction.Header, correction.Data)
 
 	stop := w.start(w.options(), seams{})
 	decision.Verdict, decision.Code, decision.Revision, decision.ID = usage.Allow, "", 42, "d2"
@@ -81,7 +89,7 @@ func TestDecisionsAlertsAndActsAreInTheHistory(t *testing.T) {
 		}
 		return n
 	}
-	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 1} {
+	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 2, "corrections": 1} {
 		eventually(t, table+" has "+strconv.FormatUint(want, 10)+" rows", 15*time.Second, func() bool { return rows(table) >= want })
 	}
 	// A restart brings none of them again.
@@ -91,7 +99,7 @@ func TestDecisionsAlertsAndActsAreInTheHistory(t *testing.T) {
 	w.start(w.options(), seams{})
 	c := newClients(w, 9)
 	c.agree()
-	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 1} {
+	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 2, "corrections": 1} {
 		if n := rows(table); n != want {
 			t.Errorf("%s has %d rows, wanted %d", table, n, want)
 		}
@@ -102,6 +110,10 @@ func TestDecisionsAlertsAndActsAreInTheHistory(t *testing.T) {
 	}
 	if got[0].ID != "d2" || got[0].Verdict != usage.Allow || got[1].ID != "d1" || got[1].Verdict != usage.Deny || got[1].Used != 120 || got[1].Cause != 1_763_370_000_900_000 || got[1].PeriodEnd != decision.PeriodEnd {
 		t.Errorf("decisions came back as %+v", got)
+	}
+	corrections, err := w.h.Corrections(t.Context(), history.CorrectionsQuery{Account: "a", Limit: 10})
+	if err != nil || len(corrections) != 1 || corrections[0].Sequence != corrected || corrections[0].Time != 1_763_360_000_000_000 || corrections[0].Adjustments["calls"] != -3 || corrections[0].Adjustments["images"] != 2 {
+		t.Errorf("corrections came back as %+v, %v", corrections, err)
 	}
 	alerts, err := w.h.Alerts(t.Context(), 0, 10)
 	if err != nil || len(alerts) != 1 || string(alerts[0].Body) != string(body) {

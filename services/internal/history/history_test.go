@@ -267,7 +267,7 @@ func TestAnAnalystReadsTheViewsAndWritesNothing(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	for _, v := range []string{"v_calls", "v_usage_hourly", "v_usage_minute", "v_traffic_minute", "v_refusals", "v_decisions", "v_control", "v_alerts", "v_conservation"} {
+	for _, v := range []string{"v_calls", "v_usage_hourly", "v_usage_minute", "v_traffic_minute", "v_refusals", "v_decisions", "v_control", "v_corrections", "v_alerts", "v_conservation"} {
 		var n uint64
 		if err := conn.QueryRow(t.Context(), "SELECT count() FROM (SELECT * FROM "+v+")").Scan(&n); err != nil {
 			t.Errorf("%s: %v", v, err)

@@ -24,11 +24,12 @@ const (
 	targetDecisions
 	targetControl
 	targetAlerts
+	targetCorrections
 	numTargets
 )
 
 func (t target) String() string {
-	return [...]string{"calls", "usage_hourly", "traffic_minute", "decisions", "control", "alerts"}[t]
+	return [...]string{"calls", "usage_hourly", "traffic_minute", "decisions", "control", "alerts", "corrections"}[t]
 }
 
 // Part is what one table gets of a block: one insert, which the server keeps

@@ -460,6 +460,74 @@ func (h *History) Decisions(ctx context.Context, q DecisionsQuery) (out []PastDe
 	return out, nil
 }
 
+// CorrectionsQuery asks for corrections, newest first.
+type CorrectionsQuery struct {
+	Account string // empty: of all accounts
+	// Before is the ledger sequence before which to begin; 0: at the newest.
+	Before uint64
+	Limit  int
+}
+
+// PastCorrection is a correction that is in the ledger.
+type PastCorrection struct {
+	Sequence   uint64       `json:"ledger_sequence"`
+	StreamTime usage.Micros `json:"stream_time_unix_micros"`
+	Shard      uint32       `json:"shard"`
+	ID         string       `json:"id"`
+	Author     string       `json:"author"`
+	CreatedAt  usage.Micros `json:"created_at_unix_micros"`
+	Account    string       `json:"account"`
+	Time       usage.Micros `json:"time_unix_micros"`
+	Model      string       `json:"model,omitempty"`
+	Route      string       `json:"route,omitempty"`
+	Method     string       `json:"method,omitempty"`
+	// Adjustments by meter, signed; a meter that is not corrected is absent.
+	Adjustments map[string]int64 `json:"adjustments"`
+	Reason      string           `json:"reason"`
+	Reference   string           `json:"reference,omitempty"`
+}
+
+// Corrections returns at most q.Limit corrections (MaxRows at most), newest first,
+// each act once.
+func (h *History) Corrections(ctx context.Context, q CorrectionsQuery) (out []PastCorrection, err error) {
+	if q.Limit <= 0 {
+		return nil, fmt.Errorf("%w: %d corrections", ErrQuestion, q.Limit)
+	}
+	// An act and its repetition are of one account: each side has both or none.
+	const query = `SELECT sequence, toUnixTimestamp64Micro(stream_time), shard, id, toString(author), toUnixTimestamp64Micro(created_at), account,
+			toUnixTimestamp64Micro(time), toString(model), toString(route), toString(method),
+			[calls, input_tokens, output_tokens, cached_input_tokens, reasoning_tokens, cost, bytes],
+			arrayMap(x -> toString(x), mapKeys(custom)), mapValues(custom), reason, reference
+		FROM (SELECT * FROM corrections WHERE {account:String} = '' OR account = {account:String} ORDER BY sequence LIMIT 1 BY shard, id)
+		WHERE {before:UInt64} = 0 OR sequence < {before:UInt64}
+		ORDER BY sequence DESC LIMIT {limit:UInt32}`
+	err = h.read(ctx, query, func(rows driver.Rows) error {
+		c := PastCorrection{Adjustments: map[string]int64{}}
+		var shard uint16
+		var at, created, time int64
+		var builtIn, own []int64
+		var names []string
+		if err := rows.Scan(&c.Sequence, &at, &shard, &c.ID, &c.Author, &created, &c.Account, &time, &c.Model, &c.Route, &c.Method, &builtIn, &names, &own, &c.Reason, &c.Reference); err != nil {
+			return err
+		}
+		c.StreamTime, c.Shard, c.CreatedAt, c.Time = usage.Micros(at), uint32(shard), usage.Micros(created), usage.Micros(time)
+		for m, name := range usage.BuiltInMeters() {
+			if builtIn[m] != 0 {
+				c.Adjustments[string(name)] = builtIn[m]
+			}
+		}
+		for i, name := range names {
+			c.Adjustments[name] = own[i]
+		}
+		out = append(out, c)
+		return nil
+	}, named("account", q.Account), named("before", q.Before), named("limit", min(q.Limit, MaxRows)))
+	if err != nil {
+		return nil, fmt.Errorf("corrections: %w", err)
+	}
+	return out, nil
+}
+
 // PastAlert is a transition of an episode, whole, as JSON.
 type PastAlert struct {
 	Sequence  uint64 // in the alerts' stream

@@ -19,6 +19,8 @@ type (
 	DecisionRow = columnar.DecisionRow
 	ControlRow  = columnar.ControlRow
 	AlertRow    = columnar.AlertRow
+	// CorrectionRow is what a control entry corrects.
+	CorrectionRow = columnar.CorrectionRow
 )
 
 // NewBlock returns an empty block.
@@ -37,6 +39,12 @@ func (h *History) DecisionParts(rows []DecisionRow, from, to uint64) []Part {
 // ControlParts returns the part of a block of control entries.
 func (h *History) ControlParts(rows []ControlRow, from, to uint64) []Part {
 	return h.streamPart(targetControl, len(rows), from, to, func() proto.Input { return columnar.Control(rows) })
+}
+
+// CorrectionParts returns the part of a block of control entries that are
+// corrections.
+func (h *History) CorrectionParts(rows []CorrectionRow, from, to uint64) []Part {
+	return h.streamPart(targetCorrections, len(rows), from, to, func() proto.Input { return columnar.Corrections(rows) })
 }
 
 // AlertParts returns the part of a block of alert transitions.

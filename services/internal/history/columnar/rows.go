@@ -32,6 +32,20 @@ type ControlRow struct {
 	Body      string // JSON
 }
 
+// CorrectionRow is one correction: what it adds to each meter, signed.
+type CorrectionRow struct {
+	Position
+	Shard                uint32
+	ID, Author           string
+	CreatedAt            usage.Micros
+	Account              string
+	At                   usage.Micros // of the corrected usage
+	Model, Route, Method string
+	BuiltIn              [usage.NumBuiltIn]int64
+	Custom               []usage.Quantity
+	Reason, Reference    string
+}
+
 // AlertRow is one transition of an episode. Body is the whole of it, JSON.
 type AlertRow struct {
 	Position
@@ -78,6 +92,31 @@ func Control(rows []ControlRow) proto.Input {
 		c.time("created_at", r.CreatedAt)
 		c.low("kind", r.Kind)
 		c.text("body", r.Body)
+	}
+	return c.in
+}
+
+// Corrections returns the columns of corrections.
+func Corrections(rows []CorrectionRow) proto.Input {
+	var c rowColumns
+	for i := range rows {
+		r := &rows[i]
+		c.position(r.Position)
+		c.uint16("shard", uint16(r.Shard))
+		c.text("id", r.ID)
+		c.low("author", r.Author)
+		c.time("created_at", r.CreatedAt)
+		c.text("account", r.Account)
+		c.time("time", r.At)
+		c.low("model", r.Model)
+		c.low("route", r.Route)
+		c.low("method", r.Method)
+		for m, name := range usage.BuiltInMeters() {
+			c.int64(string(name), r.BuiltIn[m])
+		}
+		c.readings("custom", r.Custom)
+		c.text("reason", r.Reason)
+		c.text("reference", r.Reference)
 	}
 	return c.in
 }
@@ -139,6 +178,15 @@ func (c *rowColumns) text(name, v string) {
 func (c *rowColumns) low(name, v string) {
 	l := column(c, name, func() low { return low{new(words)} })
 	l.appendKey(l.id([]byte(v)))
+}
+
+func (c *rowColumns) readings(name string, list []usage.Quantity) {
+	r := column(c, name, func() *readings { return new(readings) })
+	for _, q := range list {
+		r.meters.appendKey(r.meters.id([]byte(q.Meter)))
+		r.values = append(r.values, q.Value)
+	}
+	r.ends = append(r.ends, uint64(len(r.values)))
 }
 
 func (c *rowColumns) uint16(name string, v uint16) {
