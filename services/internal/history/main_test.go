@@ -89,5 +89,5 @@ var notWord = regexp.MustCompile(`[^A-Za-z0-9]+`)
 
 // unique is a name that no other test of this run has.
 func unique(t testing.TB) string {
-	return fmt.Sprintf("%s-%d", strings.ToLower(notWord.ReplaceAllString(t.Name(), "-")), shared.names.Add(1))
+	return fmt.Sprintf("%s-%06d", strings.ToLower(notWord.ReplaceAllString(t.Name(), "-")), shared.names.Add(1))
 }
