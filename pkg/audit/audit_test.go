@@ -103,13 +103,14 @@ func TestAClaimIsWhatWasAdded(t *testing.T) {
 		want := NewCells(limit)
 		number, next := uint64(0), uint64(1)
 		take := func() {
-			c, ok := l.Take()
-			if ok == want.Empty() || ok && c.Through != number {
-				t.Fatalf("after frame %d the claim is %+v", number, c)
+			claims := l.Take()
+			if (len(claims) == 1) == want.Empty() || len(claims) == 1 && claims[0].Through != number {
+				t.Fatalf("after frame %d the claims are %+v", number, claims)
 			}
-			if !ok {
+			if len(claims) == 0 {
 				return
 			}
+			c := claims[0]
 			got := NewCells(1000)
 			for _, data := range Encode(producer, next, []Claim{c}) {
 				m, err := Decode(data)
@@ -188,8 +189,7 @@ func TestADamagedMessageIsRefused(t *testing.T) {
 	l := NewLane("p", 0, 10)
 	l.Add(1, &usage.Call{Account: "a"})
 	l.Seal(start)
-	c, _ := l.Take()
-	good := Encode(dedup.Producer{1}, 1, []Claim{c})[0]
+	good := Encode(dedup.Producer{1}, 1, l.Take())[0]
 	for i := range good {
 		bad := slices.Clone(good)
 		bad[i] ^= 1
@@ -206,13 +206,29 @@ func TestAFrameThatWasBegunAndNeverSealedIsNotClaimed(t *testing.T) {
 	t.Parallel()
 	l := NewLane("p", 0, 10)
 	l.Add(1, &usage.Call{Account: "a"})
-	if c, ok := l.Take(); ok {
+	if c := l.Take(); c != nil {
 		t.Errorf("claimed: %+v", c)
 	}
 	l.Seal(start)
 	l.Seal(start) // nothing is open
-	if c, ok := l.Take(); !ok || c.From != 1 || c.Through != 1 || c.Cells.Len() != 1 {
+	if c := l.Take(); len(c) != 1 || c[0].From != 1 || c[0].Through != 1 || c[0].Cells.Len() != 1 {
 		t.Errorf("claimed: %+v", c)
+	}
+}
+
+func TestFramesThatMayHaveBeenClaimedBeforeAreClaimedOneByOne(t *testing.T) {
+	t.Parallel()
+	l := NewLaneAgain("p", 2, 10)
+	for _, number := range []uint64{4, 5, 9} {
+		l.Add(number, &usage.Call{Account: "a"})
+		l.Seal(start)
+	}
+	claims := l.Take()
+	if len(claims) != 3 || claims[2].From != 9 || claims[2].Through != 9 || claims[2].Shard != 2 {
+		t.Fatalf("claims: %+v", claims)
+	}
+	if m, err := Decode(Encode(dedup.Producer{1}, 1, claims)[0]); err != nil || len(m.Claims) != 3 || m.Claims[1].From != 5 {
+		t.Errorf("%+v, %v", m, err)
 	}
 }
 

@@ -41,13 +41,22 @@ type Lane struct {
 	index  int
 	open   map[string]*Tally
 
-	claim Claim // of sealed frames
+	claims []Claim // of sealed frames
+	each   bool    // a claim a frame
 }
 
 // NewLane returns the lane of a producer (ksuid in text form) and shard. limit
 // bounds the cells that are told apart in a claim.
 func NewLane(producer string, shard uint32, limit int) *Lane {
 	return &Lane{producer: ProducerHash(producer), shard: shard, limit: limit, open: map[string]*Tally{}}
+}
+
+// NewLaneAgain returns a lane for frames that may have been claimed before: each
+// gets a claim of its own.
+func NewLaneAgain(producer string, shard uint32, limit int) *Lane {
+	l := NewLane(producer, shard, limit)
+	l.each = true
+	return l
 }
 
 // Add takes note of a call that goes into the frame with the number.
@@ -71,23 +80,27 @@ func (l *Lane) Seal(sealedAt usage.Micros) {
 	if l.number == 0 || l.index == 0 {
 		return
 	}
-	if l.claim.Cells == nil {
-		l.claim = Claim{Shard: l.shard, From: l.number, Cells: NewCells(l.limit)}
+	n := len(l.claims)
+	if n == 0 || l.each {
+		l.claims = append(l.claims, Claim{Shard: l.shard, From: l.number, Cells: NewCells(l.limit)})
+		n++
 	}
-	l.claim.Through = l.number
+	claim := &l.claims[n-1]
+	claim.Through = l.number
 	minute := FrameMinute(sealedAt, sealedAt)
 	for account, t := range l.open {
-		l.claim.Cells.Add(&Cell{Minute: minute, Account: account, Tally: *t})
+		claim.Cells.Add(&Cell{Minute: minute, Account: account, Tally: *t})
 	}
 	clear(l.open)
 	l.number, l.index = 0, 0
 }
 
-// Take returns what was sealed since it was called last; false when nothing was.
-func (l *Lane) Take() (Claim, bool) {
-	c := l.claim
-	l.claim = Claim{}
-	return c, c.Cells != nil
+// Take returns what was sealed since it was called last. Unlike Add it may be
+// called from another goroutine, if it and Seal exclude each other.
+func (l *Lane) Take() []Claim {
+	claims := l.claims
+	l.claims = nil
+	return claims
 }
 
 const claimMagic = "TKA1"

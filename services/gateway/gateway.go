@@ -23,6 +23,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/claims"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -215,11 +216,11 @@ func (o *Options) outbox() outbox.Options {
 func (s *service) openOutbox(nc *nats.Conn, js jetstream.JetStream, shards uint32) (gate.Outbox, error) {
 	options := s.o.outbox()
 	options.NATS, options.Shards = nc, shards
-	o, err := outbox.Open(options)
+	o, err := claims.Open(options, claims.Options{JetStream: js})
 	if err != nil {
 		return nil, err
 	}
-	s.outbox.Store(o)
+	s.outbox.Store(o.Outbox)
 	s.letters.Attach(js)
 	return o, nil
 }

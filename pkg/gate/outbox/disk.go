@@ -469,6 +469,7 @@ func (d *disk) loaded(j *job) {
 		room -= int64(len(l.record.Data))
 		if src != d.own {
 			src.live[l.at.Segment]++
+			d.claim(sl, &l.record)
 		}
 		sl.lane.Loaded(&lane.Frame{
 			Number: l.record.Number, Data: l.record.Data, Calls: l.record.Calls, At: l.record.At,
@@ -486,6 +487,23 @@ func (d *disk) loaded(j *job) {
 	if j.loadErr != nil {
 		d.failed(j.loadErr)
 	}
+}
+
+// claim says what is in a frame of an earlier producer, which may have died
+// before it could.
+func (d *disk) claim(sl *slot, r *spool.Record) {
+	s := d.s
+	if s.b.o.Claims == nil || s.frame.Decode(r.Data) != nil {
+		return // readers of the ledger will dead-letter it and say so
+	}
+	if sl.claims == nil {
+		sl.claims = s.b.o.Claims(sl.producer(s.b), r.Shard, true)
+	}
+	for i := range s.frame.N {
+		c := s.frame.Call(i)
+		sl.claims.Add(r.Number, &c)
+	}
+	sl.claims.Seal(s.frame.SealedAt)
 }
 
 // drained moves an earlier producer on after a job.

@@ -86,6 +86,10 @@ type Options struct {
 	Logger     zerolog.Logger
 	// Registerer takes the metrics until Close; nil: none.
 	Registerer prometheus.Registerer
+	// Claims, if set, returns who hears which calls go into the frames of a
+	// producer and shard; calls come from one goroutine. For an earlier producer
+	// (again) it hears what was read back from its spool.
+	Claims func(producer ksuid.KSUID, shard uint32, again bool) lane.Claims
 	// Now is the wall clock; time.Now when nil.
 	Now func() time.Time
 }

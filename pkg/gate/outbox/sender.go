@@ -49,12 +49,16 @@ type slot struct {
 	src    *source // nil: there is no spool
 	spare  []*chunk
 	budget *bound.Budget
+	claims lane.Claims // of an earlier producer's frames
 }
 
 func newSender(b *Outbox) (*sender, error) {
 	s := &sender{b: b, pressed: make(chan struct{}, 1), trouble: trouble{log: b.o.Logger}, fullness: trouble{log: b.o.Logger, hold: steady}}
 	for shard := range b.o.Shards {
 		s.slots = append(s.slots, &slot{id: uint64(shard), lane: lane.New(b.producer, shard, b.o.Gateway), g: &b.gathers[shard], budget: &b.budget})
+		if b.o.Claims != nil {
+			s.slots[shard].lane.Claim(b.o.Claims(b.producer, shard, false))
+		}
 	}
 	var err error
 	if b.o.SpoolDir != "" {

@@ -111,8 +111,18 @@ type Frame struct {
 	Sends int
 }
 
+// Claims hears which calls go into which frame, before they are one.
+type Claims interface {
+	// Add takes note of a call that goes into the frame with the number.
+	Add(number uint64, c *usage.Call)
+	// Seal takes note that the frame of the newest call is sealed.
+	Seal(sealedAt usage.Micros)
+}
+
 // Lane is described at the package.
 type Lane struct {
+	claims Claims // nil: nobody wants to know
+
 	producer ksuid.KSUID
 	shard    uint32
 	gateway  string
@@ -152,6 +162,9 @@ func Earlier(producer ksuid.KSUID, shard uint32) *Lane {
 	return &Lane{producer: producer, shard: shard, earlier: true}
 }
 
+// Claim tells c of every call from now on; before the first.
+func (l *Lane) Claim(c Claims) { l.claims = c }
+
 // Shard returns the lane's shard.
 func (l *Lane) Shard() uint32 { return l.shard }
 
@@ -170,6 +183,9 @@ func (l *Lane) Add(c *usage.Call, charge int64, now usage.Micros) (freed int64) 
 		l.first = now
 	}
 	l.builder.Add(c)
+	if l.claims != nil {
+		l.claims.Add(l.sealed+1, c)
+	}
 	l.totals.Add(c)
 	l.charge += charge
 	l.calls++
@@ -186,6 +202,9 @@ func (l *Lane) Seal(now usage.Micros) (freed int64) {
 	l.sealed++
 	f := &Frame{Number: l.sealed, Calls: uint32(n), LastCall: l.calls, Totals: l.totals, At: l.first}
 	f.Data = l.builder.Seal(ledger.Header{Producer: l.producer, Shard: l.shard, Number: l.sealed, Gateway: l.gateway, SealedAt: now + l.skew})
+	if l.claims != nil {
+		l.claims.Seal(now + l.skew)
+	}
 	freed = l.charge - int64(len(f.Data))
 	l.charge, l.totals = 0, Totals{}
 	if l.hole > 0 {
