@@ -1,0 +1,161 @@
+package soak
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/tollkeeper/tollkeeper/services/internal/plans"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/traffic"
+)
+
+// people are accounts under one plan, which may be none.
+func people(prefix string, n int, plan string) ([]plans.Account, []traffic.Account) {
+	var doc []plans.Account
+	var out []traffic.Account
+	for i := range n {
+		id := fmt.Sprintf("%s-%d", prefix, i)
+		key := "tk_soak_" + id
+		doc = append(doc, plans.Account{ID: id, Plan: plan, Keys: []plans.Key{{ID: "k-" + id, SHA256: plans.HashKey(key)}}})
+		out = append(out, traffic.Account{ID: id, Key: key})
+	}
+	return doc, out
+}
+
+// killsOptions say how kills are dealt out.
+type killsOptions struct {
+	fleet    fleet.Options
+	kills    int // per round
+	rounds   int
+	rate     float64
+	workers  int
+	pause    time.Duration
+	last     time.Duration
+	victims  func(*fleet.Fleet) []string // nil: every process
+	figures  func(*world)                // at the end; may be nil
+	accounts int
+}
+
+// endure runs rounds of load and faults, and compares the points after each.
+func endure(ctx context.Context, o Options, out *Outcome, k killsOptions) (err error) {
+	// Under full load an account runs into its limit after some seconds of a
+	// minute, so that there are decisions and refusals to be lost.
+	quota := plans.Plan{ID: "soak", Limits: []plans.Limit{{ID: "minute", Meter: "calls", Window: "minute", Amount: max(int64(k.rate*4)/int64(k.accounts), 1)}}}
+	doc, accounts := people("kills", k.accounts, "soak")
+	free, more := people("kills-free", 1, "")
+	w, err := begin(ctx, o, out, k.fleet, &plans.Document{Version: plans.FormatVersion, Plans: []plans.Plan{quota}, Accounts: append(doc, free...)}, append(accounts, more...))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, w.close()) }()
+	life, stop := context.WithCancel(ctx)
+	var beside sync.WaitGroup
+	beside.Go(func() { w.supervise(life) })
+	defer func() { stop(); beside.Wait() }()
+
+	var all, cables []string
+	for _, p := range w.fleet.Processes() {
+		all = append(all, p.Name)
+		if w.fleet.CanCut(p.Name) {
+			cables = append(cables, p.Name)
+		}
+	}
+	if k.victims != nil {
+		all = k.victims(w.fleet)
+	}
+	for round := range k.rounds {
+		faults := Schedule(w.r, Plan{Kills: k.kills, Victims: all, Cables: cables, Pause: k.pause, Last: k.last})
+		raging, over := context.WithCancel(ctx)
+		var load sync.WaitGroup
+		load.Go(func() { w.load(raging, k.workers, k.rate) })
+		if err := pause(ctx, 300*time.Millisecond); err != nil {
+			over()
+			load.Wait()
+			return err
+		}
+		w.rage(ctx, faults)
+		_ = pause(ctx, 300*time.Millisecond) // under load after the last fault; the end of ctx is seen below
+		over()
+		load.Wait()
+		check, err := w.settle(ctx)
+		if err != nil {
+			return fmt.Errorf("round %d: %w", round+1, err)
+		}
+		out.Rounds, out.Check = round+1, &check
+		o.Say("%s: round %d of %d, %d kills: %d calls, %d passed, %d refused, %d without an answer; lost %d, doubled %d",
+			out.Scenario, round+1, k.rounds, out.Kills, check.Sent, check.Passed, check.Refused, check.Nothing+check.Other+check.Unknown, check.Lost+check.LostRefusals, check.Doubled)
+		if broken := check.Broken(!w.safe); len(broken) > 0 {
+			for _, b := range broken {
+				out.breaks("round %d: %s", round+1, b)
+			}
+			return nil // what comes after would only repeat it
+		}
+	}
+	if !w.safe {
+		w.loss()
+	}
+	out.NoAnswers = w.traffic.Errors()
+	if k.figures != nil {
+		k.figures(w)
+	}
+	return nil
+}
+
+// load drives calls of all accounts through all gateways until ctx is done.
+func (w *world) load(ctx context.Context, workers int, rate float64) {
+	gateways := len(w.fleet.GatewayURLs())
+	dice := make([]*rand.Rand, workers)
+	seed := w.r.Uint64()
+	for i := range dice {
+		dice[i] = rand.New(rand.NewPCG(seed, uint64(i)))
+	}
+	w.traffic.Drive(ctx, workers, rate, func(worker, _ int) (traffic.Shape, bool) {
+		r := dice[worker]
+		return traffic.Shape{Account: r.IntN(len(w.accounts)), Gateway: r.IntN(gateways), Output: 1 + r.IntN(50)}, true
+	})
+}
+
+// loss holds the lost calls against the kills of their gateways: only what a
+// gateway had answered shortly before its end may be missing.
+func (w *world) loss() {
+	l := &Loss{}
+	w.mu.Lock()
+	ends := w.ends
+	w.mu.Unlock()
+	byKill := map[string]int64{}
+	for g := range w.fleet.GatewayURLs() {
+		l.Kills += len(ends[gatewayName(g)])
+	}
+	seen := w.traffic.Seen()
+	oldest := int64(0)
+	for _, n := range w.out.Check.LostCalls {
+		s := seen[n]
+		name := gatewayName(int(s.Gateway))
+		// The first kill after the answer.
+		i, _ := slices.BinarySearch(ends[name], s.Ended)
+		if i == len(ends[name]) {
+			w.out.breaks("call %d was answered by %s, which was not killed after, and is lost", n, name)
+			continue
+		}
+		l.Calls++
+		byKill[fmt.Sprint(name, i)]++
+		l.Most = max(l.Most, byKill[fmt.Sprint(name, i)])
+		oldest = max(oldest, ends[name][i]-s.Ended)
+	}
+	l.Oldest = float64(oldest) / 1000
+	if l.Oldest > ms(unsealedFor) {
+		w.out.breaks("a lost call had been answered %.0f ms before its gateway was killed: frames are sealed and sent or spooled within %s", l.Oldest, unsealedFor)
+	}
+	w.out.Loss = l
+}
+
+// unsealedFor is how long an answered call may be in its gateway's memory alone
+// at most: an acknowledgement is waited for 5 s before the frame goes to disk.
+const unsealedFor = 6 * time.Second
+
+func gatewayName(i int) string { return fmt.Sprintf("%s-%d", fleet.Gateway, i+1) }

@@ -1,0 +1,72 @@
+package soak
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
+)
+
+// Scenario is one way to try Tollkeeper.
+type Scenario struct {
+	Name, About string
+	// Rounds of a long run.
+	Rounds int
+	run    func(ctx context.Context, o Options, out *Outcome) error
+}
+
+// Scenarios are all there are, in the order in which they are best run.
+func Scenarios() []Scenario {
+	return []Scenario{
+		{"kills", "random kill -9 of any process and of everything at once, with spool-before-answer: nothing lost, nothing doubled", 10, func(ctx context.Context, o Options, out *Outcome) error {
+			return endure(ctx, o, out, killsOptions{
+				fleet: fleet.Options{Gateways: 2, SpoolBeforeAnswer: true, Links: true, UnknownMaxCalls: 1 << 30},
+				kills: 10, rounds: o.Rounds, rate: o.rate(1500), workers: 48, pause: 1200 * time.Millisecond, last: 1200 * time.Millisecond, accounts: 24,
+			})
+		}},
+		{"kills-unsafe", "the same without spool-before-answer: what killed gateways take with them is measured", 3, func(ctx context.Context, o Options, out *Outcome) error {
+			return endure(ctx, o, out, killsOptions{
+				fleet: fleet.Options{Gateways: 2, Links: true, UnknownMaxCalls: 1 << 30},
+				kills: 10, rounds: o.Rounds, rate: o.rate(1500), workers: 48, pause: 1200 * time.Millisecond, last: 1200 * time.Millisecond, accounts: 24,
+			})
+		}},
+	}
+}
+
+func (o Options) rate(otherwise float64) float64 {
+	if o.Rate > 0 {
+		return o.Rate
+	}
+	return otherwise
+}
+
+// Run runs a scenario. Its error says that the scenario itself could not be run
+// to its end, which is as bad as a broken law; the outcome is never nil.
+func (s Scenario) Run(ctx context.Context, o Options) (*Outcome, error) {
+	out := &Outcome{Scenario: s.Name, Seed: o.Seed}
+	if o.Rounds <= 0 {
+		o.Rounds = s.Rounds
+	}
+	if o.Say == nil {
+		o.Say = func(string, ...any) {}
+	}
+	o.Dir = filepath.Join(o.Dir, s.Name)
+	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+		return out, fmt.Errorf("%s: %w", s.Name, err)
+	}
+	began := time.Now()
+	err := s.run(ctx, o, out)
+	out.Seconds = time.Since(began).Seconds()
+	if err != nil {
+		err = fmt.Errorf("%s (seed %d, logs in %s): %w", s.Name, o.Seed, o.Dir, err)
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
+			err = errors.Join(err, cause)
+		}
+		out.breaks("%v", err)
+	}
+	return out, err
+}
