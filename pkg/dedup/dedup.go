@@ -91,6 +91,39 @@ func New(horizon usage.Micros) *Set {
 // Horizon returns the horizon of foreign events in microseconds.
 func (s *Set) Horizon() usage.Micros { return s.horizon }
 
+// SetHorizon changes the horizon (microseconds, positive) at stream time now.
+// What was forgotten stays so; what is remembered is kept no shorter than the
+// new horizon says.
+func (s *Set) SetHorizon(horizon, now usage.Micros) {
+	before := s.width()
+	s.horizon = horizon
+	width := s.width()
+	if width == before {
+		return
+	}
+	current := int64(now) / width
+	var buckets []bucket
+	for _, b := range s.buckets {
+		// As if all of it had been seen at its end.
+		number := min(((b.number+1)*before-1)/width, current)
+		if n := len(buckets); n == 0 || buckets[n-1].number < number {
+			buckets = append(buckets, bucket{number: number})
+		}
+		last := &buckets[len(buckets)-1]
+		last.ids = append(last.ids, b.ids...)
+		for _, id := range b.ids {
+			s.foreign[id] = number
+		}
+	}
+	s.buckets = buckets
+	s.forget(current - horizonBuckets)
+	s.retire(now)
+}
+
+// Closed reports whether the producer has said that it sends nothing more, and
+// is remembered for that.
+func (s *Set) Closed(p Producer) bool { return s.producers[p].closed }
+
 // Producers returns how many producers are remembered.
 func (s *Set) Producers() int { return len(s.producers) }
 

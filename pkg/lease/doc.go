@@ -42,7 +42,8 @@
 //	lapsed    nobody may use it any more. What was not reported stays outstanding ("dead"), because it
 //	          may have been used; the gateway's next word settles it, and a new grant revives it.
 //	released  leased tier only: given up after ReleaseAfter of silence, within MaxExposure.
-//	closed    after the last word; remembered for Horizon, so that copies begin nothing.
+//	closed    after the last word; remembered for Horizon, so that copies begin nothing, and 32 times as
+//	          long while calls of it are still to be counted, so that they are not settled twice.
 //
 // Always: settled + outstanding ≤ amount + excess, where excess only stems from Counts.Lowered, Above,
 // Late and Outside; settled + outstanding + exposure ≤ what there was + MaxExposure (+ Above, Outside). Outstanding

@@ -37,7 +37,9 @@ const maxRecalls = 16
 type lease struct {
 	gateway                       Gateway
 	seq, seen                     uint64
-	granted, used, returned, over int64 // totals
+	granted, used, returned, over int64 // totals; used and over as they are settled
+	said, beyond                  int64 // used and over, by its own words
+	counted                       int64 // used and over, by the calls that were counted
 	held                          int64 // of what is out, by its last word
 	released                      int64 // all that is out, when it was given up
 	need, want                    int64
@@ -50,6 +52,10 @@ type lease struct {
 	lapsed, silent, closed        bool
 	due                           bool // an answer
 }
+
+// known is what was used for certain, of the lease or beyond it: by the gateway's
+// words or by the calls that were counted, two totals of the same thing.
+func (l *lease) known() int64 { return max(l.said+l.beyond, l.counted) }
 
 // out is what the gateway may have used without our knowing.
 func (l *lease) out() int64 { return l.granted - l.used - l.returned }
@@ -68,10 +74,24 @@ type Counts struct {
 	DeniedFinal        int64
 	Released           int64 // units given up by policy
 	Above              int64 // units that cost more than was reserved
-	Late               int64 // units settled after they were given up
+	Late               int64 // units settled after they were given up, or after the lease was closed
 	Lowered            int64 // units that were out or spent when the allowance was lowered below them
 	Outside            int64 // units used without a lease
 	Duplicate, Unknown int64 // messages
+}
+
+func (c *Counts) fields() [13]*int64 {
+	return [...]*int64{
+		&c.Grants, &c.Granted, &c.Recalls, &c.Returned, &c.DeniedEarly, &c.DeniedFinal, &c.Released, &c.Above, &c.Late, &c.Lowered, &c.Outside, &c.Duplicate, &c.Unknown,
+	}
+}
+
+// Add adds what was counted between two moments of an allowance.
+func (c *Counts) Add(before, after *Counts) {
+	from, to := before.fields(), after.fields()
+	for i, n := range c.fields() {
+		*n += *to[i] - *from[i]
+	}
 }
 
 // Escrow is the fold of one allowance: account, limit and window. It hands out
@@ -95,18 +115,34 @@ func NewEscrow(amount int64, t Terms) *Escrow { return &Escrow{terms: t, amount:
 
 func bounded(n int64) int64 { return max(0, min(n, MaxUnits)) }
 
-// Entry is an entry of the ledger that concerns the allowance; with neither body
-// it only lets time pass.
+// Counted says that calls were counted whose units a gateway took from its lease.
+type Counted struct {
+	Gateway Gateway
+	// Units of the entry's calls, not a total: each call is counted once.
+	Units int64
+}
+
+// Entry is an entry of the ledger that concerns the allowance; with no body it
+// only lets time pass. Its bodies are folded in the order in which they stand.
 type Entry struct {
 	Sequence uint64
 	// Time is the stream's own.
 	Time Micros
 	Ask  *Ask
+	// Terms replace the allowance's; its window stays.
+	Terms *Terms
 	// Amount replaces the allowance's.
 	Amount *int64
 	// Outside units were used without a lease (foreign events, what was counted
 	// before the limit had leases); negative ones were not used after all.
 	Outside int64
+	// Counted is use of leases that the ledger knows before, or without, the
+	// gateway's word. The gateway reports the same units in time: the larger of
+	// the two totals holds. Use of a lease that is not remembered is Outside.
+	Counted []Counted
+	// Ended gateway: every call that it answered has been counted. Its lease is
+	// closed and what was not used comes back.
+	Ended *Gateway
 }
 
 // Effects of an entry.
@@ -135,13 +171,21 @@ func (e *Escrow) Apply(en Entry) Effects {
 	e.answers = e.answers[:0]
 	e.elapse()
 	before := e.excess()
+	if en.Terms != nil {
+		start, end := e.terms.Start, e.terms.End
+		e.terms = *en.Terms
+		e.terms.Start, e.terms.End = start, end
+	}
 	if en.Amount != nil {
 		e.amount = bounded(*en.Amount)
 		e.counts.Lowered += max(0, e.excess()-before)
 	}
-	if n := max(en.Outside, -e.settled); n != 0 {
-		e.settled += n
-		e.counts.Outside += n
+	e.outside(en.Outside)
+	for _, c := range en.Counted {
+		e.count(c)
+	}
+	if en.Ended != nil {
+		e.end(*en.Ended)
 	}
 	if en.Ask != nil {
 		e.ask(en.Ask, &fx)
@@ -158,6 +202,51 @@ func (e *Escrow) Apply(en Entry) Effects {
 	}
 	fx.Answers = e.answers
 	return fx
+}
+
+// maxSettled keeps sums inside of their range, whatever is counted.
+const maxSettled = int64(1) << 60
+
+// outside notes use without a lease.
+func (e *Escrow) outside(n int64) {
+	n = min(max(n, -e.settled), maxSettled-e.settled)
+	e.settled += n
+	e.counts.Outside += n
+}
+
+// count notes use of a lease.
+func (e *Escrow) count(c Counted) {
+	if c.Units <= 0 {
+		return
+	}
+	i, known := e.find(c.Gateway)
+	if !known {
+		e.outside(c.Units)
+		return
+	}
+	l := &e.leases[i]
+	l.counted += min(c.Units, maxSettled/2-min(l.counted, maxSettled/2))
+	e.settle(l, 0)
+}
+
+// end closes the lease of a gateway of which nothing is to come.
+func (e *Escrow) end(g Gateway) {
+	if i, known := e.find(g); known && !e.leases[i].closed {
+		l := &e.leases[i]
+		e.settle(l, l.out())
+		l.heard = e.now
+		e.close(l)
+	}
+}
+
+func (e *Escrow) close(l *lease) {
+	l.closed, l.lapsed, l.waiting, l.need, l.want, l.held, l.verdict = true, true, 0, 0, 0, 0, Ended
+}
+
+// Holds reports whether a lease of the gateway is remembered and not closed.
+func (e *Escrow) Holds(g Gateway) bool {
+	i, known := e.find(g)
+	return known && !e.leases[i].closed
 }
 
 // free is what can be handed out; negative after the allowance was lowered.
@@ -180,7 +269,7 @@ func (e *Escrow) elapse() {
 	for i := range e.leases {
 		l := &e.leases[i]
 		if l.closed {
-			gone = gone || e.now-l.heard > e.terms.Horizon
+			gone = gone || e.forgettable(l)
 			continue
 		}
 		l.lapsed = l.lapsed || l.expiry <= e.now
@@ -196,8 +285,17 @@ func (e *Escrow) elapse() {
 		}
 	}
 	if gone {
-		e.leases = slices.DeleteFunc(e.leases, func(l lease) bool { return l.closed && e.now-l.heard > e.terms.Horizon })
+		e.leases = slices.DeleteFunc(e.leases, func(l lease) bool { return e.forgettable(&l) })
 	}
+}
+
+// uncountedFor is for how many horizons a closed lease is remembered of which not
+// every call was counted: they may yet be, and are not to be settled twice.
+const uncountedFor = 32
+
+func (e *Escrow) forgettable(l *lease) bool {
+	age := e.now - l.heard
+	return l.closed && age > e.terms.Horizon && (l.counted >= l.said+l.beyond || age/uncountedFor > e.terms.Horizon)
 }
 
 const never = Micros(1<<63 - 1)
@@ -284,12 +382,18 @@ func (e *Escrow) ask(m *Ask, fx *Effects) {
 		e.counts.Duplicate++
 		return
 	}
-	used, returned := max(m.Used, l.used), max(m.Returned, l.returned)
-	if m.Known > l.granted || used+returned > l.granted {
+	used, returned, over := max(m.Used, l.said), max(m.Returned, l.returned), max(m.Over, l.beyond)
+	switch {
+	case l.closed:
+		// All that it had was settled or has come back: more use is beyond it.
+		of := min(used, l.granted-l.returned)
+		used, returned, over = of, l.returned, over+used-of
+	case m.Known > l.granted || used+returned > l.granted:
 		fx.Invalid = "the gateway speaks of more than it was granted"
 		return
 	}
-	e.settle(l, used-l.used, returned-l.returned, max(0, m.Over-l.over))
+	l.said, l.beyond = used, over
+	e.settle(l, returned-l.returned)
 	l.seq, l.seen, l.held, l.heard, l.silent = m.Seq, max(l.seen, m.Seen), m.Held, e.now, false
 	if l.released > 0 && l.released <= e.free() {
 		// It lives, and there is room: no longer given up.
@@ -300,28 +404,38 @@ func (e *Escrow) ask(m *Ask, fx *Effects) {
 	switch {
 	case l.closed:
 	case m.Closing:
-		e.settle(l, 0, l.out(), 0)
-		l.closed, l.lapsed, l.waiting, l.verdict = true, true, 0, Ended
+		e.settle(l, l.out())
+		e.close(l)
 	default:
 		e.demand(l, m)
 	}
 }
 
-// settle notes what of a lease was used, came back, and was cost beyond it.
-func (e *Escrow) settle(l *lease, used, returned, over int64) {
-	l.used += used
+// settle takes account of what is known of a lease's use, and of units that came
+// back. Calls that were counted and not yet reported are taken to be of what is
+// out as far as that goes; the gateway's own word corrects it. However they are
+// attributed, used + out is granted - returned, so no unit is handed out twice.
+func (e *Escrow) settle(l *lease, returned int64) {
 	l.returned += returned
-	l.over += over
+	all := l.known()
+	over := max(l.over, l.beyond, all-(l.granted-l.returned))
+	used := max(l.said, all-over)
+	more, above := used-l.used, over-l.over
+	l.used, l.over = used, over
 	if l.released > 0 {
-		l.released -= used + returned
-		e.exposure -= used + returned
-		e.counts.Late += used
+		l.released -= more + returned
+		e.exposure -= more + returned
+		e.counts.Late += max(0, more)
 	} else {
-		e.outstanding -= used + returned
+		e.outstanding -= more + returned
 	}
-	e.settled += used + over
+	e.settled = min(e.settled+more+above, maxSettled)
 	e.counts.Returned += returned
-	e.counts.Above += over
+	if l.closed {
+		e.counts.Late += above
+	} else {
+		e.counts.Above += above
+	}
 }
 
 // demand notes what the gateway would like.
@@ -503,6 +617,17 @@ func (e *Escrow) Resume() []Answer {
 	}
 	return all
 }
+
+// Settled is what is spent for certain.
+func (e *Escrow) Settled() int64 { return e.settled }
+
+// Denied reports whether what a gateway asked for was refused, and stands so.
+func (e *Escrow) Denied() bool {
+	return !e.ended() && slices.ContainsFunc(e.leases, func(l lease) bool { return l.verdict == DeniedEarly || l.verdict == DeniedFinal })
+}
+
+// Counts returns the totals since the allowance began.
+func (e *Escrow) Counts() Counts { return e.counts }
 
 // State is how an allowance stands.
 type State struct {

@@ -7,7 +7,7 @@ import (
 )
 
 // snapshotVersion is the first byte of an escrow that was written down.
-const snapshotVersion = 1
+const snapshotVersion = 2
 
 var errSnapshot = errors.New("lease: this is not the snapshot of an escrow, or of another version")
 
@@ -43,18 +43,16 @@ func (e *Escrow) Append(b []byte) []byte {
 }
 
 func (e *Escrow) integers() []*int64 {
-	c := &e.counts
-	return []*int64{
-		&e.amount, (*int64)(&e.now), &e.settled, &e.outstanding, &e.exposure,
-		&c.Grants, &c.Granted, &c.Recalls, &c.Returned, &c.DeniedEarly, &c.DeniedFinal, &c.Released, &c.Above, &c.Late, &c.Lowered, &c.Outside, &c.Duplicate, &c.Unknown,
-	}
+	all := []*int64{&e.amount, (*int64)(&e.now), &e.settled, &e.outstanding, &e.exposure}
+	counts := e.counts.fields()
+	return append(all, counts[:]...)
 }
 
 func (l *lease) positions() []*uint64 { return []*uint64{&l.seq, &l.seen, &l.waiting, &l.recall} }
 
 func (l *lease) integers() []*int64 {
 	return []*int64{
-		&l.granted, &l.used, &l.returned, &l.over, &l.held, &l.released, &l.need, &l.want, &l.room,
+		&l.granted, &l.used, &l.returned, &l.over, &l.said, &l.beyond, &l.counted, &l.held, &l.released, &l.need, &l.want, &l.room,
 		(*int64)(&l.expiry), (*int64)(&l.heard), (*int64)(&l.recallBy),
 	}
 }

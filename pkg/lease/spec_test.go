@@ -277,6 +277,9 @@ func TestMessagesOfAForgottenLeaseBeginNoNewOne(t *testing.T) {
 	d.ask(last)
 	d.now = 6 * second
 	d.apply(Entry{})
+	d.is("leases while calls are still to be counted", d.e.State().Leases, 1)
+	d.apply(Entry{Counted: []Counted{{anna, 7}}})
+	d.apply(Entry{})
 	d.is("leases", d.e.State().Leases, 0)
 	before := d.e.State()
 	for _, m := range []Ask{first, last} {

@@ -23,9 +23,10 @@ type account struct {
 type accountFlags uint8
 
 const (
-	known  accountFlags = 1 << iota // an AccountSet named it
-	closed                          // it has no verdicts
-	dirty                           // its hash is not in the sum
+	known     accountFlags = 1 << iota // an AccountSet named it
+	closed                             // it has no verdicts
+	dirty                              // its hash is not in the sum
+	corrected                          // its sums were, or those below it
 )
 
 // sums are what was reported, meter by meter.

@@ -23,6 +23,7 @@ type counterFlags uint8
 const (
 	isTouched counterFlags = 1 << iota
 	isForced               // a decision is due although the verdict may be the same
+	isRoomy                // the last decision denies and says that there is room
 )
 
 // roll makes number the counter's current window.
@@ -378,6 +379,9 @@ func (s *Shard) countLimits(p uint32, a *account, d int) {
 			}
 		}
 		c.cur = s.add(c.cur, used)
+		if l.leased && used > 0 {
+			s.countLeased(p, uint32(k), d, used)
+		}
 		if c.cur >= l.next[c.verdict] && c.flags&isTouched == 0 {
 			s.touch(p, uint32(k), false)
 		}

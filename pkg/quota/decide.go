@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
+	"math"
 	"slices"
 	"time"
 
@@ -144,18 +145,22 @@ func (s *Shard) decide(b *Batch) {
 			continue // its block has moved, and the new one was touched by itself
 		}
 		forced := c.flags&isForced != 0
+		roomy := c.flags & isRoomy
 		c.flags = 0
 		c.roll(s.windows[l.kind].number)
 		verdict, last := usage.Allow, max(usage.Verdict(c.verdict), usage.Allow)
 		if s.accounts[t.account].flags&closed == 0 {
-			verdict = l.level(c.cur)
+			var room bool
+			if verdict, room = s.standing(t, l, c); room {
+				c.flags = isRoomy
+			}
 		}
-		if verdict == last && (verdict == usage.Allow || (!forced && c.published == c.number)) {
+		if verdict == last && c.flags == roomy && (verdict == usage.Allow || (!forced && c.published == c.number)) {
 			continue
 		}
 		s.soil(t.account)
 		c.verdict, c.published = uint8(verdict), c.number
-		d := s.decision(t.account, c, l, s.plans.version)
+		d := s.decision(t, c, l, s.plans.version)
 		if b != nil && s.f.b != nil && verdict > usage.Allow {
 			d.Cause = s.cause(t, l, c, verdict)
 		}
@@ -183,17 +188,33 @@ func (s *Shard) decide(b *Batch) {
 func (s *Shard) lift(account uint32, c *counter, l *limit, version string) {
 	c.roll(s.windows[l.kind].number)
 	c.verdict = uint8(usage.Allow)
-	s.effects.Decisions = append(s.effects.Decisions, s.decision(account, c, l, version))
+	c.flags &^= isRoomy
+	s.effects.Decisions = append(s.effects.Decisions, s.decision(touch{account, noLimit}, c, l, version))
 }
 
+// noLimit is the number of a limit that the account has no more.
+const noLimit = math.MaxUint32
+
 // decision says what the counter's verdict is, as of this entry.
-func (s *Shard) decision(account uint32, c *counter, l *limit, version string) usage.Decision {
+func (s *Shard) decision(t touch, c *counter, l *limit, version string) usage.Decision {
 	c.revision, c.decidedAt = s.sequence, uint32(s.now/1_000_000)
-	id := s.name(account)
+	return s.describe(t, c, l, version, s.sequence, s.now)
+}
+
+// describe says what the counter's verdict is, which the entry at a revision and
+// time led to.
+func (s *Shard) describe(t touch, c *counter, l *limit, version string, revision uint64, at usage.Micros) usage.Decision {
+	id := s.name(t.account)
 	d := usage.Decision{
-		ID: DecisionID(s.now, s.shard, s.sequence, id, l.fullID), Account: id, LimitID: l.fullID, Meter: l.Meter,
-		Verdict: usage.Verdict(c.verdict), Revision: s.sequence, Shard: s.shard, Used: c.cur, Amount: l.Amount, Window: l.Window,
-		Filter: l.Filter, PlanVersion: version, DecidedAt: s.now, ActionURL: l.ActionURL, WarnPercent: l.WarnPercent,
+		ID: DecisionID(at, s.shard, revision, id, l.fullID), Account: id, LimitID: l.fullID, Meter: l.Meter,
+		Verdict: usage.Verdict(c.verdict), Revision: revision, Shard: s.shard, Used: s.settled(t, l, c), Amount: l.Amount, Window: l.Window,
+		Filter: l.Filter, PlanVersion: version, DecidedAt: at, ActionURL: l.ActionURL, WarnPercent: l.WarnPercent,
+	}
+	if l.leased {
+		d.Tier = l.Tier
+	}
+	if c.flags&isRoomy != 0 {
+		d.Room = max(1, l.Amount-d.Used)
 	}
 	if d.Verdict == usage.Deny {
 		d.Code = l.RefusalCode()

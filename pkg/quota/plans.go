@@ -6,6 +6,7 @@ import (
 	"reflect"
 	"slices"
 
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/pkg/window"
 )
@@ -18,6 +19,9 @@ type limit struct {
 	meter  uint32
 	// plain: it counts every call, whatever its model, route or method.
 	plain bool
+	// leased: calls are admitted from leases, by these terms.
+	leased bool
+	terms  lease.Terms
 	// warnAt is the use from which the verdict is Warn.
 	warnAt int64
 	// next is the use from which a verdict changes to a more severe one.
@@ -94,10 +98,11 @@ func (s *Shard) checkPlans(set *PlanSet) *usage.InvalidError {
 				return invalid(usage.ReasonMalformed, "limit %s/%s: %q cannot name a meter", p.ID, l.ID, l.Meter)
 			case l.Amount < 0 || l.WarnPercent > 100:
 				return invalid(usage.ReasonMalformed, "limit %s/%s: the amount %d is negative, or %d percent is more than 100", p.ID, l.ID, l.Amount, l.WarnPercent)
-			case l.Tier != usage.TierEventual && l.Tier != "":
-				return invalid(usage.ReasonMalformed, "limit %s/%s: the tier %q is not known", p.ID, l.ID, l.Tier)
 			case textBytes(l) > MaxLimitBytes:
 				return invalid(usage.ReasonOversized, "limit %s/%s: its texts have %d bytes, at most %d can stand in a decision", p.ID, l.ID, textBytes(l), MaxLimitBytes)
+			}
+			if err := checkTier(p.ID, l); err != nil {
+				return err
 			}
 			limits[l.ID] = true
 			if _, ok := s.meterIDs[l.Meter]; !ok {
@@ -137,6 +142,7 @@ func (s *Shard) compile(plans []usage.Plan) (limits []limit, defs []planDef) {
 			l.kind, _ = window.Parse(l.Window) // checked before
 			l.meter = s.meter(l.Meter)
 			l.plain = l.Filter.Empty()
+			l.leased, l.terms = l.Tier.Leased(), leaseTerms(&l.Limit)
 			if l.WarnPercent > 0 {
 				// used*100 >= amount*percent, without leaving 64 bits: the
 				// least such use is the product's hundredth, rounded up.
@@ -197,6 +203,7 @@ func (s *Shard) changePlan(i, plan uint32) {
 // moveCounters gives an account the counters of its new limits. A limit that is
 // gone while it warned or denied is lifted by a decision of its own.
 func (s *Shard) moveCounters(i uint32, old, limits []limit, oldVersion string) {
+	s.moveAllowances(i, old, limits)
 	first := s.accounts[i].first
 	sameVersion := oldVersion == s.plans.version
 	if !sameBlock(old, limits) {
@@ -213,6 +220,7 @@ func (s *Shard) moveCounters(i uint32, old, limits []limit, oldVersion string) {
 					// The same limit to those outside: its last decision stands
 					// until the next.
 					c.verdict, c.published, c.revision, c.decidedAt = from.verdict, from.published, from.revision, from.decidedAt
+					c.flags |= from.flags & isRoomy
 					from.verdict = 0
 				}
 			}

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"slices"
 
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/pkg/window"
 )
@@ -13,6 +14,12 @@ import (
 type Totals struct {
 	Admitted, Refused int64
 	Meters            map[usage.Meter]int64
+	// Adjusted is what of Meters stems from corrections: without it they are
+	// what was reported. Admitted and Refused are events and are not corrected:
+	// the entry of the meter calls says by how much the use of calls differs
+	// from what was admitted, and is in no other sum. Nil when nothing was
+	// corrected.
+	Adjusted map[usage.Meter]int64
 }
 
 // LimitUse is how a limit of an account stands at the shard's time.
@@ -27,6 +34,10 @@ type LimitUse struct {
 	// when there was none.
 	DecisionID string
 	Revision   uint64
+	Tier       usage.Tier
+	// Lease is how the allowance of the present window stands; nil while no
+	// gateway has asked for any of it, and in the tier eventual.
+	Lease *lease.State
 }
 
 // AccountUse is what an account has used.
@@ -39,7 +50,9 @@ type AccountUse struct {
 }
 
 // Total sums every account of the shard, each call once.
-func (s *Shard) Total() Totals { return s.totals(s.total.admitted, s.total.refused, s.total.sums, 0) }
+func (s *Shard) Total() Totals {
+	return s.totals(s.total.admitted, s.total.refused, []adjustmentKey{{of: ofAll}}, s.total.sums)
+}
 
 // Account returns what an account has used; false when it is not known.
 func (s *Shard) Account(id string) (AccountUse, bool) {
@@ -116,10 +129,15 @@ func saturated(a, b int64) int64 {
 func (s *Shard) use(i uint32) AccountUse {
 	a := &s.accounts[i]
 	r := &s.rollups[a.rollup]
+	var own, all []adjustmentKey
+	if a.flags&corrected != 0 {
+		all = []adjustmentKey{{i, 0, ofOwn}, {i, 0, ofBelow}}
+		own = all[:1]
+	}
 	u := AccountUse{
 		ID: string(s.idOf(a)), Plan: s.plans.names[a.plan], Closed: a.flags&closed != 0,
-		Own: s.totals(a.admitted, a.refused, a.sums, 0),
-		All: s.totals(saturated(a.admitted, r.admitted), saturated(a.refused, r.refused), a.sums, r.sums),
+		Own: s.totals(a.admitted, a.refused, own, a.sums),
+		All: s.totals(saturated(a.admitted, r.admitted), saturated(a.refused, r.refused), all, a.sums, r.sums),
 	}
 	if a.parent >= 0 {
 		u.Parent = s.name(uint32(a.parent))
@@ -132,7 +150,11 @@ func (s *Shard) use(i uint32) AccountUse {
 		c.roll(w.number)
 		use := LimitUse{
 			LimitID: l.fullID, Meter: l.Meter, Window: l.Window, Amount: l.Amount, Used: c.cur, Previous: c.prev,
-			Verdict: max(usage.Verdict(c.verdict), usage.Allow), Revision: c.revision,
+			Verdict: max(usage.Verdict(c.verdict), usage.Allow), Revision: c.revision, Tier: l.Tier,
+		}
+		if x := s.allowances[allowanceKey{i, k, w.number}]; l.leased && x != nil {
+			state := x.escrow.State()
+			use.Lease = &state
 		}
 		if l.kind != window.Lifetime {
 			use.PeriodStart, use.PeriodEnd = w.at, w.end
@@ -145,7 +167,7 @@ func (s *Shard) use(i uint32) AccountUse {
 	return u
 }
 
-func (s *Shard) totals(admitted, refused int64, at ...uint32) Totals {
+func (s *Shard) totals(admitted, refused int64, adjusted []adjustmentKey, at ...uint32) Totals {
 	t := Totals{Admitted: admitted, Refused: refused, Meters: map[usage.Meter]int64{}}
 	for _, i := range at {
 		x := &s.sums[i]
@@ -156,6 +178,17 @@ func (s *Shard) totals(admitted, refused int64, at ...uint32) Totals {
 		}
 		for _, c := range s.customs[x.custom] {
 			t.Meters[s.meters[c.meter]] = saturated(t.Meters[s.meters[c.meter]], c.value)
+		}
+	}
+	for _, key := range adjusted {
+		for m := range uint32(len(s.meters)) {
+			key.meter = m
+			if n, ok := s.adjusted[key]; ok {
+				if t.Adjusted == nil {
+					t.Adjusted = map[usage.Meter]int64{}
+				}
+				t.Adjusted[s.meters[m]] += n
+			}
 		}
 	}
 	return t

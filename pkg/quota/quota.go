@@ -26,7 +26,12 @@ const (
 	MaxPlans        = 4096     // plans of a set
 	MaxPendingPlans = 64       // plan sets that wait for their time
 	MaxLimitBytes   = 32 << 10 // texts of a limit, which stand in each of its decisions
+	MaxAsks         = 256      // asks of an entry
+	MaxAdjustments  = 16       // meters of a correction
 )
+
+// CoreVersion is the version of the rules by which this program folds.
+const CoreVersion = 1
 
 // Bounds of what a shard learns from calls. What is beyond them is counted in
 // part, and told.
@@ -99,6 +104,7 @@ type Batch struct {
 	Method   Strings
 	Source   Strings
 	EventID  Strings
+	Flags    Ints // usage.Flags
 	BuiltIns [usage.NumBuiltIn]Ints
 	Custom   []CustomMeter
 }
@@ -172,7 +178,8 @@ type Entry struct {
 	Time    usage.Micros
 	Batch   *Batch
 	Control *Control
-	// Asks of one gateway about allowances of the tiers exact and leased.
+	// Asks of one gateway about allowances of the tiers exact and leased. Of
+	// several about one allowance the newest counts.
 	Asks []LeaseAsk
 }
 
@@ -187,7 +194,8 @@ type Effects struct {
 	// asked for again.
 	Answers []LeaseAnswer
 	// Invalid says why the entry was not folded (time passed nevertheless, and
-	// a frame's number is taken): it belongs in the dead-letter stream.
+	// a frame's number is taken, and what is wrong with one ask does not concern
+	// the others): it belongs in the dead-letter stream.
 	Invalid *usage.InvalidError
 	// Old: the entry is not after the shard's position and was ignored.
 	Old bool
@@ -199,6 +207,10 @@ type Effects struct {
 	Lost uint64
 	// Repeated control act, seen before.
 	Repeated bool
+	// Corrected: a correction was folded.
+	Corrected bool
+	// Leases is what happened to allowances of the tiers exact and leased.
+	Leases lease.Counts
 
 	Admitted, Refused int // calls counted
 	Duplicates        int // foreign events seen before, not counted again
@@ -235,6 +247,12 @@ type Shard struct {
 	rollups  []rollup
 	total    rollup // of all accounts, each call once
 
+	allowances map[allowanceKey]*allowance
+	leaseTimes allowanceHeap
+	stirred    []*allowance // to be applied in this entry
+	adjusted   map[adjustmentKey]int64
+	core       Core
+
 	timers  []timerBucket
 	queued  int
 	touched []touch
@@ -270,6 +288,8 @@ func New(o Options) *Shard {
 func (s *Shard) init() {
 	s.index.seed = maphash.MakeSeed()
 	s.meterIDs = make(map[usage.Meter]uint32)
+	s.allowances = make(map[allowanceKey]*allowance)
+	s.adjusted = make(map[adjustmentKey]int64)
 	for _, m := range usage.BuiltInMeters() {
 		s.meter(m)
 	}
@@ -324,13 +344,15 @@ func (s *Shard) NextTimer() (usage.Micros, bool) {
 	if len(s.pending) > 0 && (!ok || s.pending[0].EffectiveAt < at) {
 		at, ok = s.pending[0].EffectiveAt, true
 	}
+	if len(s.leaseTimes) > 0 && (!ok || s.leaseTimes[0].due < at) {
+		at, ok = s.leaseTimes[0].due, true
+	}
 	return at, ok
 }
 
 // Apply folds one entry. The effects are valid until the next call.
 func (s *Shard) Apply(e Entry) *Effects {
-	decisions := s.effects.Decisions[:0]
-	s.effects = Effects{Decisions: decisions}
+	s.effects = Effects{Decisions: s.effects.Decisions[:0], Answers: s.effects.Answers[:0]}
 	fx := &s.effects
 	if e.Sequence <= s.sequence {
 		fx.Old = true
@@ -342,6 +364,7 @@ func (s *Shard) Apply(e Entry) *Effects {
 		s.advance(e.Time)
 	}
 	s.fire()
+	s.fireLeases(0)
 	for len(s.pending) > 0 && s.pending[0].EffectiveAt <= s.now {
 		set := s.pending[0]
 		s.pending = append(s.pending[:0], s.pending[1:]...)
@@ -352,8 +375,12 @@ func (s *Shard) Apply(e Entry) *Effects {
 		s.frame(e.Batch, e.Time)
 	case e.Control != nil:
 		s.control(e.Control)
+	case len(e.Asks) > 0:
+		s.asks(e.Asks)
 	}
+	s.settleLeases()
 	s.decide(e.Batch)
+	s.finishAnswers()
 	if s.queued > 2*len(s.counters)+1024 {
 		s.rebuildTimers()
 	}
@@ -458,6 +485,14 @@ func (s *Shard) control(c *Control) {
 			s.effects.Lost = c.ClosedAt - last
 		}
 		s.dedup.Close(*c.Closed, s.now)
+		if c.Complete && s.effects.Lost == 0 {
+			s.endLeases(lease.Gateway(*c.Closed))
+		}
+	case c.Correction != nil:
+		s.correct(c.Correction)
+	case c.Core != nil:
+		s.core = *c.Core
+		s.dedup.SetHorizon(c.Core.Horizon, s.now)
 	default:
 		for i := range c.Accounts {
 			s.setAccount(&c.Accounts[i])
@@ -472,6 +507,12 @@ func (s *Shard) checkControl(c *Control) *usage.InvalidError {
 			return invalid(usage.ReasonOversized, "%d plan sets wait for their time already", MaxPendingPlans)
 		}
 		return s.checkPlans(p)
+	}
+	if c.Correction != nil {
+		return s.checkCorrection(c.Correction)
+	}
+	if c.Core != nil {
+		return checkCore(c.Core)
 	}
 	return s.checkAccounts(c.Accounts)
 }

@@ -267,7 +267,7 @@ func TestWhatCannotBeFoldedIsRefusedWhole(t *testing.T) {
 		"an account twice":   {Control: &Control{Accounts: []usage.Account{{ID: "x"}, {ID: "x"}}}},
 		"no account id":      {Control: &Control{Accounts: []usage.Account{{}}}},
 		"an unknown window":  {Control: limit(func(l *usage.Limit) { l.Window = "fortnight" })},
-		"an unknown tier":    {Control: limit(func(l *usage.Limit) { l.Tier = "exact" })},
+		"an unknown tier":    {Control: limit(func(l *usage.Limit) { l.Tier = "precise" })},
 		"a negative amount":  {Control: limit(func(l *usage.Limit) { l.Amount = -1 })},
 		"a filter too long":  {Control: limit(func(l *usage.Limit) { l.Filter.Models = []string{strings.Repeat("m", MaxLimitBytes)} })},
 		"the overflow":       {Control: &Control{Accounts: []usage.Account{{ID: OverflowAccount}}}},

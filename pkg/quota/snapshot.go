@@ -11,7 +11,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
-const snapshotMagic = "TKQ1"
+const snapshotMagic = "TKQ2"
 
 // AppendBinary appends the whole state: counters, plans, identities that were
 // seen, position. Accounts stand in the order in which the log named them, so
@@ -22,7 +22,7 @@ func (s *Shard) AppendBinary(out []byte) []byte {
 	out = s.appendGlobal(out)
 	out = binary.AppendUvarint(out, uint64(len(s.accounts)))
 	for i := range s.accounts {
-		out = s.appendAccount(out, &s.accounts[i])
+		out = s.appendAccount(out, uint32(i))
 	}
 	sum := sha256.Sum256(out[begin:])
 	return append(out, sum[:]...)
@@ -36,7 +36,7 @@ func (s *Shard) Hash() [32]byte {
 	for _, i := range s.dirty {
 		a := &s.accounts[i]
 		a.flags &^= dirty
-		buf = s.appendAccount(buf[:0], a)
+		buf = s.appendAccount(buf[:0], i)
 		h := sha256.Sum256(buf)
 		x, y := binary.LittleEndian.Uint64(h[:8]), binary.LittleEndian.Uint64(h[8:])
 		if int(i) < len(s.hashes) {
@@ -79,10 +79,14 @@ func (s *Shard) appendGlobal(out []byte) []byte {
 	out = binary.AppendVarint(out, s.total.admitted)
 	out = binary.AppendVarint(out, s.total.refused)
 	out = s.appendSums(out, s.total.sums)
+	out = s.appendAdjusted(out, adjustmentKey{of: ofAll})
+	out = binary.AppendUvarint(out, uint64(s.core.Version))
+	out = binary.AppendVarint(out, int64(s.core.Horizon))
 	return s.dedup.AppendBinary(out)
 }
 
-func (s *Shard) appendAccount(out []byte, a *account) []byte {
+func (s *Shard) appendAccount(out []byte, i uint32) []byte {
+	a := &s.accounts[i]
 	out = appendString(out, string(s.idOf(a)))
 	out = append(out, byte(a.flags&^dirty))
 	out = binary.AppendUvarint(out, uint64(a.parent+1))
@@ -106,15 +110,27 @@ func (s *Shard) appendAccount(out []byte, a *account) []byte {
 		out = binary.AppendVarint(out, c.cur)
 		out = binary.AppendVarint(out, c.prev)
 		out = binary.AppendVarint(out, int64(c.number))
-		out = append(out, c.verdict)
+		verdict := c.verdict
+		if c.flags&isRoomy != 0 {
+			verdict |= roomyVerdict
+		}
+		out = append(out, verdict)
 		out = binary.AppendUvarint(out, c.revision)
 		if c.revision != 0 {
 			out = binary.AppendVarint(out, int64(c.published))
 			out = binary.AppendUvarint(out, uint64(c.decidedAt))
 		}
+		out = s.appendAllowances(out, touch{i, k})
+	}
+	if a.flags&corrected != 0 {
+		out = s.appendAdjusted(out, adjustmentKey{i, 0, ofOwn})
+		out = s.appendAdjusted(out, adjustmentKey{i, 0, ofBelow})
 	}
 	return out
 }
+
+// roomyVerdict marks a denial that said that there is room.
+const roomyVerdict = 1 << 4
 
 func (s *Shard) appendSums(out []byte, at uint32) []byte {
 	x := &s.sums[at]
@@ -166,6 +182,12 @@ func appendPlanSet(out []byte, p *PlanSet) []byte {
 			out = binary.AppendUvarint(out, uint64(l.WarnPercent))
 			out = appendString(out, string(l.Code))
 			out = appendString(out, l.ActionURL)
+			if l.Tier.Leased() {
+				out = binary.AppendVarint(out, int64(l.Lease.Term))
+				out = binary.AppendVarint(out, int64(l.Lease.Patience))
+				out = binary.AppendVarint(out, int64(l.Lease.ReleaseAfter))
+				out = binary.AppendVarint(out, l.Lease.MaxExposure)
+			}
 		}
 	}
 	return out
@@ -209,6 +231,8 @@ func Read(data []byte) (*Shard, error) {
 	s.plans.limits, s.plans.defs = s.compile(set.Plans)
 	s.total.admitted, s.total.refused = r.varint(), r.varint()
 	s.total.sums = s.readSums(&r)
+	s.readAdjusted(&r, adjustmentKey{of: ofAll})
+	s.core = Core{Version: uint32(r.uvarint()), Horizon: usage.Micros(r.varint())}
 	var err error
 	if s.dedup, r.b, err = dedup.Read(r.b); err != nil {
 		return nil, fmt.Errorf("%w: %w", errSnapshot, err)
@@ -266,12 +290,22 @@ func (s *Shard) readAccount(r *reader, accounts int) bool {
 		c := &s.counters[a.first+k]
 		c.cur, c.prev, c.number = r.varint(), r.varint(), int32(r.varint())
 		c.verdict = r.byte()
+		if c.verdict&roomyVerdict != 0 {
+			c.verdict, c.flags = c.verdict&^roomyVerdict, isRoomy
+		}
 		if c.verdict > uint8(usage.Deny) {
 			return false
 		}
 		if c.revision = r.uvarint(); c.revision != 0 {
 			c.published, c.decidedAt = int32(r.varint()), uint32(r.uvarint())
 		}
+		if !s.readAllowances(r, touch{i, k}, &s.plans.limits[s.plans.defs[a.plan].first+k]) {
+			return false
+		}
+	}
+	if a.flags&corrected != 0 {
+		s.readAdjusted(r, adjustmentKey{i, 0, ofOwn})
+		s.readAdjusted(r, adjustmentKey{i, 0, ofBelow})
 	}
 	s.accounts = append(s.accounts, a)
 	s.soil(i)
@@ -381,12 +415,16 @@ func (r *reader) planSet() PlanSet {
 	for n := r.count(); n > 0; n-- {
 		plan := usage.Plan{ID: r.string()}
 		for k := r.count(); k > 0; k-- {
-			plan.Limits = append(plan.Limits, usage.Limit{
+			l := usage.Limit{
 				ID: r.string(), Meter: usage.Meter(r.string()),
 				Filter: usage.Filter{Models: r.strings(), Routes: r.strings(), Methods: r.strings()},
 				Window: usage.WindowKind(r.string()), Amount: r.varint(), Tier: usage.Tier(r.string()),
 				WarnPercent: uint32(r.uvarint()), Code: usage.Code(r.string()), ActionURL: r.string(),
-			})
+			}
+			if l.Tier.Leased() {
+				l.Lease = usage.LeaseTerms{Term: usage.Micros(r.varint()), Patience: usage.Micros(r.varint()), ReleaseAfter: usage.Micros(r.varint()), MaxExposure: r.varint()}
+			}
+			plan.Limits = append(plan.Limits, l)
 		}
 		p.Plans = append(p.Plans, plan)
 	}

@@ -63,6 +63,7 @@ func batchOf(b *quota.Batch, f *ledger.Frame) {
 	b.Account, b.Code = quota.Strings(f.Account), quota.Strings(f.Code)
 	b.Model, b.Route, b.Method = quota.Strings(f.Model), quota.Strings(f.Route), quota.Strings(f.Method)
 	b.Source, b.EventID = quota.Strings(f.Source), quota.Strings(f.EventID)
+	b.Flags = quota.Ints(f.Flags)
 	for m := range f.Meters {
 		b.BuiltIns[m] = quota.Ints(f.Meters[m])
 	}

@@ -1,0 +1,503 @@
+package quota
+
+import (
+	"bytes"
+	"cmp"
+	"container/heap"
+	"encoding/binary"
+	"slices"
+
+	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/pkg/window"
+)
+
+const (
+	// leaseHorizon is how old the first ask of a gateway may be.
+	leaseHorizon = lease.Micros(2 * 60 * 1_000_000)
+	// maxLeases that an allowance has at a time.
+	maxLeases = 4096
+	// aheadAtMost is how long before its window an allowance may be asked for: a
+	// gateway's clock may be ahead of the ledger's.
+	aheadAtMost = usage.Micros(60 * 1_000_000)
+)
+
+// allowanceKey is where an allowance belongs: the account's limit of that
+// number, in a window.
+type allowanceKey struct {
+	account, limit uint32
+	window         int32
+}
+
+// allowance is the escrow of one account, limit and window. It begins with the
+// first ask, at what was counted until then, and is gone when its window is over.
+type allowance struct {
+	key    allowanceKey
+	escrow *lease.Escrow
+	end    usage.Micros // of the window
+	due    usage.Micros // when an entry must come
+	at     int          // in the heap
+
+	// What this entry brings to it:
+	stirred bool
+	entry   lease.Entry
+	ask     lease.Ask
+	ended   lease.Gateway
+	counted [1]lease.Counted
+	// refusing: an ask for more of an account that is closed.
+	refusing bool
+}
+
+// allowanceHeap has the allowance first that is due first.
+type allowanceHeap []*allowance
+
+func (h allowanceHeap) Len() int           { return len(h) }
+func (h allowanceHeap) Less(i, j int) bool { return h[i].due < h[j].due }
+func (h allowanceHeap) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].at, h[j].at = i, j
+}
+func (h *allowanceHeap) Push(x any) {
+	a := x.(*allowance)
+	a.at = len(*h)
+	*h = append(*h, a)
+}
+func (h *allowanceHeap) Pop() any {
+	last := len(*h) - 1
+	a := (*h)[last]
+	(*h)[last] = nil
+	*h = (*h)[:last]
+	a.at = -1
+	return a
+}
+
+func checkTier(plan string, l *usage.Limit) *usage.InvalidError {
+	t := &l.Lease
+	bad := func(format string, args ...any) *usage.InvalidError {
+		return invalid(usage.ReasonMalformed, "limit %s/%s: "+format, append([]any{plan, l.ID}, args...)...)
+	}
+	if l.Tier != "" && l.Tier != usage.TierEventual && !l.Tier.Leased() {
+		return bad("the tier %q is not known", l.Tier)
+	}
+	if !l.Tier.Leased() {
+		if *t != (usage.LeaseTerms{}) {
+			return bad("terms of leases are of the tiers %s and %s", usage.TierExact, usage.TierLeased)
+		}
+		return nil
+	}
+	if l.Amount > lease.MaxUnits {
+		return bad("an amount of %d: at most %d can be handed out", l.Amount, lease.MaxUnits)
+	}
+	for _, span := range [...]usage.Micros{t.Term, t.Patience, t.ReleaseAfter} {
+		if span < 0 || span > usage.MaxLeaseSpan {
+			return bad("a lease's span of %d microseconds: 0 to %d are possible", span, usage.MaxLeaseSpan)
+		}
+	}
+	switch {
+	case t.MaxExposure < 0 || t.MaxExposure > lease.MaxUnits:
+		return bad("an exposure of %d units: 0 to %d are possible", t.MaxExposure, lease.MaxUnits)
+	case l.Tier == usage.TierExact && (t.ReleaseAfter != 0 || t.MaxExposure != 0):
+		return bad("what is handed out again is the tier %s, not %s", usage.TierLeased, usage.TierExact)
+	case l.Tier == usage.TierLeased && (t.ReleaseAfter == 0 || t.MaxExposure == 0):
+		return bad("the tier %s states after how long what is handed out again (release_after), and how much at most (max_exposure)", usage.TierLeased)
+	}
+	return nil
+}
+
+// leaseTerms are a limit's terms, without a window.
+func leaseTerms(l *usage.Limit) lease.Terms {
+	return lease.Terms{
+		Term: lease.Micros(cmp.Or(l.Lease.Term, usage.DefaultLeaseTerm)), Patience: lease.Micros(cmp.Or(l.Lease.Patience, usage.DefaultLeasePatience)),
+		ReleaseAfter: lease.Micros(l.Lease.ReleaseAfter), MaxExposure: l.Lease.MaxExposure, Horizon: leaseHorizon, MaxLeases: maxLeases,
+	}
+}
+
+// termsOf are the terms of a limit's allowance in a window.
+func termsOf(l *limit, number int32) lease.Terms {
+	t := l.terms
+	if l.kind != window.Lifetime {
+		t.Start, t.End = lease.Micros(l.kind.Start(int64(number))), lease.Micros(l.kind.End(int64(number)))
+	}
+	return t
+}
+
+func (s *Shard) addAllowance(key allowanceKey, l *limit, e *lease.Escrow) *allowance {
+	x := &allowance{key: key, escrow: e, end: maxMicros}
+	if l.kind != window.Lifetime {
+		x.end = l.kind.End(int64(key.window))
+	}
+	x.due = x.next()
+	s.allowances[key] = x
+	heap.Push(&s.leaseTimes, x)
+	return x
+}
+
+func (s *Shard) dropAllowance(x *allowance) {
+	delete(s.allowances, x.key)
+	heap.Remove(&s.leaseTimes, x.at)
+}
+
+// next is when an entry must come.
+func (x *allowance) next() usage.Micros {
+	if at, ok := x.escrow.Due(); ok {
+		return min(x.end, usage.Micros(at))
+	}
+	return x.end
+}
+
+// stir has the allowance applied in this entry.
+func (s *Shard) stir(x *allowance) {
+	if !x.stirred {
+		x.stirred = true
+		s.stirred = append(s.stirred, x)
+	}
+}
+
+// fireLeases stirs what is due of the heap below i. Allowances do not touch each
+// other: the order does not matter.
+func (s *Shard) fireLeases(i int) {
+	if i < len(s.leaseTimes) && s.leaseTimes[i].due <= s.now {
+		s.stir(s.leaseTimes[i])
+		s.fireLeases(2*i + 1)
+		s.fireLeases(2*i + 2)
+	}
+}
+
+// asks takes in what a gateway says.
+func (s *Shard) asks(asks []LeaseAsk) {
+	if len(asks) > MaxAsks {
+		s.effects.Invalid = invalid(usage.ReasonOversized, "%d asks in an entry, at most %d are folded", len(asks), MaxAsks)
+		return
+	}
+	for i := range asks {
+		s.ask(&asks[i])
+	}
+}
+
+func (s *Shard) ask(m *LeaseAsk) {
+	over := func() {
+		s.answer(LeaseAnswer{
+			Account: m.Account, LimitID: m.LimitID, WindowStart: m.WindowStart,
+			Answer: lease.Answer{Gateway: m.Gateway, Revision: s.sequence, Seq: m.Seq, Verdict: lease.Ended},
+		})
+	}
+	i, ok := s.find([]byte(m.Account))
+	if !ok {
+		over()
+		return
+	}
+	a := &s.accounts[i]
+	def := s.plans.defs[a.plan]
+	k := slices.IndexFunc(s.plans.limits[def.first:def.first+def.n], func(l limit) bool { return l.leased && l.fullID == m.LimitID })
+	if k < 0 {
+		over()
+		return
+	}
+	l := &s.plans.limits[def.first+uint32(k)]
+	w := &s.windows[l.kind]
+	number := l.kind.Number(m.WindowStart)
+	if m.WindowStart != l.kind.Start(number) || number != int64(w.number) && (number != int64(w.number)+1 || m.WindowStart-s.now > aheadAtMost) {
+		over()
+		return
+	}
+	key := allowanceKey{i, uint32(k), int32(number)}
+	x := s.allowances[key]
+	wants := m.Need > 0 || m.Want > 0
+	if x == nil {
+		if !wants || m.Known != 0 || a.flags&closed != 0 || s.dedup.Closed(dedup.Producer(m.Gateway)) {
+			over() // its lease is gone with the allowance it was of, or it wants none
+			return
+		}
+		e := lease.NewEscrow(l.Amount, termsOf(l, key.window))
+		x = s.addAllowance(key, l, e)
+		c := &s.counters[a.first+uint32(k)]
+		c.roll(w.number)
+		if key.window == w.number {
+			x.entry.Outside = c.cur
+		}
+	} else if wants && s.dedup.Closed(dedup.Producer(m.Gateway)) && !x.escrow.Holds(m.Gateway) {
+		over() // overtaken by its gateway's end
+		return
+	}
+	s.stir(x)
+	if x.entry.Ask != nil && x.ask.Seq >= m.Seq {
+		return
+	}
+	x.ask, x.entry.Ask = m.Ask, &x.ask
+	if a.flags&closed != 0 {
+		x.refusing = wants
+		x.ask.Need, x.ask.Want, x.ask.Renew = 0, 0, false
+	}
+}
+
+func (s *Shard) answer(a LeaseAnswer) { s.effects.Answers = append(s.effects.Answers, a) }
+
+// countLeased tells the allowance of the present window what a dictionary
+// entry's calls used of it.
+func (s *Shard) countLeased(p, k uint32, d int, used int64) {
+	f := &s.f
+	def := s.plans.defs[s.accounts[p].plan]
+	l := &s.plans.limits[def.first+k]
+	w := &s.windows[l.kind]
+	x := s.allowances[allowanceKey{p, k, w.number}]
+	if x == nil {
+		return
+	}
+	s.stir(x)
+	leased := int64(0)
+	if f.b.Flags.Values != nil && f.b.Producer != (dedup.Producer{}) {
+		for _, i := range f.rowsOf(d) {
+			flags, _ := f.b.Flags.get(int(i))
+			if usage.Flags(flags)&usage.FromLease == 0 || min(f.b.Time[i], f.now) < int64(w.at) {
+				continue
+			}
+			if v, ok := s.uses(int(i), l); ok {
+				leased = saturated(leased, v)
+			}
+		}
+	}
+	x.entry.Outside = saturated(x.entry.Outside, used-min(used, leased))
+	if leased > 0 {
+		x.counted[0].Gateway = lease.Gateway(f.b.Producer)
+		x.counted[0].Units = saturated(x.counted[0].Units, leased)
+		x.entry.Counted = x.counted[:]
+	}
+}
+
+// endLeases closes the leases of a gateway whose calls are all counted: those
+// of limits of calls, because what another meter of an open call might have used
+// nobody knows.
+func (s *Shard) endLeases(g lease.Gateway) {
+	for key, x := range s.allowances {
+		def := s.plans.defs[s.accounts[key.account].plan]
+		if s.plans.limits[def.first+key.limit].meter == uint32(usage.CallsIndex) && x.escrow.Holds(g) {
+			x.ended = g
+			x.entry.Ended = &x.ended
+			s.stir(x)
+		}
+	}
+}
+
+// settleLeases applies what this entry brought, and takes away what is over.
+func (s *Shard) settleLeases() {
+	for n, x := range s.stirred {
+		s.stirred[n] = nil
+		if !x.stirred {
+			continue // its limit is gone
+		}
+		x.entry.Sequence, x.entry.Time = s.sequence, lease.Micros(s.now)
+		before := x.escrow.Counts()
+		fx := x.escrow.Apply(x.entry)
+		after := x.escrow.Counts()
+		s.effects.Leases.Add(&before, &after)
+		if fx.Invalid != "" && s.effects.Invalid == nil {
+			s.effects.Invalid = invalid(usage.ReasonMalformed, "an ask of account %q, limit %s: %s", s.name(x.key.account), s.limitAt(x).fullID, fx.Invalid)
+		}
+		for _, a := range fx.Answers {
+			if x.refusing && a.Gateway == x.ask.Gateway && a.Verdict != lease.Ended {
+				a.Verdict, a.Room = lease.DeniedFinal, 0
+			}
+			s.answerOf(x, s.limitAt(x), a)
+		}
+		s.soil(x.key.account)
+		if x.key.window == s.windows[s.limitAt(x).kind].number {
+			s.touch(x.key.account, x.key.limit, false)
+		}
+		x.entry, x.counted[0], x.stirred, x.refusing = lease.Entry{}, lease.Counted{}, false, false
+		if x.end <= s.now {
+			s.dropAllowance(x)
+			continue
+		}
+		x.due = x.next()
+		heap.Fix(&s.leaseTimes, x.at)
+	}
+	s.stirred = s.stirred[:0]
+}
+
+func (s *Shard) limitAt(x *allowance) *limit {
+	return &s.plans.limits[s.plans.defs[s.accounts[x.key.account].plan].first+x.key.limit]
+}
+
+func (s *Shard) answerOf(x *allowance, l *limit, a lease.Answer) {
+	full := LeaseAnswer{Account: s.name(x.key.account), LimitID: l.fullID, Answer: a}
+	if l.kind != window.Lifetime {
+		full.WindowStart, full.WindowEnd = l.kind.Start(int64(x.key.window)), x.end
+	}
+	s.answer(full)
+}
+
+// moveAllowances has an account's allowances follow its limits. One whose limit
+// is gone, counts something else or is not leased any more is over, and its
+// gateways are told.
+func (s *Shard) moveAllowances(i uint32, old, limits []limit) {
+	if len(s.allowances) == 0 {
+		return
+	}
+	var moved []*allowance
+	for o := range old {
+		if !old[o].leased {
+			continue
+		}
+		present := s.windows[old[o].kind].number
+		for number := present - 1; number <= present+1; number++ {
+			x := s.allowances[allowanceKey{i, uint32(o), number}]
+			if x == nil {
+				continue
+			}
+			k := slices.IndexFunc(limits, func(l limit) bool { return l.leased && l.fullID == old[o].fullID && sameCount(&old[o], &l) })
+			if k < 0 {
+				for _, a := range x.escrow.Resume() {
+					a.Revision, a.Verdict, a.Room, a.Recall = s.sequence, lease.Ended, 0, 0
+					s.answerOf(x, &old[o], a)
+				}
+				s.dropAllowance(x)
+				x.stirred = false
+				continue
+			}
+			l := &limits[k]
+			if l.Amount != old[o].Amount {
+				x.entry.Amount = &l.Amount
+				s.stir(x)
+			}
+			if l.terms != old[o].terms {
+				x.entry.Terms = &l.terms
+				s.stir(x)
+			}
+			if k != o {
+				delete(s.allowances, x.key)
+				x.key.limit = uint32(k)
+				moved = append(moved, x)
+			}
+		}
+	}
+	for _, x := range moved {
+		s.allowances[x.key] = x
+	}
+}
+
+// settled is what is spent of a limit in the present window: what was counted,
+// or what its allowance knows beside that.
+func (s *Shard) settled(t touch, l *limit, c *counter) int64 {
+	if l.leased && t.limit != noLimit {
+		if x := s.allowances[allowanceKey{t.account, t.limit, s.windows[l.kind].number}]; x != nil {
+			return x.escrow.Settled()
+		}
+	}
+	return c.cur
+}
+
+// standing is the verdict on a limit, and whether a denial leaves room: of the
+// tiers exact and leased, a gateway may be refused what it asked for although
+// not all is spent.
+func (s *Shard) standing(t touch, l *limit, c *counter) (usage.Verdict, bool) {
+	if !l.leased {
+		return l.level(c.cur), false
+	}
+	x := s.allowances[allowanceKey{t.account, t.limit, s.windows[l.kind].number}]
+	if x == nil {
+		return l.level(c.cur), false
+	}
+	v := l.level(x.escrow.Settled())
+	if v != usage.Deny && x.escrow.Denied() {
+		return usage.Deny, true
+	}
+	return v, false
+}
+
+// finishAnswers puts the answers in order and says which decision a denial
+// leads to.
+func (s *Shard) finishAnswers() {
+	all := s.effects.Answers
+	s.explain(all)
+	if len(all) > 1 {
+		slices.SortStableFunc(all, func(x, y LeaseAnswer) int {
+			return cmp.Or(cmp.Compare(x.Account, y.Account), cmp.Compare(x.LimitID, y.LimitID), bytes.Compare(x.Gateway[:], y.Gateway[:]), cmp.Compare(x.WindowStart, y.WindowStart))
+		})
+	}
+}
+
+func (s *Shard) explain(all []LeaseAnswer) {
+	for n := range all {
+		a := &all[n]
+		if a.Verdict != lease.DeniedEarly && a.Verdict != lease.DeniedFinal {
+			continue
+		}
+		i, ok := s.find([]byte(a.Account))
+		if !ok {
+			continue
+		}
+		def := s.plans.defs[s.accounts[i].plan]
+		k := slices.IndexFunc(s.plans.limits[def.first:def.first+def.n], func(l limit) bool { return l.fullID == a.LimitID })
+		if k < 0 {
+			continue
+		}
+		t := touch{i, uint32(k)}
+		l, c, _ := s.limitOf(t)
+		if c.verdict != uint8(usage.Deny) || c.revision == 0 {
+			continue // the account is closed
+		}
+		at := usage.Micros(c.decidedAt) * 1_000_000
+		if c.revision == s.sequence {
+			at = s.now
+		}
+		d := s.describe(t, c, l, s.plans.version, c.revision, at)
+		a.Decision = &d
+	}
+}
+
+// Resume returns the answers that a new owner sends: what its predecessor said
+// last may have died with it. They are in the order of Effects.Answers.
+func (s *Shard) Resume() []LeaseAnswer {
+	kept := s.effects.Answers
+	s.effects.Answers = nil
+	for _, x := range s.allowances {
+		for _, a := range x.escrow.Resume() {
+			s.answerOf(x, s.limitAt(x), a)
+		}
+	}
+	s.finishAnswers()
+	all := s.effects.Answers
+	s.effects.Answers = kept
+	return all
+}
+
+// appendAllowances appends the allowances of an account's limit: of the present
+// window and the next.
+func (s *Shard) appendAllowances(out []byte, t touch) []byte {
+	l, _, _ := s.limitOf(t)
+	if !l.leased {
+		return out
+	}
+	present := s.windows[l.kind].number
+	for ahead := int32(0); ahead <= 1 && !(l.kind == window.Lifetime && ahead > 0); ahead++ {
+		x := s.allowances[allowanceKey{t.account, t.limit, present + ahead}]
+		if x == nil {
+			out = append(out, 0)
+			continue
+		}
+		out = append(out, 1)
+		state := x.escrow.Append(nil)
+		out = binary.AppendUvarint(out, uint64(len(state)))
+		out = append(out, state...)
+	}
+	return out
+}
+
+func (s *Shard) readAllowances(r *reader, t touch, l *limit) bool {
+	if !l.leased {
+		return true
+	}
+	present := s.windows[l.kind].number
+	for ahead := int32(0); ahead <= 1 && !(l.kind == window.Lifetime && ahead > 0); ahead++ {
+		if r.byte() == 0 {
+			continue
+		}
+		e, rest, err := lease.Read(r.bytes(), termsOf(l, present+ahead))
+		if err != nil || len(rest) != 0 || r.bad {
+			return false
+		}
+		s.addAllowance(allowanceKey{t.account, t.limit, present + ahead}, l, e)
+	}
+	return true
+}
