@@ -26,6 +26,7 @@ type Claim struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	drain  chan struct{}
+	heir   string // set before drain is closed
 }
 
 // Check returns nil if the shard is owned at this moment, by a clock that
@@ -49,6 +50,10 @@ func (c *Claim) Left() time.Duration {
 // Drain is closed when the shard should be handed over: stop applying, store
 // what is owed, and return.
 func (c *Claim) Drain() <-chan struct{} { return c.drain }
+
+// Heir is the member that is to take the shard over, once Drain is closed; empty:
+// nobody is there.
+func (c *Claim) Heir() string { return c.heir }
 
 // proof is until when a member may act. It cancels the claims' contexts at that
 // moment by itself: whoever extends it may be the one that hangs.

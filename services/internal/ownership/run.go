@@ -31,6 +31,10 @@ type Options struct {
 	// Member is this member's name: its own in the fleet and the same after a
 	// restart, so that it is given the same shards.
 	Member string
+	// Sole says that nobody else can be alive under this name, because the
+	// name or NATS itself is in the hands of one process. What its last start
+	// left behind is then taken at once instead of after a TTL.
+	Sole bool
 	// Shards are numbered from 0; the same number at all members.
 	Shards uint32
 	Timing fleet.Timing
@@ -52,6 +56,11 @@ type Options struct {
 	// their owners died, in order, each time that they change. It must not
 	// block.
 	OnStandby func(shards []uint32)
+
+	// OnUnowned, if set, is told how many shards nobody owns, as this member
+	// sees it, each time that it changes; the first time when it has read who
+	// owns what. It must not block.
+	OnUnowned func(n int)
 
 	// StopTimeout bounds the hand-over of a clean stop; 0 means
 	// DefaultStopTimeout.
@@ -90,7 +99,7 @@ func Run(ctx context.Context, o Options) error {
 	}
 	r := &runner{
 		o: o, bucket: &bucket{nc: o.NC, js: o.JS, name: o.Bucket, replicas: o.Replicas},
-		inputs: make(chan input, inputBuffer), feed: make(chan *nats.Msg, feedBuffer), over: make(chan struct{}), writes: make(chan struct{}, maxWrites),
+		unowned: -1, inputs: make(chan input, inputBuffer), feed: make(chan *nats.Msg, feedBuffer), over: make(chan struct{}), writes: make(chan struct{}, maxWrites),
 	}
 	var err error
 	if r.metrics, err = newMetrics(o.Registerer); err != nil {
@@ -141,6 +150,7 @@ type runner struct {
 	over    chan struct{} // closed when nobody takes inputs any more
 	writes  chan struct{}
 	running int // callbacks
+	unowned int
 }
 
 // open makes the bucket, however long it takes until NATS is there.
@@ -171,7 +181,7 @@ func (r *runner) run(ctx context.Context) {
 	r.proof = newProof(steady)
 	defer r.proof.stop()
 	m := fleet.New(steady(), fleet.Config{
-		Member: r.o.Member, Shards: int(r.o.Shards), Timing: r.o.Timing, NewID: func() string { return ksuid.New().String() },
+		Member: r.o.Member, Shards: int(r.o.Shards), Timing: r.o.Timing, Sole: r.o.Sole, NewID: func() string { return ksuid.New().String() },
 	})
 	wake := time.NewTimer(0)
 	defer wake.Stop()
@@ -223,10 +233,11 @@ func (r *runner) carryOut(io context.Context, m *fleet.Machine, fx *fleet.Effect
 			c.cancel(ErrLost)
 		}
 	}
-	for _, shard := range fx.Drain {
-		if c := r.proof.get(shard); c != nil {
+	for _, h := range fx.Drain {
+		if c := r.proof.get(h.Shard); c != nil {
+			c.heir = h.To
 			close(c.drain)
-			r.o.Logger.Info().Uint32("shard", shard).Uint64("token", c.Token).Msg("hands the shard over")
+			r.o.Logger.Info().Uint32("shard", h.Shard).Uint64("token", c.Token).Str("to", h.To).Msg("hands the shard over")
 		}
 	}
 	for _, t := range fx.Acquire {
@@ -246,6 +257,12 @@ func (r *runner) carryOut(io context.Context, m *fleet.Machine, fx *fleet.Effect
 	}
 	for _, n := range fx.Notes {
 		r.tell(n)
+	}
+	if n := m.Unowned(); n != r.unowned && m.Synced() {
+		r.unowned = n
+		if r.o.OnUnowned != nil {
+			r.o.OnUnowned(n)
+		}
 	}
 	r.metrics.members.Set(float64(m.Members()))
 	r.metrics.held.Set(float64(r.running))

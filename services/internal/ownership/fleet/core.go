@@ -16,6 +16,9 @@ type Config struct {
 	Shards int
 	Timing Timing        // complete and checked
 	NewID  func() string // of sessions; never the same twice
+	// Sole: nobody else can be alive under this name, so that what a session of
+	// it holds is free at once.
+	Sole bool
 }
 
 // phase is what a shard is to this member.
@@ -127,12 +130,19 @@ type Tenure struct {
 	Token uint64
 }
 
+// Handover is a shard that this member should give up; To is who is to take it,
+// empty: nobody is there.
+type Handover struct {
+	Shard uint32
+	To    string
+}
+
 // Effects are what the shell is to do, revoking first.
 type Effects struct {
 	Writes  []Write  // each is answered with Wrote
 	Poll    bool     // read the bucket, to be answered with Read
 	Acquire []Tenure // begin to own; the end is told with Returned
-	Drain   []uint32 // ask the owners of these shards to hand over
+	Drain   []Handover
 	Revoke  []uint32 // these are not owned any more
 	// Standby is set when StandbyChanged: the shards that would be ours if
 	// their owner died.
@@ -237,6 +247,24 @@ func (m *Machine) Until() Instant { return m.until }
 
 // Members is how many the shards are shared among, as this member sees it.
 func (m *Machine) Members() int { return len(m.members) }
+
+// Synced says whether the bucket was read once.
+func (m *Machine) Synced() bool { return m.synced }
+
+// Unowned is how many shards nobody has, as this member sees it; what another
+// has claimed counts as owned until that one is known to be gone.
+func (m *Machine) Unowned() int {
+	if !m.synced {
+		return m.Shards
+	}
+	n := 0
+	for i := range m.slots {
+		if s := &m.slots[i]; !s.phase.tenure() && m.isFree(s) {
+			n++
+		}
+	}
+	return n
+}
 
 // Leaving says whether the orderly end has begun.
 func (m *Machine) Leaving() bool { return m.leaving }
@@ -696,7 +724,8 @@ func (m *Machine) mayFence(now Instant) bool {
 func (m *Machine) fenceSilent(now Instant, fx *Effects) {
 	var silent []string
 	for id, p := range m.peers {
-		if !p.dead && p.fencing == 0 && now >= p.retryAt && now-max(p.changed, m.flowing) >= m.Timing.TTL {
+		over := m.Sole && p.Member == m.Member || now-max(p.changed, m.flowing) >= m.Timing.TTL
+		if !p.dead && p.fencing == 0 && now >= p.retryAt && over {
 			silent = append(silent, id)
 		}
 	}
@@ -933,7 +962,7 @@ func (m *Machine) act(now Instant, fx *Effects) {
 			moving++
 			s.phase, s.drainAt = draining, now
 			m.dirty = true
-			fx.Drain = append(fx.Drain, shard)
+			fx.Drain = append(fx.Drain, Handover{shard, m.target[i]})
 		case draining:
 			if now-s.drainAt > m.Timing.Drain {
 				m.revoke(now, shard, fx)

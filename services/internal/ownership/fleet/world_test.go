@@ -273,8 +273,8 @@ func (x *simulated) do(fx *Effects) {
 			x.end(tn.Shard, w.upTo(time.Second), true, false)
 		}
 	}
-	for _, s := range fx.Drain {
-		x.end(s, w.upTo(w.drainMax), false, false)
+	for _, h := range fx.Drain {
+		x.end(h.Shard, w.upTo(w.drainMax), false, false)
 	}
 	for _, s := range fx.Revoke {
 		x.end(s, w.upTo(20*time.Millisecond), false, true)
