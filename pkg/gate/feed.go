@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/wallet"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
@@ -50,7 +51,12 @@ func (g *Gate) Run(ctx context.Context) error {
 		Pass: g.o.Unknown.Mode == PassUnknown, MaxCalls: g.o.Unknown.MaxCalls, StaleAfter: usage.Micros(g.o.StaleAfter.Microseconds()),
 	}))
 	g.outbox.Store(&out)
-	return g.run(ctx, nc, js, out)
+	w, err := g.openWallet(nc, js, out, shards)
+	if err != nil {
+		return err
+	}
+	g.wallet.Store(w)
+	return g.run(ctx, nc, js, out, w)
 }
 
 // geometry asks for the number of shards until there is an answer.
@@ -76,7 +82,7 @@ func (g *Gate) geometry(ctx context.Context, js jetstream.JetStream) (uint32, bo
 	}
 }
 
-func (g *Gate) run(ctx context.Context, nc *nats.Conn, js jetstream.JetStream, out Outbox) error {
+func (g *Gate) run(ctx context.Context, nc *nats.Conn, js jetstream.JetStream, out Outbox, w *wallet.Wallet) error {
 	// The outbox outlives the feeds: it has to get rid of what it holds.
 	outCtx, stopOutbox := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopOutbox()
@@ -85,6 +91,17 @@ func (g *Gate) run(ctx context.Context, nc *nats.Conn, js jetstream.JetStream, o
 
 	outDone := make(chan error, 1)
 	go func() { outDone <- out.Run(outCtx) }()
+	// So does the wallet: its last words come before the outbox's.
+	walletCtx, stopWallet := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopWallet()
+	walletDone := make(chan error, 1)
+	go func() {
+		err := w.Run(walletCtx)
+		if err != nil {
+			stopFeeds()
+		}
+		walletDone <- err
+	}()
 
 	directory := ledger.NewMirror(nc, js, ledger.MirrorOptions{Bucket: ledger.DirectoryBucket}, &directoryFeed{g})
 	decisions := ledger.NewMirror(nc, js, ledger.MirrorOptions{Bucket: ledger.DecisionsBucket}, &decisionsFeed{g})
@@ -126,6 +143,16 @@ func (g *Gate) run(ctx context.Context, nc *nats.Conn, js jetstream.JetStream, o
 
 	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), g.o.CloseTimeout)
 	defer cancel()
+	select {
+	case err := <-walletDone:
+		failed = errors.Join(failed, fmt.Errorf("gate: %w", err))
+	default:
+		g.closeWallet(closing, w)
+		stopWallet()
+		if err := <-walletDone; err != nil {
+			failed = errors.Join(failed, fmt.Errorf("gate: %w", err))
+		}
+	}
 	if err := out.Close(closing); err != nil {
 		failed = errors.Join(failed, fmt.Errorf("gate: close the outbox: %w", err))
 	}
@@ -291,7 +318,19 @@ func directoryRecord(c *ledger.Change) (*table.Key, *table.AccountRecord, error)
 		if r.GetId() == "" || ledger.DirectoryAccount(r.GetId()) != c.Key {
 			return nil, nil, errors.New("it is the record of another account")
 		}
-		return nil, &table.AccountRecord{ID: r.GetId(), Path: r.GetPath(), Plan: r.GetPlan(), Seq: c.Sequence}, nil
+		a := &table.AccountRecord{ID: r.GetId(), Path: r.GetPath(), Plan: r.GetPlan(), Seq: c.Sequence}
+		for _, l := range r.GetLimits() {
+			limit := ledger.LimitFromProto(l.GetLimit())
+			if !limit.Tier.Leased() {
+				a.Eventual = true
+				continue
+			}
+			if l.GetAccount() == "" || limit.ID == "" || !limit.Meter.Valid() {
+				return nil, nil, errors.New("a limit of it has no account, name or meter")
+			}
+			a.Leased = append(a.Leased, table.LeasedLimit{Account: l.GetAccount(), LimitID: l.GetPlan() + "/" + limit.ID, Limit: limit})
+		}
+		return nil, a, nil
 	}
 	return nil, nil, nil // of a newer writer
 }

@@ -20,9 +20,11 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
+	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/wallet"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -89,6 +91,8 @@ type Outbox interface {
 	Add(ctx context.Context, shard uint32, c *usage.Call) error
 	// Close publishes or spools what is left and waits for it until ctx is done.
 	Close(ctx context.Context) error
+	// Producer is the identity of this run's frames, and of its leases.
+	Producer() ksuid.KSUID
 }
 
 // Readiness hears whether a part can do its work. Its methods are safe for
@@ -111,6 +115,8 @@ type Options struct {
 	OpenOutbox func(nc *nats.Conn, js jetstream.JetStream, shards uint32) (Outbox, error)
 
 	Unknown Unknown
+	// Leases are for limits of the tiers exact and leased.
+	Leases Leases
 	// StaleAfter is how long beacons or changes may be missing before what they
 	// tell counts as unknown; DefaultStaleAfter when 0.
 	StaleAfter time.Duration
@@ -142,6 +148,7 @@ type Gate struct {
 	write  sync.Mutex
 	table  atomic.Pointer[table.Table]
 	outbox atomic.Pointer[Outbox]
+	wallet atomic.Pointer[wallet.Wallet]
 	ready  readiness
 	logs   limiter
 	full   full
@@ -176,6 +183,9 @@ func New(o Options) (*Gate, error) {
 	}
 	if o.StaleAfter <= 0 {
 		o.StaleAfter = DefaultStaleAfter
+	}
+	if o.Leases.Wait < 0 || o.Leases.Skew < 0 || o.Leases.MaxPurses < 0 || o.Leases.MaxWaiting < 0 || o.Leases.MaxReservations < 0 {
+		return nil, errors.New("gate: the times and bounds of leases must not be negative")
 	}
 	if o.CloseTimeout <= 0 {
 		o.CloseTimeout = DefaultCloseTimeout
@@ -217,13 +227,33 @@ func (g *Gate) AccountByID(id string) (*Account, Lookup) {
 }
 
 // Admit decides about a call from what is in memory. It takes no lock and does
-// not allocate. It records nothing: Settle does.
+// not allocate. It records nothing: Settle does. A call that a limit of the tiers
+// exact and leased concerns is refused here as unknown, unless it is refused
+// anyway: only Take can admit it.
 func (g *Gate) Admit(a *Account, req Request) Verdict {
 	t := g.table.Load()
 	if t != nil && t.Fine(a) {
 		return Verdict{Allowed: true}
 	}
+	if t != nil && needsTake(a, req) {
+		v := t.DecideLeased(a, req, usage.At(g.now()))
+		if v.Allowed {
+			v = Verdict{Unknown: true, Code: usage.BillingStateUnknown, Detail: "This call has a limit whose units must be taken before it begins, which was not done."}
+		}
+		g.metrics.refused(v.Code)
+		return v
+	}
 	return g.decide(t, a, req)
+}
+
+func needsTake(a *Account, req Request) bool {
+	draws := a.Leased()
+	for i := range draws {
+		if draws[i].Concerns(req) {
+			return true
+		}
+	}
+	return false
 }
 
 func (g *Gate) decide(t *table.Table, a *Account, req Request) Verdict {

@@ -21,6 +21,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/rs/zerolog"
+	"github.com/segmentio/ksuid"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
@@ -43,6 +44,7 @@ type box struct {
 
 func (b *box) Run(ctx context.Context) error { <-ctx.Done(); return nil }
 func (b *box) Close(context.Context) error   { return nil }
+func (b *box) Producer() ksuid.KSUID         { return ksuid.KSUID{1} }
 
 func (b *box) Add(ctx context.Context, shard uint32, c *usage.Call) error {
 	if b.enter != nil {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -38,8 +39,17 @@ type MiddlewareOptions struct {
 	// for authenticated requests only and may read the body if it puts it back.
 	// A *refusal.Refusal as the error is answered as it is.
 	Model func(*http.Request) (string, error)
+	// Bound says what a call can cost at most, for limits of the tiers exact and
+	// leased that count these meters; nil, and what it does not say, means that it
+	// is not known: such calls are refused. It may change the request, so that the
+	// upstream keeps to the bounds. A *refusal.Refusal as the error is answered as
+	// it is.
+	Bound func(r *http.Request, model string, meters []usage.Meter) (usage.Quantities, error)
+	// Lifetime bounds how long calls take, for what is reserved for them; ten
+	// minutes when 0.
+	Lifetime time.Duration
 	// Time is the event time of a request when it is not the clock's; nil means
-	// the clock.
+	// the clock. Calls whose units came from leases have the ledger's time.
 	Time func(r *http.Request, now time.Time) time.Time
 }
 
@@ -153,6 +163,7 @@ type exchange struct {
 	caller Caller
 	shard  uint32
 	call   usage.Call
+	ticket Ticket
 }
 
 func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
@@ -197,19 +208,43 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handl
 	model = usage.CleanText(model) // what is admitted is what is counted
 	x.begin(r, id, model)
 	req := Request{Model: model, Route: x.o.Route, Method: x.call.Method}
-	v := x.g.Admit(caller.Account, req)
+	cost, err := x.bound(r, req)
+	if err != nil {
+		x.refuseUnmetered(w, r, unreadable, asRefusal(err, id))
+		return
+	}
+	v, ticket := x.g.Take(r.Context(), caller.Account, req, cost)
 	if !v.Allowed {
 		x.refuse(w, r, req, v)
 		return
 	}
+	x.ticket = ticket
 	if x.g.full.refuses(x.began) {
+		x.ticket.Void()
 		x.refuseUnmetered(w, r, unmetered, &refusal.Refusal{Code: refusal.MeteringUnavailable, RequestID: id})
 		return
 	}
 	if v.Unknown {
 		x.call.Flags |= usage.AdmittedUnknown
 	}
+	x.ticket.Stamp(&x.call)
 	x.pass(w, r, next)
+}
+
+// bound returns what the call can cost where a limit of the tiers exact and leased
+// wants to know it; nil: one call.
+func (x *exchange) bound(r *http.Request, req Request) (*Cost, error) {
+	meters := x.g.Measured(x.caller.Account, req)
+	if len(meters) == 0 {
+		return nil, nil
+	}
+	cost := &Cost{Lifetime: x.o.Lifetime}
+	if x.o.Bound == nil {
+		return cost, nil
+	}
+	var err error
+	cost.Bounds, err = x.o.Bound(r, req.Model, meters)
+	return cost, err
 }
 
 // refuseEarly answers a client that waits to be told whether to send its body at
@@ -261,6 +296,7 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 		if _, reported := report.quantities.BuiltIn(usage.BytesIndex); !reported {
 			x.call.Quantities.SetBuiltIn(usage.BytesIndex, out.bytes)
 		}
+		x.release()
 		err := x.settle(r.Context())
 		switch {
 		case !returned: // the panic goes on
@@ -272,6 +308,18 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 	}()
 	next.ServeHTTP(out, r)
 	returned = true
+}
+
+// release settles what was reserved: with what was reported, and with the whole
+// bound where nothing was, as when a client has hung up. An answer that tells of a
+// failure and reports nothing has used nothing.
+func (x *exchange) release() {
+	q := &x.call.Quantities
+	if x.call.Status >= 400 && x.call.Status != StatusClientGone && q.Len() <= 1 {
+		x.ticket.settle(q, true)
+		return
+	}
+	x.ticket.Settle(q)
 }
 
 // refuse answers and records a call that was not admitted.
@@ -293,15 +341,24 @@ func (x *exchange) refuse(w http.ResponseWriter, r *http.Request, req Request, v
 
 // Refusal makes the answer to a call that Admit has refused with v.
 func (g *Gate) Refusal(a *Account, req Request, v Verdict, requestID string) *refusal.Refusal {
-	f := &refusal.Refusal{Code: v.Code, Decision: v.Decision, Requested: -1, RequestID: requestID, Now: g.LedgerNow()}
+	f := &refusal.Refusal{Code: v.Code, Decision: v.Decision, Detail: v.Detail, Requested: -1, RequestID: requestID, Now: g.LedgerNow()}
 	switch {
 	case v.Decision == nil:
-		f.Detail = "Whether this call is covered could not be found out in time."
+		if f.Detail == "" {
+			f.Detail = "Whether this call is covered could not be found out in time."
+		}
+		return f
+	case v.Requested > 0:
+		f.Requested = v.Requested
 	case v.Decision.Meter == usage.Calls:
 		f.Requested = 1
-		fallthrough
-	default:
-		f.Violated = g.Violations(a, req, refusal.MaxViolated)
+	}
+	f.Violated = g.Violations(a, req, refusal.MaxViolated)
+	if !slices.ContainsFunc(f.Violated, func(d *usage.Decision) bool {
+		return d.LimitID == v.Decision.LimitID && d.Account == v.Decision.Account
+	}) {
+		// A lease's answer is here before the feed has brought its decision.
+		f.Violated = append([]*usage.Decision{v.Decision}, f.Violated[:min(len(f.Violated), refusal.MaxViolated-1)]...)
 	}
 	return f
 }

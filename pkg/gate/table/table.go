@@ -30,21 +30,27 @@ type Account struct {
 	id      string
 
 	// The writer's.
-	states *state // first of its decisions
-	keys   int    // keys that point here
-	seq    uint64 // of its record
+	states     *state // first of its decisions
+	keys       int    // keys that point here
+	seq        uint64 // of its record
+	allowances []*Allowance
 }
 
 // inlinePath is how many accounts of a path stand in the record itself.
 const inlinePath = 4
 
 type record struct {
-	shard *shard
-	n     int
-	path  [inlinePath]*Account // leaf first
-	rest  []*Account
-	root  string
-	plan  string
+	shard  *shard
+	n      int
+	path   [inlinePath]*Account // leaf first
+	rest   []*Account
+	leased []Draw // limits that calls are admitted by from leases
+	// measured: some of them count something else than calls.
+	measured bool
+	// eventual: the path has limits of the other tier too.
+	eventual bool
+	root     string
+	plan     string
 }
 
 // ID returns the account's id.
@@ -223,15 +229,26 @@ type Verdict struct {
 	// Decision that refuses, or the gravest that warns; nil when there is none.
 	// It must not be changed.
 	Decision *usage.Decision
+	// Requested is how much of the decision's meter was asked for; 0: not known.
+	Requested int64
+	// Detail says to a person what stands against the call; empty: the decision,
+	// or that it could not be known.
+	Detail string
 }
 
-// Fine reports that nothing is held against any account of the path, and that
-// this is known: the call is admitted, whatever it is. It needs no clock.
+// Fine reports that nothing is held against any account of the path, that nothing
+// has to be taken from leases, and that this is known: the call is admitted,
+// whatever it is. It needs no clock.
 func (t *Table) Fine(a *Account) bool {
 	r := a.record.Load()
-	if r == nil || !r.shard.known.Load() {
+	if r == nil || r.leased != nil || !r.shard.known.Load() {
 		return false
 	}
+	return r.clean(a)
+}
+
+// clean: nothing is held against any account of the path, whose first is a.
+func (r *record) clean(a *Account) bool {
 	if a.held.Load() != nil {
 		return false
 	}
@@ -256,6 +273,21 @@ func (t *Table) Decide(a *Account, req Request, now usage.Micros) Verdict {
 	if r == nil {
 		return Verdict{Unknown: true, Code: usage.BillingStateUnknown}
 	}
+	return t.decide(r, req, now, r.shard.known.Load())
+}
+
+// DecideLeased is Decide for a call that is to be admitted from leases: they are
+// the knowledge of the limits that have them, so only limits of the other tier can
+// be unknown.
+func (t *Table) DecideLeased(a *Account, req Request, now usage.Micros) Verdict {
+	r := a.record.Load()
+	if r == nil {
+		return Verdict{Unknown: true, Code: usage.BillingStateUnknown}
+	}
+	return t.decide(r, req, now, !r.eventual || r.shard.known.Load())
+}
+
+func (t *Table) decide(r *record, req Request, now usage.Micros, known bool) Verdict {
 	at := now + usage.Micros(t.offset.Load())
 	var best *usage.Decision
 	for i := range r.n {
@@ -267,7 +299,7 @@ func (t *Table) Decide(a *Account, req Request, now usage.Micros) Verdict {
 	if best != nil && best.Verdict == usage.Deny {
 		return Verdict{Code: best.Code, Decision: best}
 	}
-	if r.shard.known.Load() {
+	if known {
 		return Verdict{Allowed: true, Decision: best}
 	}
 	if !t.policy.Pass || !r.pass(r.shard.episode.Load(), t.policy.MaxCalls) {
@@ -322,8 +354,10 @@ func effective(a *Account, req Request, at usage.Micros) *usage.Decision {
 	return nil
 }
 
+// stands: a deny with room refused one call's need, and a smaller one may pass:
+// the purse knows.
 func stands(d *usage.Decision, req Request, at usage.Micros) bool {
-	return (d.PeriodEnd == 0 || at < d.PeriodEnd) && d.Filter.Match(req.Model, req.Route, req.Method)
+	return (d.PeriodEnd == 0 || at < d.PeriodEnd) && (d.Room == 0 || d.Verdict != usage.Deny || !d.Tier.Leased()) && d.Filter.Match(req.Model, req.Route, req.Method)
 }
 
 // graver returns b only when it is graver than a: of equals the one nearer to the

@@ -21,7 +21,18 @@ type AccountRecord struct {
 	// Path from the account itself up to its root, both included.
 	Path []string
 	Plan string
-	Seq  uint64
+	// Leased are the limits on the path that calls are admitted by from leases.
+	Leased []LeasedLimit
+	// Eventual: there are limits of the other tier on the path.
+	Eventual bool
+	Seq      uint64
+}
+
+// LeasedLimit is a limit of the tiers exact and leased.
+type LeasedLimit struct {
+	Account string // of the path, which it belongs to
+	LimitID string // "<plan>/<limit>"
+	usage.Limit
 }
 
 // Keyed is a decision with the KV key it stands under.
@@ -81,6 +92,12 @@ func (t *Table) setRecord(a *Account, r AccountRecord) {
 			rec.rest = append(rec.rest, p)
 		}
 		rec.root = p.id
+	}
+	rec.eventual = r.Eventual
+	for i := range r.Leased {
+		d := t.draw(&r.Leased[i], rec.shard.number, r.Seq)
+		rec.leased = append(rec.leased, d)
+		rec.measured = rec.measured || d.Limit.Meter != usage.Calls
 	}
 	if a.record.Load() == nil {
 		t.accounts.Add(1)

@@ -1,0 +1,293 @@
+package gate
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/wallet"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/pkg/window"
+)
+
+// Leases say how the limits of the tiers exact and leased are dealt with.
+type Leases struct {
+	// Wait is how long a call waits for units that have to be fetched, after which
+	// it is refused with BILLING_STATE_UNKNOWN; wallet.DefaultWait when 0.
+	Wait time.Duration
+	// Skew is by how much the estimate of the ledger's time is wrong at most;
+	// wallet.DefaultSkew when 0. Leases are not used so long before they end, nor
+	// are windows: calls that come then wait for the next one.
+	Skew time.Duration
+	// Name of the gateway in the ledger, for people.
+	Name string
+	// MaxPurses, MaxWaiting and MaxReservations are bounds; 0 means the wallet's
+	// defaults. What is beyond is refused with BILLING_STATE_UNKNOWN.
+	MaxPurses, MaxWaiting, MaxReservations int
+	// PassUnknown lets calls that nobody answered for pass where all the limits
+	// that could not be asked are of the tier leased, as Options.Unknown says. Calls
+	// under a limit of the tier exact never pass unknown.
+	PassUnknown bool
+}
+
+// Cost bounds what a call can use; nil: one call, and nothing that has a limit in
+// the tiers exact and leased.
+type Cost struct {
+	// Bounds by meter. What is not known here can't be bounded, and is refused
+	// where a limit of these tiers counts it. Calls is 1 when it is not known.
+	Bounds usage.Quantities
+	// Lifetime bounds how long the call takes. What it reserved stays held until it
+	// is settled, also after that.
+	Lifetime time.Duration
+}
+
+// defaultLifetime of a call whose Cost does not say.
+const defaultLifetime = 10 * time.Minute
+
+// Ticket is what an admitted call has taken of leases. The zero Ticket is that of a
+// call which no lease concerns. Its methods are for one goroutine at a time.
+type Ticket struct {
+	time usage.Micros
+	hold *wallet.Hold
+}
+
+// Leased reports whether units were taken from leases.
+func (k *Ticket) Leased() bool { return k.time != 0 }
+
+// Stamp makes the call's event say that its units came from leases: its time is
+// then the ledger's when they were taken, so that the call is counted in the
+// windows that they belong to.
+func (k *Ticket) Stamp(c *usage.Call) {
+	if k.time != 0 {
+		c.Time = k.time
+		c.Flags |= usage.FromLease
+	}
+}
+
+// Settle gives back what of the reservation was not used. What q does not know is
+// taken to be used whole, one call excepted. Further calls do nothing.
+func (k *Ticket) Settle(q *usage.Quantities) { k.settle(q, false) }
+
+// Void gives the whole reservation back: the call did not take place. Where only
+// calls are limited there is none, and one call is spent.
+func (k *Ticket) Void() {
+	if k.hold != nil {
+		k.hold.Void()
+		k.hold = nil
+	}
+}
+
+func (k *Ticket) settle(q *usage.Quantities, nothing bool) {
+	if k.hold == nil {
+		return
+	}
+	parts := k.hold.Parts()
+	actual := make([]int64, len(parts))
+	for i := range parts {
+		switch v, known := q.Get(parts[i].Limit.Meter); {
+		case known:
+			actual[i] = v
+		case parts[i].Limit.Meter == usage.Calls:
+			actual[i] = 1
+		case !nothing:
+			actual[i] = -1
+		}
+	}
+	k.hold.Settle(actual)
+	k.hold = nil
+}
+
+// Measured returns the meters, besides calls, that Take needs bounds of for such a
+// call: limits of the tiers exact and leased count them. It is empty for almost all
+// accounts and then does not allocate.
+func (g *Gate) Measured(a *Account, req Request) []usage.Meter {
+	var out []usage.Meter
+	for i, draws := 0, a.Leased(); i < len(draws); i++ {
+		if m := draws[i].Limit.Meter; m != usage.Calls && draws[i].Concerns(req) {
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
+// Take admits a call as Admit does and, where limits of the tiers exact and leased
+// concern it, takes what it costs from leases: of every such limit on its path, or
+// of none. What is not at hand is fetched, within Leases.Wait. The call's event
+// must then be stamped (Ticket.Stamp), and the ticket settled when the call is
+// over.
+//
+// It takes no lock and does not allocate where the limits count calls and their
+// units are at hand, nor where there are none of these tiers.
+func (g *Gate) Take(ctx context.Context, a *Account, req Request, cost *Cost) (Verdict, Ticket) {
+	t := g.table.Load()
+	if t == nil {
+		return g.decide(nil, a, req), Ticket{}
+	}
+	if t.Fine(a) {
+		return Verdict{Allowed: true}, Ticket{}
+	}
+	w := g.wallet.Load()
+	if w != nil && (cost == nil || !cost.ofCalls()) {
+		now := w.Clock()
+		if taken, low := t.TakeOne(a, req, now, false); taken {
+			if low {
+				w.Low(a.Leased())
+			}
+			return Verdict{Allowed: true}, Ticket{time: usage.Micros(now)}
+		}
+	}
+	return g.take(ctx, t, w, a, req, cost)
+}
+
+// ofCalls: the bound says that it is not one call.
+func (c *Cost) ofCalls() bool {
+	n, known := c.Bounds.BuiltIn(usage.CallsIndex)
+	return known && n != 1
+}
+
+func (g *Gate) take(ctx context.Context, t *table.Table, w *wallet.Wallet, a *Account, req Request, cost *Cost) (Verdict, Ticket) {
+	var parts []wallet.Part
+	reserve := false
+	for i, draws := 0, a.Leased(); i < len(draws); i++ {
+		d := &draws[i]
+		if !d.Concerns(req) {
+			continue
+		}
+		units, v := bound(d, cost)
+		if !v.Allowed {
+			g.metrics.refused(v.Code)
+			return v, Ticket{}
+		}
+		reserve = reserve || d.Limit.Meter != usage.Calls || units != 1
+		parts = append(parts, wallet.Part{Draw: *d, Units: units})
+	}
+	if len(parts) == 0 {
+		return g.decide(t, a, req), Ticket{}
+	}
+	v := t.DecideLeased(a, req, usage.At(g.now()))
+	if !v.Allowed {
+		g.metrics.refused(v.Code)
+		return v, Ticket{}
+	}
+	var k Ticket
+	if w == nil {
+		v = g.unanswered(t, a, parts, v)
+	} else {
+		if !reserve {
+			// Only what is held against the call, a warning, was in the way before.
+			now := w.Clock()
+			if taken, low := t.TakeOne(a, req, now, true); taken {
+				if low {
+					w.Low(a.Leased())
+				}
+				return v, Ticket{time: usage.Micros(now)}
+			}
+		}
+		lifetime := defaultLifetime
+		if cost != nil && cost.Lifetime > 0 {
+			lifetime = cost.Lifetime
+		}
+		switch r := w.Take(ctx, parts, reserve, lifetime); r.Standing {
+		case wallet.Taken:
+			k = Ticket{time: r.Time, hold: r.Hold}
+		case wallet.Denied, wallet.DeniedEarly:
+			v = denied(&parts[r.At], &r)
+		default:
+			v = g.unanswered(t, a, parts, v)
+		}
+	}
+	switch {
+	case !v.Allowed:
+		g.metrics.refused(v.Code)
+	case v.Unknown:
+		g.metrics.unknownPassed.Inc()
+	}
+	return v, k
+}
+
+// unanswered applies the policy for what could not be known.
+func (g *Gate) unanswered(t *table.Table, a *Account, parts []wallet.Part, v Verdict) Verdict {
+	if g.o.Leases.PassUnknown && g.o.Unknown.Mode == PassUnknown && !v.Unknown {
+		exact := false
+		for i := range parts {
+			exact = exact || parts[i].Limit.Tier != usage.TierLeased
+		}
+		if !exact && t.PassUnknown(a) {
+			return Verdict{Allowed: true, Unknown: true, Decision: v.Decision}
+		}
+	}
+	return Verdict{Unknown: true, Code: usage.BillingStateUnknown}
+}
+
+// bound returns how many units of a limit a call can need.
+func bound(d *table.Draw, cost *Cost) (int64, Verdict) {
+	l := d.Limit
+	units, known := int64(0), false
+	if cost != nil {
+		units, known = cost.Bounds.Get(l.Meter)
+	}
+	switch {
+	case !known && l.Meter == usage.Calls:
+		units = 1
+	case !known:
+		return 0, Verdict{Code: usage.CostExceedsLimit, Detail: fmt.Sprintf("How many %s this call can use is not bounded, and limit %s admits only calls that are: say the most it may use.", l.Meter, d.LimitID())}
+	case units > l.Amount && l.Amount > 0 && l.Meter != usage.Calls:
+		return 0, Verdict{Code: usage.CostExceedsLimit, Decision: cited(d, 0), Requested: units, Detail: fmt.Sprintf(
+			"This call may use up to %d %s, and limit %s is %d in all: ask for less.", units, l.Meter, d.LimitID(), l.Amount)}
+	}
+	return units, Verdict{Allowed: true}
+}
+
+// denied is the refusal that a lease's answer leads to.
+func denied(p *wallet.Part, r *wallet.Result) Verdict {
+	d := r.Decision
+	if d == nil || d.Verdict != usage.Deny || d.PeriodStart != r.Start {
+		d = cited(&p.Draw, r.Start) // the answer came without its decision, which follows
+	}
+	code := d.Code
+	if code.Status() == 0 {
+		code = p.Limit.RefusalCode()
+	}
+	return Verdict{Code: code, Decision: d, Requested: p.Units}
+}
+
+// cited makes a decision's terms out of a limit; it has no id.
+func cited(d *table.Draw, start usage.Micros) *usage.Decision {
+	l := d.Limit
+	out := &usage.Decision{
+		Account: d.Account(), LimitID: d.LimitID(), Meter: l.Meter, Verdict: usage.Deny, Code: l.RefusalCode(), Shard: d.Shard(), Used: l.Amount, Amount: l.Amount,
+		Window: l.Window, Filter: l.Filter, ActionURL: l.ActionURL, WarnPercent: l.WarnPercent, Tier: l.Tier,
+	}
+	if start != 0 {
+		out.PeriodStart, out.PeriodEnd = window.Bounds(l.Window, start)
+	}
+	return out
+}
+
+// openWallet makes the purses of this run.
+func (g *Gate) openWallet(nc *nats.Conn, js jetstream.JetStream, out Outbox, shards uint32) (*wallet.Wallet, error) {
+	w, err := wallet.New(wallet.Options{
+		Conn: nc, JS: js, Gateway: out.Producer(), Name: g.o.Leases.Name, Shards: shards, Now: g.LedgerNow,
+		Skew: g.o.Leases.Skew, Wait: g.o.Leases.Wait,
+		MaxPurses: g.o.Leases.MaxPurses, MaxWaiting: g.o.Leases.MaxWaiting, MaxHolds: g.o.Leases.MaxReservations,
+		Logger: g.o.Logger, Registerer: g.o.Registerer,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("gate: %w", err)
+	}
+	return w, nil
+}
+
+// closeWallet brings the purses' last words into the ledger, before the outbox
+// says that this producer has ended.
+func (g *Gate) closeWallet(ctx context.Context, w *wallet.Wallet) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), g.o.CloseTimeout/2)
+	defer cancel()
+	if err := w.Close(ctx); err != nil {
+		g.o.Logger.Warn().Err(err).Msg("not every lease was closed")
+	}
+}

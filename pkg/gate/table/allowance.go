@@ -1,0 +1,142 @@
+package table
+
+import (
+	"slices"
+	"sync/atomic"
+
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// Allowance is a limit of the tiers exact and leased of one account. It stays the
+// same while the table lives, whichever records name it.
+type Allowance struct {
+	purse atomic.Pointer[lease.Purse] // of the window that was current last; nil: none yet
+	low   atomic.Bool                 // somebody was told that the purse runs low
+
+	account, limitID string
+	shard            uint32
+
+	// The writer's.
+	seq   uint64 // of the record that told the limit
+	limit *usage.Limit
+}
+
+// Account that the limit belongs to, not only that of the call.
+func (l *Allowance) Account() string { return l.account }
+
+// LimitID is "<plan>/<limit>".
+func (l *Allowance) LimitID() string { return l.limitID }
+
+// Shard of the ledger that the account belongs to.
+func (l *Allowance) Shard() uint32 { return l.shard }
+
+// Use makes p the purse that calls are admitted from; nil: none. One goroutine at
+// a time may call it.
+func (l *Allowance) Use(p *lease.Purse) { l.purse.Store(p) }
+
+// Purse returns the one in use, nil when there is none.
+func (l *Allowance) Purse() *lease.Purse { return l.purse.Load() }
+
+// TellLow reports whether it is the caller's to tell that the purse runs low: once
+// until Told.
+func (l *Allowance) TellLow() bool { return !l.low.Load() && l.low.CompareAndSwap(false, true) }
+
+// Told lets TellLow be true again.
+func (l *Allowance) Told() { l.low.Store(false) }
+
+// Draw is a limit that an account's calls take units of.
+type Draw struct {
+	*Allowance
+	// Limit as the account's record has it. It must not be changed.
+	Limit *usage.Limit
+	plain bool // no filter
+}
+
+// Concerns reports whether such a call counts towards the limit.
+func (d *Draw) Concerns(req Request) bool {
+	return d.plain || d.Limit.Filter.Match(req.Model, req.Route, req.Method)
+}
+
+// draw returns the account's allowance and makes it when there is none.
+func (t *Table) draw(l *LeasedLimit, shard uint32, seq uint64) Draw {
+	owner := t.handle(l.Account)
+	var found *Allowance
+	for _, a := range owner.allowances {
+		if a.limitID == l.LimitID {
+			found = a
+			break
+		}
+	}
+	if found == nil {
+		found = &Allowance{account: owner.id, limitID: l.LimitID, shard: shard}
+		owner.allowances = append(owner.allowances, found)
+	}
+	if found.limit == nil || seq >= found.seq {
+		// One copy for all the accounts below.
+		if found.limit == nil || !same(found.limit, &l.Limit) {
+			limit := l.Limit
+			found.limit = &limit
+		}
+		found.seq = seq
+	}
+	return Draw{Allowance: found, Limit: found.limit, plain: found.limit.Filter.Empty()}
+}
+
+func same(a, b *usage.Limit) bool {
+	return a.ID == b.ID && a.Meter == b.Meter && a.Window == b.Window && a.Amount == b.Amount && a.Tier == b.Tier && a.Code == b.Code &&
+		a.ActionURL == b.ActionURL && a.WarnPercent == b.WarnPercent && a.Lease == b.Lease &&
+		slices.Equal(a.Filter.Models, b.Filter.Models) && slices.Equal(a.Filter.Routes, b.Filter.Routes) && slices.Equal(a.Filter.Methods, b.Filter.Methods)
+}
+
+// Leased returns the limits of the path whose units are taken from leases; the
+// caller must not change them.
+func (a *Account) Leased() []Draw {
+	if r := a.record.Load(); r != nil {
+		return r.leased
+	}
+	return nil
+}
+
+// PassUnknown lets one call of an account through although there is no knowing, if
+// the policy allows it one more.
+func (t *Table) PassUnknown(a *Account) bool {
+	r := a.record.Load()
+	return r != nil && t.policy.Pass && r.pass(r.shard.episode.Load(), t.policy.MaxCalls)
+}
+
+// quickDraws is how many limits TakeOne looks at: what a stack holds.
+const quickDraws = 8
+
+// TakeOne takes one unit of every limit on calls that concerns the call, or none.
+// It reports false when that can't be done here and now: a unit isn't there, a
+// limit counts something else, or, unless that is cleared, something is held against
+// an account of the path. now is the ledger's time.
+func (t *Table) TakeOne(a *Account, req Request, now lease.Micros, cleared bool) (taken, low bool) {
+	r := a.record.Load()
+	if r == nil || r.measured || len(r.leased) > quickDraws {
+		return false, false
+	}
+	if !cleared && (r.eventual && !r.shard.known.Load() || !r.clean(a)) {
+		return false, false
+	}
+	var parts [quickDraws]lease.Part
+	n := 0
+	for i := range r.leased {
+		d := &r.leased[i]
+		if !d.Concerns(req) {
+			continue
+		}
+		p := d.purse.Load()
+		if p == nil || now < p.Start {
+			return false, false
+		}
+		parts[n] = lease.Part{Purse: p, Amount: 1}
+		n++
+	}
+	if n == 0 {
+		return false, false
+	}
+	out, _ := lease.Take(parts[:n], now)
+	return out.OK(), out == lease.AdmittedLow
+}

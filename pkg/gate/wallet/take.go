@@ -1,0 +1,231 @@
+package wallet
+
+import (
+	"context"
+	"time"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+)
+
+// Standing says what became of a request for units.
+type Standing uint8
+
+// The standings.
+const (
+	// Taken: they are the call's.
+	Taken Standing = iota
+	// Denied: only money, a raise or the next window brings more.
+	Denied
+	// DeniedEarly: others hold what is left and may not use it; counted apart.
+	DeniedEarly
+	// NoAnswer: nobody said anything in time.
+	NoAnswer
+	// Turning: the window ends, and the next begins later than a call waits.
+	Turning
+	// Busy: one of the wallet's bounds is reached.
+	Busy
+	// Closed: the gateway ends.
+	Closed
+)
+
+// Part is what a call needs of a limit.
+type Part struct {
+	table.Draw
+	Units int64
+}
+
+// Result of Take.
+type Result struct {
+	Standing Standing
+	// Time that the call's event must have: it is in the windows that the units
+	// are of. Taken only.
+	Time usage.Micros
+	// Hold is what to settle or void; nil where units were taken for good.
+	Hold *Hold
+	// At is the index of the part that stood against it, and Decision what it
+	// rests on; nil when it is not known yet. Denied and DeniedEarly only.
+	At       int
+	Decision *usage.Decision
+	Start    usage.Micros // of the window
+}
+
+// Hold is the reservation of one call. Its methods are safe for concurrent use.
+type Hold struct {
+	d       *desk
+	hold    *lease.Hold
+	parts   []Part
+	pockets []*pocket
+}
+
+// Settle says what the call did cost, part by part: the bound where nothing is
+// said (-1).
+func (h *Hold) Settle(actual []int64) {
+	_, above := h.hold.Settle(actual, h.d.w.tell())
+	h.d.w.metrics.above.Add(float64(above))
+	h.d.resolved(h.pockets)
+}
+
+// Parts that are reserved; the caller must not change them.
+func (h *Hold) Parts() []Part { return h.parts }
+
+// Void gives everything back: the call cost nothing.
+func (h *Hold) Void() {
+	h.hold.Void(h.d.w.tell())
+	h.d.resolved(h.pockets)
+}
+
+// waiter is a call that waits for units.
+type waiter struct {
+	parts    []Part
+	pockets  []*pocket
+	lease    []lease.Part
+	reserve  bool
+	lifetime lease.Micros // of the reservation
+	until    lease.Micros // how long it waits
+	done     chan struct{}
+	over     bool // result is there, or nobody waits for it any more
+	result   Result
+}
+
+// Take takes every part or none, and waits for units that have to be fetched until
+// Options.Wait is over or ctx is done. All parts belong to accounts of one path.
+// With reserve they are held until Settle or Void, for which lifetime bounds the
+// time; else they are used for good.
+func (w *Wallet) Take(ctx context.Context, parts []Part, reserve bool, lifetime time.Duration) Result {
+	d := &w.desks[parts[0].Shard()]
+	x := &waiter{
+		parts: parts, pockets: make([]*pocket, len(parts)), lease: make([]lease.Part, len(parts)),
+		reserve: reserve, lifetime: lease.Micros(lifetime.Microseconds()),
+	}
+	began := w.tell()
+	x.until = began + lease.Micros(w.o.Wait.Microseconds())
+	d.mu.Lock()
+	if d.try(x, began) {
+		d.mu.Unlock()
+		return w.counted(x)
+	}
+	if w.waiting.Add(1) > int64(w.o.MaxWaiting) {
+		x.over = true
+		x.result = Result{Standing: Busy}
+	} else {
+		x.done = make(chan struct{})
+	}
+	d.mu.Unlock()
+	defer w.waiting.Add(-1)
+	if x.done == nil {
+		return w.counted(x)
+	}
+	d.wake()
+	timer := time.NewTimer(w.o.Wait)
+	defer timer.Stop()
+	from := time.Now()
+	select {
+	case <-x.done:
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	d.mu.Lock()
+	if !x.over {
+		x.over = true // whoever finds it in a queue passes it by
+		if x.result.Standing != Turning {
+			x.result.Standing = NoAnswer
+		}
+	}
+	d.mu.Unlock()
+	w.metrics.waits.Observe(time.Since(from).Seconds())
+	return w.counted(x)
+}
+
+func (w *Wallet) counted(x *waiter) Result {
+	w.metrics.standing(x.result.Standing)
+	return x.result
+}
+
+// try takes the units or finds out why not; true: the result is there. Else the
+// call is in a queue. With d.mu.
+func (d *desk) try(x *waiter, now lease.Micros) bool {
+	end := func(r Result) bool {
+		x.result, x.over = r, true
+		return true
+	}
+	if d.w.closing.Load() {
+		return end(Result{Standing: Closed})
+	}
+	for i := range x.parts {
+		p := d.pocket(&x.parts[i].Draw, now)
+		if p == nil {
+			return end(Result{Standing: Busy})
+		}
+		x.pockets[i], x.lease[i] = p, lease.Part{Purse: p.purse, Amount: x.parts[i].Units}
+	}
+	var out lease.Outcome
+	var at int
+	var hold *lease.Hold
+	if x.reserve {
+		hold, out, at = d.w.holds.Reserve(x.lease, now, now+x.lifetime)
+	} else {
+		out, at = lease.Take(x.lease, now)
+	}
+	p := x.pockets[min(at, len(x.pockets)-1)]
+	switch out {
+	case lease.Admitted, lease.AdmittedLow:
+		if out == lease.AdmittedLow {
+			d.all(x.pockets)
+		}
+		r := Result{Standing: Taken, Time: usage.Micros(now)}
+		if hold != nil {
+			r.Hold = &Hold{d: d, hold: hold, parts: x.parts, pockets: x.pockets}
+		}
+		return end(r)
+	case lease.Refused, lease.RefusedEarly:
+		r := Result{Standing: Denied, At: at, Decision: p.decision, Start: usage.Micros(p.start)}
+		if out == lease.RefusedEarly {
+			r.Standing = DeniedEarly
+		}
+		return end(r)
+	case lease.Full:
+		return end(Result{Standing: Busy})
+	case lease.Over:
+		// Nobody can tell any more which window it is: the next one is asked for
+		// as soon as it has begun for certain.
+		if p.end == 0 || p.end >= x.until {
+			return end(Result{Standing: Turning})
+		}
+		x.result.Standing = Turning
+		d.turning = append(d.turning, x)
+		return false
+	}
+	// What is there already must not go back while the rest is fetched.
+	for i := range x.lease {
+		x.lease[i].Purse.Need(x.lease[i].Amount, x.until)
+	}
+	d.all(x.pockets)
+	x.result.Standing = NoAnswer
+	p.queue = append(p.queue, x)
+	return false
+}
+
+// maxBarren is how many of those that wait are tried in vain before the rest is
+// left for the next answer.
+const maxBarren = 64
+
+// retry lets those go on that can. With d.mu.
+func (d *desk) retry(queue []*waiter, now lease.Micros) (rest []*waiter) {
+	barren := 0
+	for i, x := range queue {
+		if barren >= maxBarren {
+			return queue[i:]
+		}
+		switch {
+		case x.over:
+		case d.try(x, now):
+			close(x.done)
+			barren = 0
+		default:
+			barren++
+		}
+	}
+	return nil
+}

@@ -1,0 +1,247 @@
+// Package wallet is the set of a gateway's purses: it opens one for every
+// allowance (account × limit × window) that calls draw on, brings their asks to the
+// ledger and the owners' answers to them, and lets calls wait for units that have
+// to be fetched.
+//
+// A purse stays until its window is over: a gateway's identity can begin a lease
+// once. What an idle one held goes back by itself when its lease ends.
+package wallet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+	"github.com/segmentio/ksuid"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+)
+
+// Defaults of Options.
+const (
+	// DefaultSkew is how far the estimate of the ledger's time is wrong at most.
+	// Where clocks are kept by NTP it is a few milliseconds.
+	DefaultSkew = 250 * time.Millisecond
+	// DefaultWait is how long a call waits for units at most.
+	DefaultWait = time.Second
+	// DefaultMaxPurses bounds memory: a purse is about a kilobyte.
+	DefaultMaxPurses = 200_000
+	// DefaultMaxWaiting calls wait at a time, over all purses.
+	DefaultMaxWaiting = 16_384
+	// DefaultMaxHolds reservations are open at a time.
+	DefaultMaxHolds = 65_536
+)
+
+// Options of a wallet. Conn, JS, Gateway, Shards and Now are needed.
+type Options struct {
+	// Conn and JS are the connection to NATS; it stays the caller's.
+	Conn *nats.Conn
+	JS   jetstream.JetStream
+	// Gateway is the producer of this gateway's frames, new at each start.
+	Gateway ksuid.KSUID
+	// Name of the gateway, for people.
+	Name string
+	// Shards of the ledger.
+	Shards uint32
+	// Now is the ledger's time as the gateway estimates it.
+	Now func() usage.Micros
+	// Skew, Wait, MaxPurses, MaxWaiting and MaxHolds have defaults.
+	Skew, Wait                      time.Duration
+	MaxPurses, MaxWaiting, MaxHolds int
+
+	Logger     zerolog.Logger
+	Registerer prometheus.Registerer // nil: no metrics
+}
+
+// Wallet is described at the package. Its methods are safe for concurrent use.
+type Wallet struct {
+	o       Options
+	gateway lease.Gateway
+	skew    lease.Micros
+	clock   atomic.Int64 // a recent reading of Now
+	desks   []desk
+	holds   *lease.Holds
+	metrics *metrics
+	purses  atomic.Int64
+	waiting atomic.Int64
+	closing atomic.Bool
+	gone    chan struct{} // a last word was heard or is out
+	trouble trouble
+}
+
+// New returns a wallet without purses; nothing is fetched before Run.
+func New(o Options) (*Wallet, error) {
+	if o.Conn == nil || o.JS == nil || o.Now == nil || o.Shards == 0 || o.Gateway.IsNil() {
+		return nil, errors.New("wallet: a connection, the gateway's identity, the number of shards or the clock is missing")
+	}
+	if o.Skew < 0 || o.Wait < 0 || o.MaxPurses < 0 || o.MaxWaiting < 0 || o.MaxHolds < 0 {
+		return nil, errors.New("wallet: bounds and times must not be negative")
+	}
+	orDuration(&o.Skew, DefaultSkew)
+	orDuration(&o.Wait, DefaultWait)
+	orInt(&o.MaxPurses, DefaultMaxPurses)
+	orInt(&o.MaxWaiting, DefaultMaxWaiting)
+	orInt(&o.MaxHolds, DefaultMaxHolds)
+	w := &Wallet{
+		o: o, gateway: lease.Gateway(o.Gateway), skew: lease.Micros(o.Skew.Microseconds()), desks: make([]desk, o.Shards),
+		holds: lease.NewHolds(o.MaxHolds), gone: make(chan struct{}, 1), trouble: trouble{log: o.Logger},
+	}
+	for i := range w.desks {
+		w.desks[i].init(w, uint32(i))
+	}
+	w.tell()
+	var err error
+	if w.metrics, err = newMetrics(w, o.Registerer); err != nil {
+		return nil, fmt.Errorf("wallet: %w", err)
+	}
+	return w, nil
+}
+
+func orDuration(d *time.Duration, otherwise time.Duration) {
+	if *d == 0 {
+		*d = otherwise
+	}
+}
+
+func orInt(n *int, otherwise int) {
+	if *n == 0 {
+		*n = otherwise
+	}
+}
+
+// tell reads the clock.
+func (w *Wallet) tell() lease.Micros {
+	now := int64(w.o.Now())
+	w.clock.Store(now)
+	return lease.Micros(now)
+}
+
+// Clock is the ledger's time as it was read a few milliseconds ago, for those who
+// have no time to read a clock: Skew has room for it.
+func (w *Wallet) Clock() lease.Micros { return lease.Micros(w.clock.Load()) }
+
+// How often the clock is read and, when nobody has a purse, looked at.
+const (
+	clockEvery = 5 * time.Millisecond
+	idleEvery  = 250 * time.Millisecond
+)
+
+// Run brings asks and answers until ctx is done; then it returns nil. Close wants it
+// to be running.
+func (w *Wallet) Run(ctx context.Context) error {
+	sub, err := w.o.Conn.Subscribe(ledger.AnswersSubject(w.o.Gateway), w.hear)
+	if err != nil {
+		return fmt.Errorf("wallet: listen for answers: %w", err)
+	}
+	var all sync.WaitGroup
+	for i := range w.desks {
+		all.Go(func() { w.desks[i].run(ctx) })
+	}
+	timer := time.NewTimer(clockEvery)
+	defer timer.Stop()
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-timer.C:
+			w.holds.Sweep(w.tell())
+			if w.purses.Load() > 0 {
+				timer.Reset(clockEvery)
+			} else {
+				timer.Reset(idleEvery)
+			}
+		}
+	}
+	// The connection may be gone, and with it the subscription.
+	_ = sub.Unsubscribe()
+	all.Wait()
+	for i := range w.desks {
+		w.desks[i].dismiss()
+	}
+	w.metrics.unregister()
+	return nil
+}
+
+// hear takes the answers of a shard's owner.
+func (w *Wallet) hear(m *nats.Msg) {
+	var p tollkeeperv1.LeaseAnswers
+	if err := proto.Unmarshal(m.Data, &p); err != nil || p.GetShard() >= uint32(len(w.desks)) {
+		w.metrics.undecodable.Inc()
+		return
+	}
+	w.desks[p.GetShard()].hear(&p)
+}
+
+// Low tells that a call has left little in one of these purses.
+func (w *Wallet) Low(draws []table.Draw) {
+	for i := range draws {
+		if p := draws[i].Purse(); p != nil && draws[i].TellLow() {
+			d := &w.desks[draws[i].Shard()]
+			select {
+			case d.low <- p:
+				d.wake()
+			default: // it is looked at within a second anyway
+			}
+		}
+	}
+}
+
+// Close lets every purse say its last word, and waits until those are in the
+// ledger or ctx is done; the error says how many are not. Those with reservations
+// that are open keep what is reserved out.
+func (w *Wallet) Close(ctx context.Context) error {
+	w.closing.Store(true)
+	for i := range w.desks {
+		w.desks[i].close()
+	}
+	for {
+		left := 0
+		for i := range w.desks {
+			left += w.desks[i].unsaid()
+		}
+		if left == 0 {
+			return nil
+		}
+		select {
+		case <-w.gone:
+		case <-ctx.Done():
+			return fmt.Errorf("%d leases could not be closed: what was unused of them stays spent until the gateway's calls are known or the window ends: %w", left, ctx.Err())
+		}
+	}
+}
+
+// trouble tells once that something fails, and once that it works again.
+type trouble struct {
+	log zerolog.Logger
+	mu  sync.Mutex
+	is  bool
+}
+
+func (t *trouble) fails(err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.is {
+		t.is = true
+		t.log.Warn().Err(err).Msg("asks for leases do not get into the ledger: calls go on with what leases hold, and are refused after that; trying again")
+	}
+}
+
+func (t *trouble) works() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.is {
+		t.is = false
+		t.log.Info().Msg("asks for leases get into the ledger again")
+	}
+}
