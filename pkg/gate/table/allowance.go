@@ -120,6 +120,14 @@ func (t *Table) TakeOne(a *Account, req Request, now lease.Micros, cleared bool)
 	if !cleared && (r.eventual && !r.shard.known.Load() || !r.clean(a)) {
 		return false, false
 	}
+	if o := r.only; o != nil {
+		p := o.purse.Load()
+		if p == nil || now < p.Start || r.filter != nil && !r.filter.Match(req.Model, req.Route, req.Method) {
+			return false, false
+		}
+		out, _ := lease.Take([]lease.Part{{Purse: p, Amount: 1}}, now)
+		return out.OK(), out == lease.AdmittedLow
+	}
 	var parts [quickDraws]lease.Part
 	n := 0
 	for i := range r.leased {

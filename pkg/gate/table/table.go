@@ -39,18 +39,22 @@ type Account struct {
 // inlinePath is how many accounts of a path stand in the record itself.
 const inlinePath = 4
 
+// record's first 64 bytes are all that most admissions look at.
 type record struct {
-	shard  *shard
-	n      int
-	path   [inlinePath]*Account // leaf first
-	rest   []*Account
-	leased []Draw // limits that calls are admitted by from leases
-	// measured: some of them count something else than calls.
+	shard *shard
+	n     int32
+	// measured: some of leased count something else than calls.
 	measured bool
-	// eventual: the path has limits of the other tier too.
+	// eventual: the path has limits that are not in leased.
 	eventual bool
-	root     string
-	plan     string
+	path     [inlinePath]*Account // leaf first
+	only     *Allowance           // of leased, if it is one and on calls; else nil
+	filter   *usage.Filter        // of only; nil: it has none
+
+	leased []Draw // limits that calls are admitted by from leases
+	rest   []*Account
+	root   string
+	plan   string
 }
 
 // ID returns the account's id.
@@ -252,7 +256,7 @@ func (r *record) clean(a *Account) bool {
 	if a.held.Load() != nil {
 		return false
 	}
-	for i := 1; i < r.n; i++ {
+	for i := 1; i < int(r.n); i++ {
 		if r.path[i].held.Load() != nil {
 			return false
 		}
@@ -421,7 +425,7 @@ func end(d *usage.Decision) usage.Micros {
 // pass takes one call from what every account of the path may still pass in this
 // episode, or nothing.
 func (r *record) pass(episode, max uint32) bool {
-	for i := range r.n + len(r.rest) {
+	for i := range int(r.n) + len(r.rest) {
 		if !r.at(i).take(episode, max) {
 			for j := range i {
 				r.at(j).giveBack(episode)
@@ -433,10 +437,10 @@ func (r *record) pass(episode, max uint32) bool {
 }
 
 func (r *record) at(i int) *Account {
-	if i < r.n {
+	if i < int(r.n) {
 		return r.path[i]
 	}
-	return r.rest[i-r.n]
+	return r.rest[i-int(r.n)]
 }
 
 func (a *Account) take(episode, max uint32) bool {

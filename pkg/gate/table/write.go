@@ -87,7 +87,7 @@ func (t *Table) setRecord(a *Account, r AccountRecord) {
 	for i, id := range r.Path {
 		p := t.handle(id)
 		if i < inlinePath {
-			rec.path[i], rec.n = p, i+1
+			rec.path[i], rec.n = p, int32(i+1)
 		} else {
 			rec.rest = append(rec.rest, p)
 		}
@@ -98,6 +98,12 @@ func (t *Table) setRecord(a *Account, r AccountRecord) {
 		d := t.draw(&r.Leased[i], rec.shard.number, r.Seq)
 		rec.leased = append(rec.leased, d)
 		rec.measured = rec.measured || d.Limit.Meter != usage.Calls
+	}
+	if len(rec.leased) == 1 && !rec.measured {
+		d := &rec.leased[0]
+		if rec.only = d.Allowance; !d.plain {
+			rec.filter = &d.Limit.Filter
+		}
 	}
 	if a.record.Load() == nil {
 		t.accounts.Add(1)
@@ -175,7 +181,7 @@ func (t *Table) purge() {
 	onPath := make(map[*Account]struct{})
 	t.ids.each(func(c *cell[string]) {
 		if r := c.account.record.Load(); r != nil {
-			for i := range r.n + len(r.rest) {
+			for i := range int(r.n) + len(r.rest) {
 				onPath[r.at(i)] = struct{}{}
 			}
 		}
