@@ -289,7 +289,7 @@ func (f *mirrorFeed) readAll(ctx context.Context) error {
 	m := f.m
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	s, err := m.js.Stream(ctx, "KV_"+m.o.Bucket)
+	s, err := findStream(ctx, m.js, "KV_"+m.o.Bucket)
 	if err != nil {
 		return fmt.Errorf("bucket %s: %w", m.o.Bucket, err)
 	}

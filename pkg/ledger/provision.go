@@ -133,7 +133,7 @@ func Provision(ctx context.Context, js jetstream.JetStream, o ProvisionOptions) 
 func missingOf(ctx context.Context, js jetstream.JetStream, all []piece) ([]piece, error) {
 	var missing []piece
 	for _, p := range all {
-		switch _, err := js.Stream(ctx, p.stream); {
+		switch _, err := findStream(ctx, js, p.stream); {
 		case errors.Is(err, jetstream.ErrStreamNotFound):
 			missing = append(missing, p)
 		case err != nil:

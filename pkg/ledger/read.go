@@ -123,7 +123,7 @@ func (r *streamReader) run(ctx context.Context) (err error) {
 	// Before all else: a reconnection while this is set up must not be missed.
 	ctx, lost := untilReconnected(ctx, r.js.Conn())
 	defer lost()
-	stream, err := r.js.Stream(setup, r.o.Stream)
+	stream, err := findStream(setup, r.js, r.o.Stream)
 	if err != nil {
 		return fmt.Errorf("stream %s: %w", r.o.Stream, err)
 	}
@@ -172,6 +172,14 @@ func (r *streamReader) run(ctx context.Context) (err error) {
 			return fmt.Errorf("read %s: silent although the stream has entries from %d on", r.o.Stream, r.next)
 		}
 	}
+}
+
+// findStream looks a stream up. While nobody leads it the servers answer nothing at
+// all, and whoever waits longer for that answer is late when there is a leader.
+func findStream(ctx context.Context, js jetstream.JetStream, name string) (jetstream.Stream, error) {
+	ask, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	return js.Stream(ask, name)
 }
 
 // silentGrace is how long an entry may be on its way.
