@@ -49,6 +49,8 @@ func (c *console) handler() http.Handler {
 	mux.HandleFunc("GET /v1/decisions", c.getDecisions)
 	mux.HandleFunc("GET /v1/decisions/history", c.getDecisionHistory)
 	mux.HandleFunc("GET /v1/decisions/{id}/explain", explained.Handler(c.explainer, c.log))
+	mux.HandleFunc("GET /v1/corrections", c.getCorrections)
+	mux.HandleFunc("POST /v1/corrections", c.postCorrection)
 	mux.HandleFunc("GET /v1/history/calls", c.getCallHistory)
 	mux.HandleFunc("GET /v1/alerts", c.getAlerts)
 	mux.HandleFunc("GET /v1/deadletters", c.getDeadLetters)

@@ -1,6 +1,6 @@
 // Package console is the HTTP API and the page: what the accounts are, what they
 // used, what holds, what happened, how everything is. It reads what the other
-// services publish and changes nothing but the plans.
+// services publish and changes nothing but the plans, and usage by corrections.
 package console
 
 import (
@@ -23,6 +23,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/tail"
+	"github.com/tollkeeper/tollkeeper/services/internal/corrections"
 	"github.com/tollkeeper/tollkeeper/services/internal/explain"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
@@ -95,6 +96,7 @@ type console struct {
 	counters  *counters.Client
 	applier   *plans.Applier
 	explainer *explain.Explainer
+	corrector *corrections.Submitter
 	tail      *tail.Tail
 	state     *state
 	metrics   *front.Metrics
@@ -192,6 +194,7 @@ func Run(ctx context.Context, o Options) error {
 			explainer: explain.New(explain.Options{JS: js, Horizon: o.Horizon}),
 		}
 		c.state = newState()
+		c.corrector = &corrections.Submitter{JS: js, NC: nc, Shards: geometry.Shards, Plans: c.correctable, Horizon: o.Horizon}
 		c.tail = tail.New(o.Logger)
 		gate.Set(guard.Wrap(c.handler()))
 		ready.OK()

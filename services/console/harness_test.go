@@ -220,7 +220,11 @@ func (w *world) reply(shard uint32, q ledger.UsageRequest, index plans.Index) le
 	now := time.Now().UTC()
 	minute := now.Truncate(time.Minute)
 	month := time.Date(now.Year(), now.Month(), 1, 0, 0, 0, 0, time.UTC)
-	r := ledger.UsageReply{Shard: shard, Epoch: 1, Sequence: w.last[shard], StreamTime: usage.At(now), PlanVersion: plans.PlansVersion(demoPlans()), Total: ledger.Totals{Meters: map[usage.Meter]int64{}}}
+	counted := w.last[shard]
+	if m, found, err := ledger.LastMessage(context.Background(), w.js, ledger.Stream, ledger.ControlSubject(shard)); err == nil && found {
+		counted = max(counted, m.Sequence)
+	}
+	r := ledger.UsageReply{Shard: shard, Epoch: 1, Sequence: counted, StreamTime: usage.At(now), PlanVersion: plans.PlansVersion(demoPlans()), Total: ledger.Totals{Meters: map[usage.Meter]int64{}}}
 	for id, u := range w.counts {
 		if w.shard(id) != shard {
 			continue
@@ -414,6 +418,7 @@ type fakeHistory struct {
 	calls     []history.CallsPoint
 	asked     history.CallsQuery
 	decisions []history.PastDecision
+	corrected []history.PastCorrection
 	position  uint64
 	err       error
 }
@@ -427,6 +432,16 @@ func (f *fakeHistory) Calls(_ context.Context, q history.CallsQuery) ([]history.
 	defer f.mu.Unlock()
 	f.asked = q
 	return f.calls, f.err
+}
+
+func (f *fakeHistory) Corrections(_ context.Context, q history.CorrectionsQuery) ([]history.PastCorrection, error) {
+	var out []history.PastCorrection
+	for _, c := range f.corrected {
+		if (q.Before == 0 || c.Sequence < q.Before) && (q.Account == "" || c.Account == q.Account) && len(out) < q.Limit {
+			out = append(out, c)
+		}
+	}
+	return out, f.err
 }
 
 func (f *fakeHistory) Decisions(_ context.Context, q history.DecisionsQuery) ([]history.PastDecision, error) {

@@ -17,6 +17,8 @@ type History interface {
 	Calls(ctx context.Context, q history.CallsQuery) ([]history.CallsPoint, error)
 	// Decisions returns at most q.Limit decisions, newest first.
 	Decisions(ctx context.Context, q history.DecisionsQuery) ([]history.PastDecision, error)
+	// Corrections returns at most q.Limit corrections, newest first.
+	Corrections(ctx context.Context, q history.CorrectionsQuery) ([]history.PastCorrection, error)
 	// Position returns the newest ledger entry with calls that is in history; 0
 	// for none.
 	Position(ctx context.Context) (uint64, error)
@@ -61,6 +63,13 @@ func (l *lateHistory) Calls(ctx context.Context, q history.CallsQuery) ([]histor
 func (l *lateHistory) Decisions(ctx context.Context, q history.DecisionsQuery) ([]history.PastDecision, error) {
 	if h := l.h.Load(); h != nil {
 		return h.Decisions(ctx, q)
+	}
+	return nil, errNotOpen
+}
+
+func (l *lateHistory) Corrections(ctx context.Context, q history.CorrectionsQuery) ([]history.PastCorrection, error) {
+	if h := l.h.Load(); h != nil {
+		return h.Corrections(ctx, q)
 	}
 	return nil, errNotOpen
 }

@@ -86,6 +86,15 @@ func (c *console) book(ctx context.Context) (*book, error) {
 	return b, nil
 }
 
+// correctable is the plans that hold, for corrections.
+func (c *console) correctable(ctx context.Context) (*plans.Applied, plans.Index, error) {
+	b, err := c.book(ctx)
+	if err != nil {
+		return nil, plans.Index{}, err
+	}
+	return &b.applied, b.index, nil
+}
+
 const (
 	watchEvery   = 2 * time.Second
 	watchTimeout = 2 * time.Second

@@ -77,6 +77,19 @@ type Applied struct {
 	closed map[string]string
 }
 
+// Root returns the root of an account, which says where its usage is counted, and
+// whether it is or was named by plans; x indexes the document. An account that only
+// calls name is its own root.
+func (a *Applied) Root(x Index, id string) (root string, named bool) {
+	if _, open := x.Account(id); open {
+		return x.Root(id), true
+	}
+	if root, ok := a.closed[id]; ok {
+		return root, true
+	}
+	return id, false
+}
+
 // Current returns what holds.
 func (a *Applier) Current(ctx context.Context) (Applied, error) {
 	s, err := openStore(ctx, a.JS)
