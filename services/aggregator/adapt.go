@@ -6,7 +6,7 @@ import (
 )
 
 func totalsOf(t quota.Totals) ledger.Totals {
-	return ledger.Totals{Admitted: t.Admitted, Refused: t.Refused, Meters: t.Meters}
+	return ledger.Totals{Admitted: t.Admitted, Refused: t.Refused, Meters: t.Meters, Adjusted: t.Adjusted}
 }
 
 func usageOf(u *quota.AccountUse) ledger.AccountUsage {

@@ -9,9 +9,11 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/blocks"
+	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 )
 
@@ -96,7 +98,12 @@ func actRows(acts []act) (rows []history.ControlRow, corrections []history.Corre
 }
 
 // correctionRow is the row of a correction; nil for what counting refuses.
-func correctionRow(row *history.ControlRow, c *tollkeeperv1.Correction) *history.CorrectionRow {
+func correctionRow(m *ledger.Message, row *history.ControlRow, c *tollkeeperv1.Correction) *history.CorrectionRow {
+	var decoder fold.Decoder
+	e, _, err := decoder.Decode(m)
+	if err != nil || quota.New(quota.Options{Shard: row.Shard}).Apply(e).Invalid != nil {
+		return nil
+	}
 	out := &history.CorrectionRow{
 		Position: row.Position, Shard: row.Shard, ID: row.ID, Author: row.Author, CreatedAt: row.CreatedAt, Account: c.GetAccount(),
 		At: usage.Micros(c.GetTimeUnixMicros()), Model: c.GetModel(), Route: c.GetRoute(), Method: c.GetMethod(), Reason: c.GetReason(), Reference: c.GetReference(),
@@ -141,7 +148,7 @@ func readControl(m ledger.Message) (act, bool, error) {
 		row.Kind = "producer_closed"
 	case *tollkeeperv1.ControlEntry_Correction:
 		row.Kind = "correction"
-		out.correction = correctionRow(row, e.GetCorrection())
+		out.correction = correctionRow(&m, row, e.GetCorrection())
 	case *tollkeeperv1.ControlEntry_CoreVersion:
 		row.Kind = "core_version"
 	default:

@@ -72,6 +72,11 @@ func TestDecisionsAlertsAndActsAreInTheHistory(t *testing.T) {
 	}
 	w.publish(tick.Subject, tick.Header, tick.Data)
 	w.publish(act.Subject, act.Header, act.Data)
+	refused, err := ledger.ControlMessage(1, &tollkeeperv1.ControlEntry{Id: "act-3", Author: "somebody", Body: &tollkeeperv1.ControlEntry_Correction{Correction: &tollkeeperv1.Correction{Account: "a", Reason: "counting refuses it"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.publish(refused.Subject, refused.Header, refused.Data)
 	corrected := w.publish(correction.Subject, correction.Header, correction.Data)
 
 	stop := w.start(w.options(), seams{})
@@ -89,7 +94,7 @@ func TestDecisionsAlertsAndActsAreInTheHistory(t *testing.T) {
 		}
 		return n
 	}
-	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 2, "corrections": 1} {
+	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 3, "corrections": 1} {
 		eventually(t, table+" has "+strconv.FormatUint(want, 10)+" rows", 15*time.Second, func() bool { return rows(table) >= want })
 	}
 	// A restart brings none of them again.
@@ -99,7 +104,7 @@ func TestDecisionsAlertsAndActsAreInTheHistory(t *testing.T) {
 	w.start(w.options(), seams{})
 	c := newClients(w, 9)
 	c.agree()
-	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 2, "corrections": 1} {
+	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 3, "corrections": 1} {
 		if n := rows(table); n != want {
 			t.Errorf("%s has %d rows, wanted %d", table, n, want)
 		}

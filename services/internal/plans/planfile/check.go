@@ -12,6 +12,7 @@ import (
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -128,21 +129,25 @@ const (
 	minLeaseTerm     = time.Second
 	minLeasePatience = 50 * time.Millisecond
 	minReleaseAfter  = time.Second
+	maxLeased        = lease.MaxUnits
 	maxLeaseSpan     = time.Duration(usage.MaxLeaseSpan) * time.Microsecond
 )
 
-func checkLease(l *Limit, lease, tier []any, c *collector) {
+func checkLease(l *Limit, place, tier []any, c *collector) {
 	terms := l.Lease
 	if !usage.Tier(l.Tier).Leased() {
 		if terms != nil {
-			c.add(lease, "a limit of the tier eventual has no lease", "leave it out, or write tier: exact or tier: leased")
+			c.add(place, "a limit of the tier eventual has no lease", "leave it out, or write tier: exact or tier: leased")
 		}
 		return
 	}
 	if terms == nil {
 		terms = &Lease{}
 	}
-	at := func(field string) []any { return append(lease[:len(lease):len(lease)], field) }
+	if l.Amount > maxLeased {
+		c.add(append(tier[:len(tier)-1:len(tier)-1], "amount"), fmt.Sprintf("an amount of %d can't be handed out in leases", l.Amount), fmt.Sprintf("write at most %d, or tier: eventual", maxLeased))
+	}
+	at := func(field string) []any { return append(place[:len(place):len(place)], field) }
 	read := func(field, text string, absent, least time.Duration) (time.Duration, bool) {
 		if text == "" {
 			return absent, true

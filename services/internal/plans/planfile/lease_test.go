@@ -153,3 +153,22 @@ func TestARecordHasTheStrictestTierOnItsPath(t *testing.T) {
 		}
 	}
 }
+
+func TestEveryTierOfTheFileIsTakenByTheCore(t *testing.T) {
+	t.Parallel()
+	doc, err := Parse("f.yaml", []byte(`version: 1
+plans:
+  - id: p
+    limits:
+      - {id: a, meter: calls, window: day, amount: 100, tier: exact}
+      - {id: b, meter: calls, window: minute, amount: 10, tier: exact, code: RATE_LIMITED, lease: {term: 1s, patience: 50ms}}
+      - {id: c, meter: output_tokens, window: lifetime, amount: 100, tier: leased, lease: {term: 24h, release_after: 24h, max_exposure: 9_007_199_254_740_992}}
+      - {id: d, meter: cost, window: month, amount: 90_000_000_000_000_000, tier: eventual}
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Check(doc.Canonical()); err != nil {
+		t.Errorf("written out: %v", err)
+	}
+}
