@@ -47,6 +47,8 @@ type source struct {
 	active     uint64       // segment that is written
 	emptySince usage.Micros // no live records since; 0: there are some
 	stage      stage
+	// lossy: something that was in the log did not get into the ledger.
+	lossy bool
 }
 
 // stage of an earlier producer on its way out.
@@ -117,7 +119,7 @@ func newDisk(s *sender) (*disk, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open outbox: %w", err), store.Close())
 	}
-	log, err := store.Create(spool.Identity{Producer: s.b.producer, Gateway: o.Gateway, Shards: o.Shards, OpenedAt: s.b.now()})
+	log, err := store.Create(spool.Identity{Producer: s.b.producer, Gateway: o.Gateway, Shards: o.Shards, OpenedAt: s.b.now(), SpoolBeforeAnswer: o.SpoolBeforeAnswer && o.OnFull != Drop})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open outbox: %w", err), store.Close())
 	}
@@ -457,7 +459,8 @@ func (d *disk) loaded(j *job) {
 	room := j.load
 	for _, l := range j.loaded {
 		if l.record.Shard >= uint32(len(src.slots)) {
-			continue // not a shard at all: the ledger has fewer now
+			src.lossy = true // not a shard at all: the ledger has fewer now
+			continue
 		}
 		sl := src.slots[l.record.Shard]
 		if sl == nil {
@@ -480,6 +483,8 @@ func (d *disk) loaded(j *job) {
 	d.budget.Give(room)
 	src.cursor = j.cursor
 	for _, t := range j.torn {
+		// The end of the last segment was never answered.
+		src.lossy = src.lossy || t.Position.Segment != src.log.Last()
 		s.count(func(c *counts) { c.torn++ })
 		s.b.o.Logger.Warn().Stringer("producer", src.log.Identity().Producer).Uint64("segment", t.Position.Segment).Int64("bytes", t.Bytes).
 			Msg("the end of a spool segment is torn: a crash came while it was written; what was answered as safe is before it")
@@ -531,11 +536,12 @@ func (d *disk) retire(src *source) {
 	for shard := range min(id.Shards, ledger.MaxShards) {
 		d.slotOf(src, shard)
 	}
+	whole := src.log.Whole() && !src.lossy
 	for _, sl := range src.slots {
 		if sl == nil {
 			continue
 		}
-		sl.lane.Retire(closing(id.Producer, sl.lane.Last(), d.s.b.o.Now()))
+		sl.lane.Retire(closing(id.Producer, sl.lane.Last(), whole, d.s.b.o.Now()))
 		d.s.pump(sl)
 	}
 }

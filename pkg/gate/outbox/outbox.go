@@ -131,9 +131,11 @@ type Outbox struct {
 	closed  atomic.Bool
 
 	invalid, dropped, refused atomic.Int64
-	full                      atomic.Bool // for want of room; until memory is half free
-	spoolFails                atomic.Bool
-	healthy                   atomic.Bool // the ledger took the newest frame
+	// lossy: a call that was answered may be neither in the ledger nor in the spool.
+	lossy      atomic.Bool
+	full       atomic.Bool // for want of room; until memory is half free
+	spoolFails atomic.Bool
+	healthy    atomic.Bool // the ledger took the newest frame
 }
 
 // gather is where Add puts calls and the sender takes them from.
@@ -261,6 +263,11 @@ func (o *Options) withDefaults() error {
 // Producer returns the identity of this outbox's frames, new at each Open.
 func (o *Outbox) Producer() ksuid.KSUID { return o.producer }
 
+// whole: every call that Add was asked to take is, or will be, in the ledger.
+func (o *Outbox) whole() bool {
+	return !o.lossy.Load() && o.invalid.Load() == 0 && o.dropped.Load() == 0 && o.refused.Load() == 0
+}
+
 // Add takes a call of a shard. It keeps no reference to c. An invalid call is
 // an *usage.InvalidError and is not taken: it would spoil its whole frame. A
 // full outbox does what Options.OnFull says. With SpoolBeforeAnswer it returns
@@ -287,6 +294,7 @@ func (o *Outbox) Add(ctx context.Context, shard uint32, c *usage.Call) error {
 	g.mu.Lock()
 	if g.closed {
 		g.mu.Unlock()
+		o.lossy.Store(true)
 		return ErrClosed
 	}
 	if g.charged+need > g.reserved && !o.reserve(g, need) {
@@ -367,6 +375,7 @@ func (o *Outbox) noRoom(ctx context.Context, g *gather, need int64) (err error, 
 		g.mu.Lock()
 		if g.closed {
 			g.mu.Unlock()
+			o.lossy.Store(true)
 			return ErrClosed, false
 		}
 		if g.charged+need <= g.reserved || o.reserve(g, need) {
@@ -461,7 +470,8 @@ func (o *Outbox) Run(ctx context.Context) error {
 // Close takes no more calls and brings those it has to safety: sent while the
 // ledger takes them and ctx lasts, else spooled. Where everything could be sent
 // the producer is retired with a closing entry on each shard it used; where not
-// the next Open sends it. The error says how many calls are lost: none with a
+// the next Open sends it. It is complete when no call that Add was asked to take
+// is missing from the ledger. The error says how many calls are lost: none with a
 // spool directory that can be written.
 func (o *Outbox) Close(ctx context.Context) error {
 	if !o.closed.CompareAndSwap(false, true) {

@@ -364,6 +364,11 @@ func (s *sender) reject(sl *slot, number uint64, err error) {
 		c.rejectedFrames++
 		c.rejected += int64(f.Calls)
 	})
+	if sl.g != nil {
+		s.b.lossy.Store(true)
+	} else {
+		sl.src.lossy = true
+	}
 	where := "nowhere: there is no spool directory"
 	if s.disk != nil {
 		kept, keepErr := s.disk.store.Keep(sl.producer(s.b), &spool.Record{Shard: sl.lane.Shard(), Number: f.Number, Data: f.Data})
@@ -453,10 +458,24 @@ func (s *sender) finish(ctx context.Context) error {
 	if kept > 0 {
 		s.b.o.Logger.Info().Uint64("calls", kept).Msg("calls stay in the spool: the next gateway on it will send them")
 	}
+	if lost == 0 {
+		s.markWhole()
+	}
 	if lost > 0 {
 		return fmt.Errorf("close outbox: %d calls could neither be sent nor spooled and are lost: %w", lost, errors.Join(context.Cause(ctx), err))
 	}
 	return nil
+}
+
+// markWhole notes that this is an end in order, although the ledger does not hear of
+// it: the next Open says so.
+func (s *sender) markWhole() {
+	if s.disk == nil || !s.b.whole() {
+		return
+	}
+	if err := s.disk.own.log.MarkWhole(); err != nil {
+		s.b.o.Logger.Warn().Err(err).Msg("the spool could not note that it is whole: what leases held stays spent until their windows end")
+	}
 }
 
 // retire ends a producer whose frames are all acknowledged. Where it can't, the
@@ -470,11 +489,12 @@ func (s *sender) retire(ctx context.Context) error {
 	}
 	for _, sl := range s.slots {
 		if last := sl.lane.Last(); last > 0 {
-			sl.lane.Retire(closing(s.b.producer, last, s.b.o.Now()))
+			sl.lane.Retire(closing(s.b.producer, last, s.b.whole(), s.b.o.Now()))
 		}
 	}
 	s.loop(ctx, func() bool { return s.drained() || !s.connected })
 	if !s.drained() {
+		s.markWhole()
 		s.b.o.Logger.Warn().Msg("everything was sent, but the closing entries could not be: readers will remember this producer")
 		return nil
 	}
@@ -519,10 +539,11 @@ func (sl *slot) producer(b *Outbox) ksuid.KSUID {
 }
 
 // closing is the entry that retires a producer on a shard.
-func closing(producer ksuid.KSUID, last uint64, now time.Time) []byte {
+// complete says that every call the producer answered is in the ledger.
+func closing(producer ksuid.KSUID, last uint64, complete bool, now time.Time) []byte {
 	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(&tollkeeperv1.ControlEntry{
 		Id: producer.String(), Author: "gateway", CreatedAtUnixMicros: now.UnixMicro(),
-		Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: producer.Bytes(), LastNumber: last}},
+		Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: producer.Bytes(), LastNumber: last, Complete: complete}},
 	})
 	if err != nil {
 		panic(err) // it has no text that could be invalid UTF-8, the only cause

@@ -22,6 +22,8 @@ const (
 	childURL   = "TOLLKEEPER_OUTBOXTEST_URL"
 	childSpool = "TOLLKEEPER_OUTBOXTEST_SPOOL"
 	childFirst = "TOLLKEEPER_OUTBOXTEST_SPOOL_FIRST"
+	// childIdle: it only says that it is open.
+	childIdle = "TOLLKEEPER_OUTBOXTEST_IDLE"
 )
 
 func TestMain(m *testing.M) {
@@ -47,6 +49,12 @@ func victim(url, dir string, spoolFirst bool) error {
 	if err != nil {
 		return err
 	}
+	if os.Getenv(childIdle) == "true" {
+		if _, err := fmt.Fprintln(os.Stdout, "open 0"); err != nil {
+			return err
+		}
+		return b.Run(context.Background())
+	}
 	failed := make(chan error, workers+1)
 	go func() { failed <- b.Run(context.Background()) }()
 	for w := range workers {
@@ -71,7 +79,7 @@ func victim(url, dir string, spoolFirst bool) error {
 
 // kill runs a victim until it has answered n calls and kills it; returns what
 // it had answered, and how many calls were sent by its own count.
-func kill(t *testing.T, r *rig, dir string, spoolFirst bool, n int, at map[int]func()) (answered []string, sent int) {
+func kill(t *testing.T, r *rig, dir string, spoolFirst bool, n int, at map[int]func(), env ...string) (answered []string, sent int) {
 	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
@@ -79,6 +87,7 @@ func kill(t *testing.T, r *rig, dir string, spoolFirst bool, n int, at map[int]f
 	}
 	cmd := exec.CommandContext(t.Context(), exe)
 	cmd.Env = append(os.Environ(), childURL+"="+r.s.ClientURL(), childSpool+"="+dir, childFirst+"="+strconv.FormatBool(spoolFirst))
+	cmd.Env = append(cmd.Env, env...)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -154,8 +163,8 @@ func TestAKillLosesNoAnsweredCallWithSpoolBeforeAnswer(t *testing.T) {
 					t.Fatalf("call %s was answered and is in the ledger %d times", id, got.calls[id])
 				}
 			}
-			if got.gaps != 0 || len(got.closed) != shards || len(got.calls) < sent {
-				t.Errorf("%d calls of %d sent, %d gaps, closed %v", len(got.calls), sent, got.gaps, got.closed)
+			if got.gaps != 0 || len(got.closed) != shards || got.complete != shards || len(got.calls) < sent {
+				t.Errorf("%d calls of %d sent, %d gaps, closed %v, %d complete", len(got.calls), sent, got.gaps, got.closed, got.complete)
 			}
 			t.Logf("%d answered, %d in the ledger, %d of them recovered from the spool, %d frames came twice, %d torn segments",
 				len(answered), len(got.calls), st.Recovered.Admitted, got.duplicates, st.TornSegments)
@@ -181,12 +190,77 @@ func TestAKillWithoutItLosesAtMostWhatWasInMemory(t *testing.T) {
 			t.Errorf("call %s is there %d times", id, n)
 		}
 	}
-	if got.gaps != 0 || len(got.closed) != shards {
-		t.Errorf("%d gaps, closed %v", got.gaps, got.closed)
+	if got.gaps != 0 || len(got.closed) != shards || got.complete != 0 {
+		t.Errorf("%d gaps, closed %v, %d complete", got.gaps, got.closed, got.complete)
 	}
 	t.Logf("%d answered, %d sent by its own count, %d lost: unsealed and unacknowledged frames", len(answered), sent, lost)
 	// Not a call that was sent; each worker may have had one sent but not answered.
 	if bound := len(answered) + workers - sent; lost > bound || len(got.calls) < sent {
 		t.Errorf("%d are in the ledger, %d lost, at most %d may be", len(got.calls), lost, bound)
+	}
+}
+
+// What a gateway held of leases comes back when its last word is complete. It has
+// to be said also for one that was killed before it had anything to send, and while
+// everything it had sent was acknowledged: it may have held leases.
+func TestAKilledProducerIsClosedAlsoWithNothingInItsSpool(t *testing.T) {
+	t.Parallel()
+	for name, spoolFirst := range map[string]bool{"spooled before answering": true, "from memory": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t)
+			dir := t.TempDir()
+			kill(t, r, dir, spoolFirst, 1, nil, childIdle+"=true")
+			recovered(t, r, dir)
+			complete := 0
+			if spoolFirst {
+				complete = shards
+			}
+			if got := r.read(t); len(got.closed) != shards || got.complete != complete || len(got.calls) != 0 {
+				t.Errorf("closed %v, %d complete, %d calls", got.closed, got.complete, len(got.calls))
+			}
+		})
+	}
+}
+
+// A restart with another setting must not make a promise for the run before it.
+func TestWhatARunPromisedIsWhatItWasOpenedWith(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	dir := t.TempDir()
+	kill(t, r, dir, false, 500, nil)
+	b := open(t, outbox.Options{NATS: r.connect(), SpoolDir: dir, SpoolBeforeAnswer: true})
+	stop := run(t, b)
+	until(t, "only its own identity is left in the spool", func() bool { return len(files(t, dir)) == 2 })
+	stop()
+	if err := b.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.read(t); len(got.closed) != shards || got.complete != 0 {
+		t.Errorf("closed %v, %d complete", got.closed, got.complete)
+	}
+}
+
+// An end in order is one also while the ledger is away: the next start says it.
+func TestAnEndInOrderIsCompleteAlsoWhenTheNextStartHasToSayIt(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	dir := t.TempDir()
+	b := open(t, outbox.Options{NATS: r.connect(), SpoolDir: dir})
+	stop := run(t, b)
+	r.stop()
+	for i := range 100 {
+		if err := b.Add(t.Context(), uint32(i%shards), call(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop()
+	if err := b.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.start()
+	recovered(t, r, dir)
+	if got := r.read(t); len(got.closed) != shards || got.complete != shards || len(got.calls) != 100 {
+		t.Errorf("closed %v, %d complete, %d calls", got.closed, got.complete, len(got.calls))
 	}
 }

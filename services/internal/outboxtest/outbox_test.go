@@ -132,6 +132,7 @@ type found struct {
 	duplicates int
 	gaps       int
 	closed     map[string]uint64 // producer/shard → last number
+	complete   int               // of them
 	input      int64
 }
 
@@ -192,6 +193,9 @@ func (r *rig) read(t testing.TB) found {
 			}
 			if pc := e.GetProducerClosed(); pc != nil {
 				out.closed[fmt.Sprintf("%x/%d", pc.GetProducer(), shard)] = pc.GetLastNumber()
+				if pc.GetComplete() {
+					out.complete++
+				}
 			}
 		}
 		if m.Sequence == last {

@@ -71,6 +71,9 @@ type Identity struct {
 	Gateway  string       `json:"gateway"`
 	Shards   uint32       `json:"shards"`
 	OpenedAt usage.Micros `json:"opened_at_unix_micros"`
+	// SpoolBeforeAnswer: every call that the producer answered is here or in the
+	// ledger, however it ended.
+	SpoolBeforeAnswer bool `json:"spool_before_answer,omitempty"`
 }
 
 // file is what a segment is written through.
@@ -161,7 +164,10 @@ func (s *Store) Earlier() ([]*Log, error) {
 	return logs, nil
 }
 
-const identityFile = "identity.json"
+const (
+	identityFile = "identity.json"
+	wholeFile    = "whole" // empty; there: see Log.Whole
+)
 
 // Create begins the log of a new producer; its identity is on disk.
 func (s *Store) Create(id Identity) (*Log, error) {
@@ -249,6 +255,14 @@ func (l *Log) Active() uint64 {
 	default:
 		return l.segments[n-1].number
 	}
+}
+
+// Last returns the newest segment that is on disk, 0 when there is none.
+func (l *Log) Last() uint64 {
+	if n := len(l.segments); n > 0 {
+		return l.segments[n-1].number
+	}
+	return 0
 }
 
 func (l *Log) path(n uint64) string { return filepath.Join(l.dir, fmt.Sprintf("%010d.seg", n)) }
@@ -524,6 +538,20 @@ func (l *Log) Remove(before uint64) error {
 	return syncDir(l.dir)
 }
 
+// MarkWhole notes, on disk, that the producer has ended in order, and that every call
+// it answered is in the log or in the ledger.
+func (l *Log) MarkWhole() error { return l.store.write(filepath.Join(l.dir, wholeFile), nil) }
+
+// Whole reports whether every call that the producer answered is in the log or in
+// the ledger.
+func (l *Log) Whole() bool {
+	if l.identity.SpoolBeforeAnswer {
+		return true
+	}
+	_, err := os.Stat(filepath.Join(l.dir, wholeFile))
+	return err == nil // what can't be read is not promised
+}
+
 // Destroy deletes the producer's directory. The producer must be retired.
 func (l *Log) Destroy() error {
 	if n := len(l.segments); n > 0 {
@@ -534,8 +562,10 @@ func (l *Log) Destroy() error {
 	if err := l.Close(); err != nil {
 		return err
 	}
-	if err := os.Remove(filepath.Join(l.dir, identityFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("spool: %w", err)
+	for _, name := range []string{wholeFile, identityFile} {
+		if err := os.Remove(filepath.Join(l.dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("spool: %w", err)
+		}
 	}
 	if err := os.Remove(l.dir); err != nil {
 		return fmt.Errorf("spool: %w", err)
