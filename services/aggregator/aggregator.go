@@ -1,12 +1,22 @@
-// Package aggregator counts the ledger: it owns shards, folds their entries in
-// order (pkg/quota), publishes the decisions that follow together with a
+// Package aggregator counts the ledger: it folds the shards' entries in order
+// (pkg/quota), publishes the decisions of those that it owns together with a
 // checkpoint, and starts again from a snapshot and what came after it.
+//
+// Several aggregators share the shards (services/internal/ownership). Each folds
+// also what it does not own, and keeps the decisions that are not known to be
+// published, so that it goes on at once where an owner stops. Who may publish
+// is not a matter of time: an owner begins by writing the checkpoint with the
+// token of its claim, on condition of the checkpoint before, and all that it
+// publishes is conditional on its own. The claim, which time ends, says who
+// speaks beacons and answers and lets time pass; one that is stopped and wakes
+// says under an old epoch what is true nevertheless.
 package aggregator
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -20,7 +30,8 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
-	"github.com/tollkeeper/tollkeeper/services/internal/publish"
+	"github.com/tollkeeper/tollkeeper/services/internal/ownership"
+	"github.com/tollkeeper/tollkeeper/services/internal/ownership/fleet"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 
@@ -56,6 +67,18 @@ type Options struct {
 	// Horizon is how long foreign events are remembered, in stream time; 0
 	// means a day. It is fixed when a shard is first counted.
 	Horizon time.Duration
+	// Member is the name in the fleet that shares the shards: its own, and the
+	// same at the next start, so that it is given the same shards. Empty: one
+	// that is made up.
+	Member string
+	// Sole says that nobody else can be alive under that name (NATS is in this
+	// very process): what an earlier start left behind is then taken at once.
+	Sole bool
+	// Standby is how many shards that others own are folded nevertheless, so
+	// that they are taken over without reading anything: first those that this
+	// member would be given. 0: all, with one reader for all of them; less
+	// than 0: none. With a bound each shard gets a reader of its own.
+	Standby int
 	// StopTimeout bounds the last publishing and the last snapshots of a clean
 	// stop; 0 means DefaultStopTimeout.
 	StopTimeout time.Duration
@@ -66,6 +89,8 @@ type Options struct {
 	idleEntries uint64
 	// abandon makes the end of ctx a crash: nothing more is published or kept.
 	abandon bool
+	// timing of the fleet, in tests.
+	timing fleet.Timing
 }
 
 // service is what the shards of a process share.
@@ -80,19 +105,25 @@ type service struct {
 	ready   *telemetry.Component
 	name    string // of this owner
 
-	shards int
-	behind atomic.Int64  // shards that are not ready
-	head   atomic.Uint64 // the newest entry that was read, of any shard
-	ahead  atomic.Int64  // the stream's clock minus ours, nanoseconds
+	shards  int
+	owners  []*owner
+	alive   context.Context // ends when no shard is counted any more
+	stop    <-chan struct{} // closed when the process is to end
+	fatal   chan error
+	unswept chan taking
+	g       *errgroup.Group
+	status  status
+	head    atomic.Uint64 // the newest entry that was read, of any shard
+	ahead   atomic.Int64  // the stream's clock minus ours, nanoseconds
 }
 
-// Run owns every shard of the ledger and counts until ctx is done; then it
-// publishes what is left, takes snapshots and returns nil. While NATS is away it
-// waits. It returns an error wrapping ledger.ErrStale when another aggregator
-// has taken a shard, ledger.ErrPurged when the ledger no longer holds what must
-// be counted, ledger.ErrRewound when it has lost what was counted.
+// Run shares the shards of the ledger with the other aggregators and counts until
+// ctx is done; then it publishes what is left, hands its shards over, takes
+// snapshots of those that nobody takes, and returns nil. While NATS is away it
+// waits. It returns an error wrapping ledger.ErrPurged when the ledger no longer
+// holds what must be counted, ledger.ErrRewound when it has lost what was counted.
 func Run(ctx context.Context, o Options) error {
-	s := &service{o: withDefaults(o), abandon: o.abandon, log: o.Logger, name: ksuid.New().String()}
+	s := &service{o: withDefaults(o), abandon: o.abandon, log: o.Logger, name: ksuid.New().String(), stop: ctx.Done(), fatal: make(chan error, 1), unswept: make(chan taking, 64)}
 	var err error
 	if s.m, err = newMetrics(s.o.Registerer); err != nil {
 		return fmt.Errorf("aggregator: %w", err)
@@ -147,6 +178,9 @@ func withDefaults(o Options) Options {
 	if o.SnapshotEntries <= 0 {
 		o.SnapshotEntries = DefaultSnapshotEntries
 	}
+	if o.Member == "" {
+		o.Member = ksuid.New().String()
+	}
 	if o.StopTimeout <= 0 {
 		o.StopTimeout = DefaultStopTimeout
 	}
@@ -161,8 +195,8 @@ func withDefaults(o Options) Options {
 
 func (s *service) horizon() usage.Micros { return usage.Micros(s.o.Horizon.Microseconds()) }
 
-// count runs the shards until ctx is done. What the shards still have to tell
-// NATS at the end goes over io, which lasts longer.
+// count shares the shards until ctx is done. What they still have to tell NATS
+// at the end outlives ctx.
 func (s *service) count(ctx context.Context) error {
 	nc, err := natsconn.Connect(ctx, s.o.NATS)
 	if err != nil {
@@ -173,10 +207,6 @@ func (s *service) count(ctx context.Context) error {
 	if s.js, err = jetstream.New(nc); err != nil {
 		return err
 	}
-	io, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	defer cancel()
-
-	var owners []*owner
 	if err := s.persist(ctx, "open the ledger", func(ctx context.Context) error {
 		g, err := ledger.Provision(ctx, s.js, ledger.ProvisionOptions{
 			Shards: s.o.Shards, Replicas: s.o.Replicas, Notice: func(text string) { s.log.Warn().Msg(text) },
@@ -187,119 +217,101 @@ func (s *service) count(ctx context.Context) error {
 		if s.objects, err = s.js.ObjectStore(ctx, ledger.SnapshotsBucket); err != nil {
 			return fmt.Errorf("bucket %s: %w", ledger.SnapshotsBucket, err)
 		}
-		owners = make([]*owner, g.Shards)
+		s.shards = int(g.Shards)
 		return s.readClock(ctx)
 	}); err != nil {
 		return err
 	}
-	if err := s.takeOver(ctx, owners); err != nil {
+	for shard := range s.shards {
+		s.owners = append(s.owners, newOwner(s, uint32(shard)))
+	}
+	from, err := s.warmAll(ctx)
+	if err != nil {
 		return err
 	}
-	if err := s.sweep(ctx, owners); err != nil {
-		s.log.Warn().Err(err).Msg("old snapshots could not be removed: the next start tries again")
-	}
-	s.behind.Store(int64(len(owners)))
-	s.m.notCaughtUp.Set(float64(len(owners)))
-	s.ready.NotReady(fmt.Sprintf("%d shards are catching up", len(owners)))
-
-	s.shards = len(owners)
-	owners[0].strays = make(chan ledger.Message, inputBuffer)
-	age := beaconAge(owners)
+	s.status.set(s, func(t *status) { t.unowned = s.shards })
+	age := beaconAge(s.owners)
 	if err := s.o.Registerer.Register(age); err != nil {
 		return err
 	}
 	defer s.o.Registerer.Unregister(age)
-	for _, o := range owners {
-		if err := s.listen(o); err != nil {
-			return err
+
+	g, alive := errgroup.WithContext(context.WithoutCancel(ctx))
+	alive, end := context.WithCancel(alive)
+	defer end()
+	s.g, s.alive = g, alive
+	for _, o := range s.owners {
+		g.Go(func() error { return o.run(alive) })
+	}
+	if s.o.Standby == 0 {
+		// One consumer without a filter for all shards: measured, it is cheaper
+		// for the server and for us than one a shard.
+		all := &reader{service: s, all: true, strays: s.owners[0]}
+		for _, o := range s.owners {
+			o.intake.Store(newIntake(all))
 		}
+		g.Go(func() error { return all.read(alive, from) })
 	}
-	g, ctx := errgroup.WithContext(ctx)
-	for _, o := range owners {
-		g.Go(func() error { return o.run(ctx, io) })
-	}
-	// One consumer without a filter for all shards: measured, it is cheaper for
-	// the server and for us than one a shard.
-	from := owners[0].from
-	for _, o := range owners {
-		from = min(from, o.from)
-	}
-	g.Go(func() error { return s.read(ctx, g, owners, from) })
-	g.Go(func() error { return s.keepClock(ctx) })
+	g.Go(func() error { return s.keepClock(alive) })
+	g.Go(func() error { return s.sweeper(alive) })
+	g.Go(func() error {
+		select {
+		case err := <-s.fatal:
+			return err
+		case <-alive.Done():
+			return nil
+		}
+	})
+	g.Go(func() error {
+		defer end()
+		member, leave := context.WithCancel(ctx)
+		defer leave()
+		defer context.AfterFunc(alive, leave)()
+		return ownership.Run(member, ownership.Options{
+			NC: nc, JS: s.js, Replicas: s.o.Replicas, Member: s.o.Member, Sole: s.o.Sole, Shards: uint32(s.shards), Timing: s.o.timing,
+			OnAcquire: s.own, OnStandby: s.inherits, OnView: func(v ownership.View) {
+				s.status.set(s, func(t *status) { t.held, t.unowned = v.Held, v.Unowned })
+			},
+			StopTimeout: s.o.StopTimeout, Logger: s.log, Registerer: s.o.Registerer,
+		})
+	})
 	return g.Wait()
 }
 
-// blockedAfter is how long the others wait for a shard that does not take its
-// entries.
-const blockedAfter = 500 * time.Millisecond
-
-// read reads the entries of some shards, of all of them without a filter, and
-// hands them over. A shard that holds the others up gets a reader of its own.
-func (s *service) read(ctx context.Context, g *errgroup.Group, part []*owner, from uint64) error {
-	opts := ledger.ReadOptions{Stream: ledger.Stream, From: from, OnError: func(err error) {
-		s.m.interruptions.Inc()
-		s.log.Warn().Err(err).Msg("reading the ledger was interrupted")
-	}}
-	byShard := make(map[uint32]*owner, len(part))
-	apart := make(map[uint32]bool)
-	all := len(part) == s.shards
-	for _, o := range part {
-		byShard[o.shard] = o
-		if !all {
-			opts.Subjects = append(opts.Subjects, ledger.ShardSubjects(o.shard)...)
-		}
-	}
-	blocked := time.NewTimer(blockedAfter)
-	defer blocked.Stop()
-	return ledger.Read(ctx, s.js, opts, func(m ledger.Message) error {
-		if all {
-			s.m.pending.Set(float64(m.Pending))
-			s.head.Store(m.Sequence)
-		}
-		_, shard, err := ledger.ParseSubject(m.Subject)
-		o := byShard[shard]
-		to := part[0].strays
-		switch {
-		case err == nil && apart[shard]:
-			return nil
-		case err == nil && o != nil:
-			to = o.in
-		default:
-			o = nil
-		}
-		select {
-		case to <- m:
-			return nil
-		default:
-		}
-		patience := blocked.C
-		if o == nil || len(part) == 1 {
-			patience = nil // there is nobody, or nothing, to be put apart
-		}
-		blocked.Reset(blockedAfter)
-		select {
-		case to <- m:
-			return nil
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-patience:
-		}
-		o.log.Warn().Msg("the shard does not take its entries: it gets a reader of its own, so that the others need not wait")
-		s.m.apart.Inc()
-		apart[shard] = true
-		g.Go(func() error { return s.read(ctx, g, []*owner{o}, m.Sequence) })
-		return nil
-	})
+// status says when this member is ready: every shard has an owner, and those
+// that are ours are counted up to what the ledger held when we took them.
+type status struct {
+	mu            sync.Mutex
+	held, unowned int
+	counted       int // of those held
 }
 
-// beaconAge says how old the oldest of the shards' beacons is.
+func (t *status) set(s *service, change func(*status)) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	change(t)
+	left := t.unowned + t.held - t.counted
+	s.m.notCaughtUp.Set(float64(left))
+	switch {
+	case t.unowned > 0:
+		s.ready.NotReady(fmt.Sprintf("%d shards have no owner", t.unowned))
+	case left > 0:
+		s.ready.NotReady(fmt.Sprintf("%d shards are catching up", left))
+	default:
+		s.ready.OK()
+	}
+}
+
+// beaconAge says how old the oldest of the beacons of the shards that we own is.
 func beaconAge(owners []*owner) prometheus.Collector {
 	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "tollkeeper_aggregator_beacon_age_seconds", Help: "How long ago the shard that has been silent for longest sent its last beacon.",
+		Name: "tollkeeper_aggregator_beacon_age_seconds", Help: "How long ago the owned shard that has been silent for longest sent its last beacon.",
 	}, func() float64 {
 		now, age := time.Now().UnixNano(), int64(0)
 		for _, o := range owners {
-			age = max(age, now-o.lastBeacon.Load())
+			if last := o.lastBeacon.Load(); last != 0 {
+				age = max(age, now-last)
+			}
 		}
 		return time.Duration(age).Seconds()
 	})
@@ -318,7 +330,7 @@ func (s *service) persist(ctx context.Context, what string, try func(context.Con
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if errors.Is(err, ledger.ErrPurged) || errors.Is(err, ledger.ErrRewound) || errors.Is(err, errForGood) {
+		if errors.Is(err, ledger.ErrPurged) || errors.Is(err, ledger.ErrRewound) || errors.Is(err, ledger.ErrStale) || errors.Is(err, errForGood) {
 			return err
 		}
 		s.ready.NotReady(what + ": " + err.Error())
@@ -333,158 +345,6 @@ func (s *service) persist(ctx context.Context, what string, try func(context.Con
 }
 
 var errForGood = errors.New("waiting does not help")
-
-// takeOver makes this process the owner of every shard: nobody else's batch is
-// taken from then on.
-func (s *service) takeOver(ctx context.Context, owners []*owner) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(4)
-	for i := range owners {
-		g.Go(func() error {
-			return s.persist(ctx, fmt.Sprintf("take over shard %d", i), func(ctx context.Context) error {
-				o, err := s.open(ctx, uint32(i))
-				owners[i] = o
-				return err
-			})
-		})
-	}
-	return g.Wait()
-}
-
-// open fences the shard and loads its state.
-func (s *service) open(ctx context.Context, shard uint32) (*owner, error) {
-	o := &owner{
-		service: s, shard: shard, log: s.log.With().Uint32("shard", shard).Logger(),
-		in: make(chan ledger.Message, inputBuffer), queries: make(chan *nats.Msg, queryBuffer), results: make(chan func() error, 8),
-	}
-	before, err := s.readPosition(ctx, shard)
-	if err != nil {
-		return nil, err
-	}
-	next := before.Found
-	next.Epoch, next.Owner = before.Found.Epoch+1, s.name
-	m, err := next.Message(shard)
-	if err != nil {
-		return nil, err
-	}
-	ledger.ExpectLast(m, before.Revision)
-	if _, err := ledger.PublishBatch(ctx, s.nc, []*nats.Msg{m}); err != nil && !errors.Is(err, ledger.ErrStale) {
-		s.log.Debug().Err(err).Uint32("shard", shard).Msg("it is not clear whether the shard is taken over")
-	}
-	// Whatever the answer was: what stands there now is ours or not.
-	// Nobody else publishes from there on, so the newest decision is too.
-	at, err := s.readPosition(ctx, shard)
-	switch {
-	case err != nil:
-		return nil, err
-	case at.Found != next:
-		return nil, fmt.Errorf("shard %d: it is at epoch %d of another owner", shard, at.Found.Epoch)
-	}
-	o.lastBeacon.Store(time.Now().UnixNano())
-	o.pub = publish.New(shard, at.Revision, next, at.Newest)
-	if o.state, err = s.load(ctx, shard, next.Snapshot); err != nil {
-		if ctx.Err() != nil || errors.Is(err, errLags) || errors.Is(err, nats.ErrTimeout) || errors.Is(err, context.DeadlineExceeded) {
-			return nil, err
-		}
-		// The log is the truth; reading it from the beginning is slower, and
-		// ends with ErrPurged where the beginning is gone.
-		o.log.Error().Err(err).Msg("the snapshot cannot be used: the shard is counted anew from the ledger's beginning")
-		if o.state, err = s.load(ctx, shard, ""); err != nil {
-			return nil, err
-		}
-	}
-	stream, err := s.js.Stream(ctx, ledger.Stream)
-	if err != nil {
-		return nil, fmt.Errorf("stream %s: %w", ledger.Stream, err)
-	}
-	// Decisions on entries that are gone would hide those on the entries that
-	// take their numbers.
-	if told, end := max(o.state.Sequence(), next.Sequence, at.Newest.Revision), stream.CachedInfo().State.LastSeq; told > end {
-		return nil, fmt.Errorf("shard %d is counted up to entry %d, but the ledger ends at %d: restore the ledger, or delete the bucket %s and the snapshots to count what it holds anew: %w",
-			shard, told, end, ledger.DecisionsBucket, ledger.ErrRewound)
-	}
-	if first := stream.CachedInfo().State.FirstSeq; o.state.Sequence() == 0 && first > 1 {
-		return nil, fmt.Errorf("shard %d: the ledger begins at %d and there is no snapshot: %w", shard, first, ledger.ErrPurged)
-	}
-	for _, subject := range ledger.ShardSubjects(shard) {
-		m, found, err := ledger.LastMessage(ctx, s.js, ledger.Stream, subject)
-		if err != nil {
-			return nil, err
-		}
-		if !found {
-			continue
-		}
-		o.target = max(o.target, m.Sequence)
-		if subject == ledger.ControlSubject(shard) {
-			o.lastControl = m.Sequence
-		}
-	}
-	o.from = o.state.Sequence() + 1
-	if o.target <= o.state.Sequence() {
-		// A shard at rest must not make the others' entries be read again.
-		o.from = max(o.from, stream.CachedInfo().State.LastSeq+1)
-	}
-	o.log.Info().Uint64("epoch", next.Epoch).Uint64("from", o.from).Uint64("to", o.target).Msg("owns the shard")
-	return o, nil
-}
-
-// readPosition returns how a shard stands in the decisions' stream.
-func (s *service) readPosition(ctx context.Context, shard uint32) (publish.Position, error) {
-	var at publish.Position
-	const stream = "KV_" + ledger.DecisionsBucket
-	m, ok, err := ledger.LastMessage(ctx, s.js, stream, publish.CheckpointSubject(shard))
-	if err != nil {
-		return at, fmt.Errorf("checkpoint of shard %d: %w", shard, err)
-	}
-	if ok {
-		at.Revision = m.Sequence
-		if at.Found, err = publish.ReadCheckpoint(shard, m.Header, m.Data); err != nil {
-			return at, fmt.Errorf("%w: %w", errForGood, err)
-		}
-	}
-	m, ok, err = ledger.LastMessage(ctx, s.js, stream, publish.DecisionsSubject(shard))
-	switch {
-	case err != nil:
-		return at, fmt.Errorf("newest decision of shard %d: %w", shard, err)
-	case !ok:
-	case len(m.Data) == 0:
-		// Somebody has deleted a key by hand. What was published after the
-		// checkpoint is published again: the same, under the same ids.
-		s.log.Warn().Uint32("shard", shard).Str("key", m.Subject).Msg("the newest decision was deleted by hand")
-	default:
-		d, err := ledger.UnmarshalDecision(m.Data)
-		if err != nil {
-			return at, fmt.Errorf("%w: newest decision of shard %d: %w", errForGood, shard, err)
-		}
-		at.Newest, at.NewestAt = publish.ToldBy(&d), m.Sequence
-	}
-	return at, nil
-}
-
-// listen lets a shard be asked as long as the connection is open.
-func (s *service) listen(o *owner) error {
-	_, err := s.nc.Subscribe(ledger.UsageSubject(o.shard), func(q *nats.Msg) {
-		select {
-		case o.queries <- q:
-		default:
-			s.m.refuse(q, "503", "too many questions at once: ask again")
-		}
-	})
-	if err != nil {
-		return fmt.Errorf("shard %d: subscribe: %w", o.shard, err)
-	}
-	return nil
-}
-
-func (s *service) caughtUp() {
-	left := s.behind.Add(-1)
-	s.m.notCaughtUp.Set(float64(left))
-	if left == 0 {
-		s.ready.OK()
-		return
-	}
-	s.ready.NotReady(fmt.Sprintf("%d shards are catching up", left))
-}
 
 // streamTime is what the stream's clock shows when ours shows now.
 func (s *service) streamTime(now time.Time) time.Time {

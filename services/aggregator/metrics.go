@@ -99,7 +99,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		snapshots:       vec("snapshots_total", "Snapshots by result: stored, failed.", "result"),
 		queries:         vec("queries_total", "Usage queries by result: answered, refused.", "result"),
 		pending:         gauge("pending_entries", "Entries of the ledger that are not read yet."),
-		notCaughtUp:     gauge("shards_catching_up", "Shards that have not yet counted what the ledger held at the start."),
+		notCaughtUp:     gauge("shards_catching_up", "Shards without any owner, and those of this member that are not counted up to what the ledger held when they became its."),
 	}
 	for _, v := range []string{"admitted", "refused", "duplicate"} {
 		m.events.WithLabelValues(v)

@@ -43,74 +43,123 @@ const (
 	maxQueued = 100_000
 	maxDead   = 64
 	ioTimeout = 5 * time.Second
+	// lookAt decisions of another's shard are kept before it is looked which of
+	// them are published, every lookEvery at most; of more than maxBacklog none
+	// is kept, and the shard is read from its snapshot if it becomes ours before
+	// they are known to be published.
+	lookAt     = 256
+	lookEvery  = time.Second
+	maxBacklog = 20_000
 	// snapshotTimeout is longer: a snapshot may be hundreds of megabytes.
 	snapshotTimeout = 2 * time.Minute
 )
 
-// owner counts one shard: one goroutine owns the state, what waits for NATS is
-// done by others, one of each kind at a time.
+// owner counts one shard, while the shard is ours and, if it stands by, while it
+// is another's: one goroutine owns the state, what waits for NATS is done by
+// others, one of each kind at a time.
 type owner struct {
 	*service
-	shard  uint32
-	log    zerolog.Logger
-	state  *quota.Shard
-	pub    publish.Publisher
-	from   uint64 // the first entry to read
-	target uint64 // what the ledger held of the shard at the start
-	ready  bool   // the target is counted
-
-	in      chan ledger.Message
-	strays  chan ledger.Message // entries of no shard, which this one buries; nil: another does
+	shard   uint32
+	log     zerolog.Logger
+	tenures chan *tenure
+	tail    atomic.Bool   // it is to be folded though it is not ours
+	nudge   chan struct{} // tail has changed
+	intake  atomic.Pointer[intake]
+	strays  chan ledger.Message // entries of no shard, which the first buries
 	queries chan *nats.Msg
 	results chan func() error // what a goroutine of ours brings back
 	running int               // goroutines of ours
 
-	decoder     fold.Decoder
+	state   *quota.Shard // nil: it is not folded
+	decoder fold.Decoder
+	dead    []letter // entries to be kept in the dead letters, by us or by the owner
+	// unkept is the newest entry that belonged in dead and did not fit; a state
+	// from before it will see it again.
+	unkept      uint64
 	lastControl uint64 // newest entry of the shard's control subject
+	entries     int    // since the last snapshot
 
-	lastBeacon   atomic.Int64 // Unix nanoseconds; of the begin before the first
+	// While it is not ours.
+	backlog  publish.Backlog
+	looking  bool // how far the owner is
+	lookedAt time.Time
+	warming  bool
+
+	// While it is.
+	tenure       *tenure
+	owns         bool // fenced: pub holds
+	pub          publish.Publisher
+	questions    *nats.Subscription
+	target       uint64       // what the ledger held of the shard at the start
+	ready        bool         // the target is counted
+	lastBeacon   atomic.Int64 // Unix nanoseconds; of the begin before the first; 0: not ours
 	publishing   bool
 	retry        backoff
 	retryAt      time.Time
-	dead         []*nats.Msg
 	burying      bool
 	ticking      bool
 	lastTick     time.Time
 	snapshotting bool
 	lastSnapshot time.Time
 	snapshotSize int
-	entries      int // since the last snapshot
 	stopping     bool
 	finalDone    bool
 
 	wake *time.Timer
 }
 
-// run counts until ctx is done, then stops cleanly; io outlives ctx.
-func (o *owner) run(ctx, io context.Context) error {
+// letter is an entry that cannot be counted.
+type letter struct {
+	sequence uint64
+	subject  string
+	reason   string
+	detail   string
+	message  *nats.Msg // nil: it is to be read again
+}
+
+func newOwner(s *service, shard uint32) *owner {
+	o := &owner{
+		service: s, shard: shard, log: s.log.With().Uint32("shard", shard).Logger(), tenures: make(chan *tenure), nudge: make(chan struct{}, 1),
+		queries: make(chan *nats.Msg, queryBuffer), results: make(chan func() error, 8),
+	}
+	if shard == 0 {
+		o.strays = make(chan ledger.Message, inputBuffer)
+	}
+	return o
+}
+
+// run counts until ctx is done.
+func (o *owner) run(ctx context.Context) error {
 	// What is still under way at the end is given up first, then waited for.
 	defer o.settle()
-	io, giveUp := context.WithCancel(io)
-	defer giveUp()
+	defer o.end()
 	beat := time.NewTicker(beaconEvery)
 	defer beat.Stop()
 	o.wake = time.NewTimer(time.Hour)
 	defer o.wake.Stop()
-	o.lastSnapshot = time.Now()
-	o.checkReady()
-	done := ctx.Done()
-	var stop <-chan time.Time
 	for {
-		o.start(io)
-		if o.stopping && o.idle() {
-			return nil
+		o.start(ctx)
+		if o.owns && o.stopping && o.idle() {
+			o.end()
 		}
-		in, strays := o.in, o.strays
-		if o.stopping || len(o.dead) >= maxDead {
+		var in <-chan ledger.Message
+		if from := o.intake.Load(); from != nil && o.state != nil {
+			in = from.in
+		}
+		strays := o.strays
+		if o.stopping || o.owns && len(o.dead) >= maxDead {
 			in, strays = nil, nil
 		}
-		if o.pub.Queued() >= maxQueued {
+		if o.owns && o.pub.Queued() >= maxQueued {
 			in = nil
+		}
+		tenures := o.tenures
+		var lost, drain <-chan struct{}
+		if t := o.tenure; t != nil {
+			tenures, lost = nil, t.ctx.Done()
+			if !o.stopping {
+				drain = t.claim.Drain()
+			}
 		}
 		select {
 		case m := <-in:
@@ -121,27 +170,191 @@ func (o *owner) run(ctx, io context.Context) error {
 		case finish := <-o.results:
 			o.running--
 			if err := finish(); err != nil {
-				return err
+				o.failed(err)
 			}
 		case q := <-o.queries:
-			o.answer(q)
+			if o.may() {
+				o.answer(q)
+			}
 		case <-beat.C:
 			o.beacon()
 		case <-o.wake.C:
-		case <-done:
-			if o.abandon {
-				return nil
+		case <-o.nudge:
+		case t := <-tenures:
+			o.begin(ctx, t)
+		case <-drain:
+			// Without the shard there is nothing to be handed over.
+			if o.stopping = true; o.abandon || !o.owns {
+				o.end()
 			}
-			o.stopping, done = true, nil
-			limit := time.NewTimer(o.o.StopTimeout)
-			defer limit.Stop()
-			stop = limit.C
-		case <-stop:
-			o.log.Warn().Int("decisions", o.pub.Queued()).Msg("stopped before everything was published: the next start does it")
+		case <-lost:
+			if n := o.unpublished(); n > 0 {
+				o.log.Warn().Int("decisions", n).Msg("the shard is not ours any more before everything was published: its next owner does it")
+			}
+			o.end()
+		case <-ctx.Done():
 			return nil
 		}
 	}
 }
+
+func (o *owner) unpublished() int {
+	if o.owns {
+		return o.pub.Queued()
+	}
+	return 0
+}
+
+// failed takes an error that ends a tenure, or more than that.
+func (o *owner) failed(err error) {
+	if errors.Is(err, ledger.ErrStale) {
+		o.log.Warn().Err(err).Msg("another aggregator has taken the shard over")
+	} else {
+		select {
+		case o.fatal <- err:
+		default: // another was first
+		}
+	}
+	o.end()
+}
+
+// begin makes the shard ours: with the state that is there, if no decision is
+// missing that its owner did not publish.
+func (o *owner) begin(ctx context.Context, t *tenure) {
+	o.tenure = t
+	o.looking, o.warming = false, false
+	var folded uint64
+	if o.state != nil {
+		folded = o.state.Sequence()
+	}
+	o.do(t.ctx, time.Hour, func(io context.Context) func() error {
+		var at publish.Position
+		var end ending
+		err := o.persist(io, fmt.Sprintf("take over shard %d", o.shard), func(once context.Context) (err error) {
+			if at, err = o.fence(once, o.shard, t.claim.Token); err == nil {
+				end, err = o.ends(once, o.shard, max(folded, snapshotAt(at.Found.Snapshot)), at)
+			}
+			return err
+		})
+		return func() error {
+			if err != nil {
+				return ignoreEnd(io, err)
+			}
+			if o.state != nil && o.unkept <= snapshotAt(at.Found.Snapshot) {
+				pub, ok := o.backlog.Resume(o.shard, at.Revision, at.Found, at.Newest, o.state.Sequence())
+				if ok {
+					return o.adopt(at, end, pub)
+				}
+			}
+			o.reload(ctx, t, at, end)
+			return nil
+		}
+	})
+}
+
+// ignoreEnd drops an error that is only the end of a tenure.
+func ignoreEnd(ctx context.Context, err error) error {
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		return nil
+	}
+	return err
+}
+
+// reload begins from the snapshot: nothing was folded, or not all is known of it.
+func (o *owner) reload(ctx context.Context, t *tenure, at publish.Position, end ending) {
+	o.cool()
+	o.do(t.ctx, time.Hour, func(io context.Context) func() error {
+		var w warmed
+		err := o.persist(io, fmt.Sprintf("load shard %d", o.shard), func(once context.Context) (err error) {
+			w, err = o.warm(once, o.shard)
+			return err
+		})
+		return func() error {
+			if err != nil {
+				return ignoreEnd(io, err)
+			}
+			o.take(ctx, w)
+			pub, _ := o.backlog.Resume(o.shard, at.Revision, at.Found, at.Newest, o.state.Sequence())
+			return o.adopt(at, end, pub)
+		}
+	})
+}
+
+// cool lets the state go.
+func (o *owner) cool() {
+	o.state, o.backlog, o.dead, o.unkept, o.entries = nil, publish.Backlog{}, nil, 0, 0
+	if from := o.intake.Swap(nil); from != nil {
+		close(from.gone)
+	}
+}
+
+// take folds on from a state that was loaded.
+func (o *owner) take(ctx context.Context, w warmed) {
+	o.state, o.backlog = w.state, publish.Backlog{}
+	from := newIntake(&reader{service: o.service, one: o})
+	o.intake.Store(from)
+	o.readApart(ctx, from, w.from)
+	o.status.set(o.service, func(*status) {}) // loading may have said that it failed
+}
+
+// adopt begins to publish.
+func (o *owner) adopt(at publish.Position, end ending, pub publish.Publisher) error {
+	o.pub, o.owns, o.backlog = pub, true, publish.Backlog{}
+	o.target, o.lastControl = end.shard, max(o.lastControl, end.control)
+	now := time.Now()
+	o.lastBeacon.Store(now.UnixNano())
+	o.lastSnapshot = now
+	// Shards that were taken over together are not all to be kept at once.
+	o.entries = min(o.entries, o.o.SnapshotEntries/2)
+	var err error
+	o.questions, err = o.nc.Subscribe(ledger.UsageSubject(o.shard), func(q *nats.Msg) {
+		select {
+		case o.queries <- q:
+		default:
+			o.m.refuse(q, "503", "too many questions at once: ask again")
+		}
+	})
+	if err != nil {
+		// The connection is closed: this is the end.
+		return fmt.Errorf("shard %d: subscribe: %w", o.shard, err)
+	}
+	o.log.Info().Uint64("epoch", at.Found.Epoch).Uint64("from", o.state.Sequence()+1).Uint64("to", o.target).Int("decisions", o.pub.Queued()).
+		Dur("took_ms", now.Sub(o.tenure.begun)).Msg("owns the shard")
+	o.checkReady()
+	select {
+	case o.unswept <- taking{o, at.Found.Epoch, at.Found.Snapshot}:
+	default: // the next one sweeps
+	}
+	return nil
+}
+
+// end gives the shard back, if it is ours. What was not published, the next
+// owner publishes.
+func (o *owner) end() {
+	t := o.tenure
+	if t == nil {
+		return
+	}
+	if o.owns {
+		o.backlog = o.pub.Resign()
+		o.pub = publish.Publisher{}
+	}
+	if o.questions != nil {
+		_ = o.questions.Unsubscribe() // a closed connection has none
+	}
+	if o.ready {
+		o.status.set(o.service, func(s *status) { s.counted-- })
+	}
+	o.lastBeacon.Store(0)
+	o.tenure, o.owns, o.ready, o.questions = nil, false, false, nil
+	o.publishing, o.burying, o.ticking, o.snapshotting, o.stopping, o.finalDone = false, false, false, false, false, false
+	o.retry.reset()
+	o.retryAt = time.Time{}
+	t.over <- nil
+}
+
+// may says whether the shard is ours at this moment.
+func (o *owner) may() bool { return o.owns && o.tenure.claim.Check() == nil }
 
 // settle waits for the goroutines that this one started.
 func (o *owner) settle() {
@@ -150,25 +363,110 @@ func (o *owner) settle() {
 	}
 }
 
-// idle reports whether a clean stop has nothing left to do.
+// idle reports whether an orderly end has nothing left to do.
 func (o *owner) idle() bool {
-	return o.running == 0 && o.pub.Queued() == 0 && len(o.dead) == 0 && !o.pub.Offered() && o.pub.Flight() == nil && (o.finalDone || o.entries == 0)
+	return o.running == 0 && o.pub.Queued() == 0 && len(o.dead) == 0 && !o.pub.Offered() && o.pub.Flight() == nil && (o.finalDone || o.entries == 0 || !o.last())
 }
 
-// do runs work beside the owner; what it returns is then called by the owner.
+// last says whether the process ends and nobody takes the shard, who would have
+// folded it already: then the next start is to find a snapshot.
+func (o *owner) last() bool {
+	select {
+	case <-o.stop:
+		return o.tenure.claim.Heir() == ""
+	default:
+		return false
+	}
+}
+
+// do runs work beside the owner; what it returns is then called by the owner,
+// unless the tenure is another by then.
 func (o *owner) do(io context.Context, limit time.Duration, work func(ctx context.Context) func() error) {
 	o.running++
+	t := o.tenure
 	go func() {
 		ctx, cancel := context.WithTimeout(io, limit)
 		defer cancel()
-		o.results <- work(ctx)
+		var finish func() error
+		if t == nil || t.claim.Check() == nil {
+			finish = work(ctx)
+		} else {
+			finish = func() error { o.end(); return nil }
+		}
+		o.results <- func() error {
+			if o.tenure != t {
+				return nil
+			}
+			return finish()
+		}
 	}()
 }
 
 // start begins whatever is due, and sets the clock for what will be.
-func (o *owner) start(io context.Context) {
+func (o *owner) start(ctx context.Context) {
 	now := time.Now()
 	wake := time.Hour
+	switch {
+	case o.may():
+		wake = o.serve(o.tenure.ctx, now)
+	case o.tenure == nil:
+		wake = o.standBy(ctx, now)
+	}
+	o.wake.Reset(wake)
+}
+
+// standBy keeps what is folded of another's shard within bounds.
+func (o *owner) standBy(ctx context.Context, now time.Time) (wake time.Duration) {
+	wake = time.Hour
+	tail := o.tail.Load()
+	switch {
+	case tail && o.state == nil && !o.warming:
+		o.warming = true
+		o.do(ctx, time.Hour, func(io context.Context) func() error {
+			var w warmed
+			err := o.persist(io, fmt.Sprintf("load shard %d", o.shard), func(once context.Context) (err error) {
+				w, err = o.warm(once, o.shard)
+				return err
+			})
+			return func() error {
+				o.warming = false
+				if err == nil {
+					o.take(ctx, w)
+				}
+				return ignoreEnd(io, err)
+			}
+		})
+	case !tail && o.state != nil:
+		o.cool()
+	case o.state != nil && !o.looking && (o.backlog.Len() >= lookAt || o.unkept > 0 || len(o.dead) >= maxDead/4):
+		if wait := o.lookedAt.Add(lookEvery).Sub(now); wait > 0 {
+			return wait
+		}
+		o.looking, o.lookedAt = true, now
+		o.do(ctx, ioTimeout, func(ask context.Context) func() error {
+			at, err := o.readPosition(ask, o.shard)
+			return func() error {
+				o.looking = false
+				if err != nil {
+					o.log.Debug().Err(err).Msg("how far the shard's owner is cannot be read")
+					return nil
+				}
+				o.backlog.Saw(at)
+				kept := snapshotAt(at.Found.Snapshot)
+				o.dead = slices.DeleteFunc(o.dead, func(l letter) bool { return l.sequence <= kept })
+				if o.unkept <= kept {
+					o.unkept = 0
+				}
+				return nil
+			}
+		})
+	}
+	return wake
+}
+
+// serve does what an owner does.
+func (o *owner) serve(io context.Context, now time.Time) (wake time.Duration) {
+	wake = time.Hour
 	if !o.publishing {
 		if wait := o.retryAt.Sub(now); wait > 0 {
 			wake = min(wake, wait)
@@ -182,7 +480,7 @@ func (o *owner) start(io context.Context) {
 		if wait := o.retryAt.Sub(now); wait > 0 {
 			wake = min(wake, wait)
 		} else {
-			o.bury(io, o.dead[0])
+			o.bury(io, &o.dead[0])
 		}
 	}
 	if o.ready && !o.stopping && !o.ticking && o.left(now) {
@@ -201,20 +499,21 @@ func (o *owner) start(io context.Context) {
 	// The state holds decisions that are not yet published; a dead letter must
 	// be kept before a snapshot passes its entry.
 	if !o.snapshotting && !o.pub.Offered() && o.entries > 0 && len(o.dead) == 0 {
-		final := o.stopping && !o.finalDone
+		final := o.stopping && !o.finalDone && o.last()
 		if final || (!o.stopping && (o.entries >= o.o.SnapshotEntries || now.Sub(o.lastSnapshot) >= o.o.SnapshotEvery)) {
 			o.finalDone = final
 			o.snapshot(io)
 		}
 	}
-	o.wake.Reset(wake)
+	return wake
 }
 
 // left reports whether the ledger has gone on for so long without this shard
 // that its position, which is its last entry's, would be in the way of whoever
 // removes what is counted: a tick moves it.
 func (o *owner) left(now time.Time) bool {
-	return o.head.Load() > o.state.Sequence()+o.o.idleEntries && len(o.in) == 0 && now.Sub(o.lastTick) >= idleTickEvery
+	from := o.intake.Load()
+	return o.head.Load() > o.state.Sequence()+o.o.idleEntries && (from == nil || len(from.in) == 0) && now.Sub(o.lastTick) >= idleTickEvery
 }
 
 // apply folds an entry of the ledger.
@@ -226,9 +525,13 @@ func (o *owner) apply(m ledger.Message) {
 	switch kind {
 	case ledger.KindControl:
 		o.lastControl = m.Sequence
-		o.m.controls.Inc()
+		if o.owns {
+			o.m.controls.Inc()
+		}
 	case ledger.KindLease:
-		o.m.leases.Inc()
+		if o.owns {
+			o.m.leases.Inc()
+		}
 	}
 	fx := o.state.Apply(e)
 	o.entries++
@@ -238,10 +541,16 @@ func (o *owner) apply(m ledger.Message) {
 	if err != nil {
 		o.deadLetter(m, err)
 	}
-	if fx.Lost > 0 {
+	if fx.Lost > 0 && o.owns {
 		o.m.skipped.Add(float64(fx.Lost))
 		o.log.Error().Hex("producer", e.Control.Closed[:]).Uint64("last", e.Control.ClosedAt).Uint64("missing", fx.Lost).
 			Msg("the last frames of a producer that has ended never came: calls are lost")
+	}
+	if !o.owns {
+		if o.backlog.Add(fx.Decisions); o.backlog.Len() > maxBacklog {
+			o.backlog.Drop()
+		}
+		return
 	}
 	o.observe(fx, e.Batch != nil)
 	o.pub.Add(m.Sequence, fx.Decisions)
@@ -295,7 +604,7 @@ func (o *owner) observe(fx *quota.Effects, counted bool) {
 func (o *owner) checkReady() {
 	if !o.ready && o.state.Sequence() >= o.target {
 		o.ready = true
-		o.caughtUp()
+		o.status.set(o.service, func(s *status) { s.counted++ })
 	}
 }
 
@@ -374,25 +683,55 @@ func (o *owner) stored(io context.Context, b *publish.Batch, obsolete string, at
 	o.beacon()
 }
 
-// deadLetter keeps an entry that cannot be counted.
+// deadLetter keeps an entry that cannot be counted, or where it stands as long
+// as the shard is another's, who keeps it.
 func (o *owner) deadLetter(m ledger.Message, cause error) {
-	reason := usage.ReasonMalformed
+	l := letter{sequence: m.Sequence, subject: m.Subject, reason: usage.ReasonMalformed, detail: readable(cause.Error())}
 	var invalid *usage.InvalidError
 	if errors.As(cause, &invalid) {
-		reason = invalid.Reason
+		l.reason = invalid.Reason
 	}
-	o.m.deadLetters.WithLabelValues(reason).Inc()
-	o.log.Error().Err(cause).Str("reason", reason).Uint64("sequence", m.Sequence).Msg("an entry of the ledger cannot be counted: it is kept in the dead letters")
-	origin := m.Subject + " " + strconv.FormatUint(m.Sequence, 10)
-	d := &nats.Msg{Subject: ledger.DeadLetterSubject(o.shard, m.Sequence), Data: m.Data, Header: nats.Header{
-		ledger.ReasonHeader: {reason}, ledger.DetailHeader: {readable(cause.Error())}, ledger.OriginHeader: {origin},
+	if !o.owns {
+		if len(o.dead) >= maxDead {
+			o.dead, o.unkept = nil, m.Sequence
+			return
+		}
+		o.dead = append(o.dead, l)
+		return
+	}
+	o.m.deadLetters.WithLabelValues(l.reason).Inc()
+	o.log.Error().Err(cause).Str("reason", l.reason).Uint64("sequence", m.Sequence).Msg("an entry of the ledger cannot be counted: it is kept in the dead letters")
+	l.message = o.write(&l, m.Header, m.Data)
+	o.dead = append(o.dead, l)
+}
+
+// write makes the message that keeps an entry.
+func (o *owner) write(l *letter, header nats.Header, data []byte) *nats.Msg {
+	d := &nats.Msg{Subject: ledger.DeadLetterSubject(o.shard, l.sequence), Data: data, Header: nats.Header{
+		ledger.ReasonHeader: {l.reason}, ledger.DetailHeader: {l.detail}, ledger.OriginHeader: {l.subject + " " + strconv.FormatUint(l.sequence, 10)},
 	}}
-	if codec := m.Header.Get(ledger.CodecHeader); codec != "" {
+	if codec := header.Get(ledger.CodecHeader); codec != "" {
 		d.Header.Set(ledger.CodecHeader, codec)
 	}
 	// One message an entry: a replay finds it there already.
 	ledger.ExpectLast(d, 0)
-	o.dead = append(o.dead, d)
+	return d
+}
+
+// read again an entry that is to be kept; nil when the ledger has it no more.
+func (o *owner) reread(ctx context.Context, l *letter) (*nats.Msg, error) {
+	stream, err := o.js.Stream(ctx, ledger.Stream)
+	if err != nil {
+		return nil, fmt.Errorf("stream %s: %w", ledger.Stream, err)
+	}
+	m, err := stream.GetMsg(ctx, l.sequence)
+	switch {
+	case errors.Is(err, jetstream.ErrMsgNotFound) && stream.CachedInfo().State.FirstSeq > l.sequence:
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("entry %d of the ledger: %w", l.sequence, err)
+	}
+	return o.write(l, m.Header, m.Data), nil
 }
 
 // readable is text that can stand in a header.
@@ -406,10 +745,18 @@ func readable(text string) string {
 	return strings.ToValidUTF8(text[:min(len(text), 512)], "")
 }
 
-func (o *owner) bury(io context.Context, m *nats.Msg) {
+func (o *owner) bury(io context.Context, l *letter) {
 	o.burying = true
+	letter := *l
 	o.do(io, ioTimeout, func(ctx context.Context) func() error {
-		_, err := o.js.PublishMsg(ctx, m)
+		var err error
+		m := letter.message
+		if m == nil {
+			m, err = o.reread(ctx, &letter)
+		}
+		if err == nil && m != nil {
+			_, err = o.js.PublishMsg(ctx, m)
+		}
 		return func() error {
 			o.burying = false
 			if err == nil || refusedWith(err, jetstream.JSErrCodeStreamWrongLastSequence) {
@@ -417,11 +764,12 @@ func (o *owner) bury(io context.Context, m *nats.Msg) {
 				o.retry.reset()
 				return nil
 			}
-			if (errors.Is(err, nats.ErrMaxPayload) || refusedWith(err, errCodeTooLarge)) && len(m.Data) > 0 {
+			if m != nil && (errors.Is(err, nats.ErrMaxPayload) || refusedWith(err, errCodeTooLarge)) && len(m.Data) > 0 {
 				// With its headers it is larger than NATS takes. The whole
 				// stands in the ledger, where the origin says.
 				m.Header.Set(truncatedHeader, strconv.Itoa(len(m.Data)))
 				m.Data = m.Data[:len(m.Data)/2]
+				o.dead[0].message = m
 				return nil
 			}
 			wait := o.retry.next()
@@ -479,7 +827,7 @@ func (o *owner) tick(io context.Context) {
 // ledger held at the start there is none: the gateways are not to take old
 // verdicts for new.
 func (o *owner) beacon() {
-	if !o.ready || o.stopping {
+	if !o.ready || o.stopping || !o.may() {
 		return
 	}
 	data, err := proto.Marshal(&tollkeeperv1.Beacon{

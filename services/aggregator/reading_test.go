@@ -2,12 +2,14 @@ package aggregator
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/rs/zerolog"
@@ -27,21 +29,27 @@ func TestAShardThatDoesNotTakeItsEntriesDoesNotHoldUpTheOthers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &service{js: w.js, nc: w.nc, m: m, log: zerolog.Nop(), shards: 2}
-	blocked := &owner{service: s, shard: 0, in: make(chan ledger.Message, 4), strays: make(chan ledger.Message, 4)}
-	other := &owner{service: s, shard: 1, in: make(chan ledger.Message, 4)}
+	ctx, cancel := context.WithCancel(t.Context())
+	g, ctx := errgroup.WithContext(ctx)
+	s := &service{js: w.js, nc: w.nc, m: m, log: zerolog.Nop(), shards: 2, g: g}
+	blocked, other := newOwner(s, 0), newOwner(s, 1)
+	s.owners = []*owner{blocked, other}
+	all := &reader{service: s, all: true, strays: blocked}
+	for _, o := range s.owners {
+		at := newIntake(all)
+		at.in = make(chan ledger.Message, 4)
+		o.intake.Store(at)
+	}
 	var want []uint64
 	for range 20 {
 		want = append(want, w.control(0, &tollkeeperv1.ControlEntry{}))
 	}
 	last := w.control(1, &tollkeeperv1.ControlEntry{})
 	want = append(want, w.control(0, &tollkeeperv1.ControlEntry{}))
-	ctx, cancel := context.WithCancel(t.Context())
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return s.read(ctx, g, []*owner{blocked, other}, 1) })
+	g.Go(func() error { return all.read(ctx, 1) })
 	deadline := time.After(10 * time.Second)
 	select {
-	case got := <-other.in:
+	case got := <-other.intake.Load().in:
 		if got.Sequence != last {
 			t.Errorf("got entry %d, want %d", got.Sequence, last)
 		}
@@ -50,7 +58,7 @@ func TestAShardThatDoesNotTakeItsEntriesDoesNotHoldUpTheOthers(t *testing.T) {
 	}
 	for _, seq := range want {
 		select {
-		case got := <-blocked.in:
+		case got := <-blocked.intake.Load().in:
 			if got.Sequence != seq {
 				t.Fatalf("got entry %d, want %d", got.Sequence, seq)
 			}
@@ -135,6 +143,11 @@ func TestSnapshotsThatNobodyNamesAreRemoved(t *testing.T) {
 	w.send(ksuid.New(), calls("acme", 1))
 	for range 2 { // the second time there is one that is named
 		r := w.run(Options{})
+		eventually(t, "what nobody names is removed", func() bool {
+			_, err := store.GetInfo(t.Context(), "shard-0/7-1")
+			_, err2 := store.GetInfo(t.Context(), "shard-1/9-1")
+			return errors.Is(err, jetstream.ErrObjectNotFound) && errors.Is(err2, jetstream.ErrObjectNotFound)
+		})
 		if err := r.stop(t); err != nil {
 			t.Fatal(err)
 		}

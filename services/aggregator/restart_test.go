@@ -106,12 +106,13 @@ func TestARestartFromSnapshotOrFromTheBeginningGivesTheSameStateAndPublishesNoth
 	p := ksuid.New()
 	first := w.run(Options{SnapshotEntries: 50})
 	last, _ := w.traffic(p, 10, 120, 1)
-	hashes := map[uint32]string{}
+	hashes, epochs := map[uint32]string{}, map[uint32]uint64{}
 	for shard, seq := range last {
 		w.counted(shard, seq)
 	}
 	for shard := range w.shards {
-		hashes[shard] = w.usage(shard).StateHash
+		u := w.usage(shard)
+		hashes[shard], epochs[shard] = u.StateHash, u.Epoch
 	}
 	if err := first.stop(t); err != nil {
 		t.Fatal(err)
@@ -122,14 +123,14 @@ func TestARestartFromSnapshotOrFromTheBeginningGivesTheSameStateAndPublishesNoth
 		t.Fatal("nobody was denied: the test says nothing")
 	}
 	for shard := range w.shards {
-		if c := w.checkpoint(shard); c.Snapshot == "" || c.Epoch != 1 {
+		if c := w.checkpoint(shard); c.Snapshot == "" || c.Epoch == 0 {
 			t.Errorf("shard %d was stopped cleanly: %+v", shard, c)
 		}
 	}
 	// From the snapshots that the clean stop left.
 	second := w.run(Options{})
 	for shard := range w.shards {
-		if got := w.usage(shard); got.StateHash != hashes[shard] || got.Epoch != 2 {
+		if got := w.usage(shard); got.StateHash != hashes[shard] || got.Epoch <= epochs[shard] {
 			t.Errorf("shard %d from its snapshot: %s at epoch %d, was %s", shard, got.StateHash, got.Epoch, hashes[shard])
 		}
 	}
@@ -155,7 +156,7 @@ func TestARestartFromSnapshotOrFromTheBeginningGivesTheSameStateAndPublishesNoth
 	}
 	third := w.run(Options{})
 	for shard := range w.shards {
-		if got := w.usage(shard); got.StateHash != hashes[shard] || got.Epoch != 3 {
+		if got := w.usage(shard); got.StateHash != hashes[shard] || got.Epoch <= epochs[shard] {
 			t.Errorf("shard %d from the beginning: %s at epoch %d, was %s", shard, got.StateHash, got.Epoch, hashes[shard])
 		}
 	}
@@ -221,31 +222,6 @@ func TestACrashBetweenBatchAndSnapshotLosesAndDoublesNothing(t *testing.T) {
 	once(t, published)
 	if denied == 0 || len(published) != denied {
 		t.Errorf("%d accounts are over their quota, %d decisions were published", denied, len(published))
-	}
-}
-
-func TestAStaleOwnerIsRejectedAndEnds(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t, 1, time.Minute)
-	w.plans("v1", lifetimeLimit(1))
-	w.account("acme", "free")
-	old := w.run(Options{})
-	next := w.run(Options{})
-	w.send(ksuid.New(), calls("acme", 2))
-	if d := w.decided("acme", "free/calls", usage.Deny); d.Epoch != 2 {
-		t.Errorf("decided at epoch %d", d.Epoch)
-	}
-	select {
-	case err := <-old.done:
-		if !errors.Is(err, ledger.ErrStale) || !strings.Contains(err.Error(), "epoch 2 has taken it over from epoch 1") {
-			t.Errorf("the old owner ended with %v", err)
-		}
-	case <-time.After(10 * time.Second):
-		t.Fatal("the old owner goes on")
-	}
-	once(t, w.published())
-	if err := next.stop(t); err != nil {
-		t.Error(err)
 	}
 }
 
@@ -370,7 +346,7 @@ func TestBeaconsSayHowFarTheShardIs(t *testing.T) {
 			t.Fatal(err)
 		}
 		if b.GetLedgerSequence() >= seq && b.GetDecisionsSequence() == stream.CachedInfo().State.LastSeq {
-			if b.GetEpoch() != 1 || b.GetStreamTimeUnixMicros() == 0 {
+			if b.GetEpoch() != w.checkpoint(0).Epoch || b.GetStreamTimeUnixMicros() == 0 {
 				t.Errorf("got %v", &b)
 			}
 			break
@@ -412,7 +388,7 @@ const childEnv = "TOLLKEEPER_TEST_AGGREGATOR"
 
 func TestMain(m *testing.M) {
 	if url := os.Getenv(childEnv); url != "" {
-		err := Run(context.Background(), Options{NATS: natsconn.Options{URL: url, Logger: zerolog.Nop()}, SnapshotEntries: 40, Registerer: prometheus.NewRegistry()})
+		err := Run(context.Background(), Options{NATS: natsconn.Options{URL: url, Logger: zerolog.Nop()}, Member: "alone", Sole: true, SnapshotEntries: 40, Registerer: prometheus.NewRegistry()})
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -56,9 +57,51 @@ func (o *owner) forget(io context.Context, name string) {
 	})
 }
 
-// sweep deletes snapshots of the shards that no checkpoint names: whoever stored
-// them was killed before. It is for when the shards are owned and not yet run.
-func (s *service) sweep(ctx context.Context, owners []*owner) error {
+// sweepAfter is how long it is waited for more shards that were taken over.
+const sweepAfter = 200 * time.Millisecond
+
+// sweeper removes the snapshots that former owners of the shards that came to us
+// have left behind.
+func (s *service) sweeper(ctx context.Context) error {
+	for {
+		taken := map[string]taking{}
+		add := func(o *owner, at taking) { taken[fmt.Sprintf("%s%d", snapshotPrefix, o.shard)] = at }
+		select {
+		case t := <-s.unswept:
+			add(t.o, t)
+		case <-ctx.Done():
+			return nil
+		}
+		more := time.NewTimer(sweepAfter)
+	gather:
+		for {
+			select {
+			case t := <-s.unswept:
+				add(t.o, t)
+			case <-more.C:
+				break gather
+			case <-ctx.Done():
+				more.Stop()
+				return nil
+			}
+		}
+		if err := s.sweep(ctx, taken); err != nil && ctx.Err() == nil {
+			s.log.Warn().Err(err).Msg("old snapshots could not be removed: the next take-over tries again")
+		}
+	}
+}
+
+// taking is a shard that came to us, and the snapshot that its checkpoint named.
+type taking struct {
+	o        *owner
+	epoch    uint64
+	snapshot string
+}
+
+// sweep deletes snapshots that former owners have stored and that no checkpoint
+// named: they were killed before. Those of our epoch, and of later ones if the
+// shard is not ours any more by now, stay.
+func (s *service) sweep(ctx context.Context, taken map[string]taking) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	all, err := s.objects.List(ctx)
@@ -68,13 +111,12 @@ func (s *service) sweep(ctx context.Context, owners []*owner) error {
 	if err != nil {
 		return err
 	}
-	named := make(map[string]string, len(owners))
-	for _, o := range owners {
-		named[fmt.Sprintf("%s%d", snapshotPrefix, o.shard)] = o.pub.Last().Snapshot
-	}
 	for _, object := range all {
 		shard, _, _ := strings.Cut(object.Name, "/")
-		if name, ours := named[shard]; !ours || name == object.Name {
+		_, epoch, _ := strings.Cut(object.Name, "-")
+		_, epoch, _ = strings.Cut(epoch, "-")
+		t, ours := taken[shard]
+		if n, err := strconv.ParseUint(epoch, 10, 64); !ours || err != nil || n >= t.epoch || object.Name == t.snapshot {
 			continue
 		}
 		if err := s.objects.Delete(ctx, object.Name); err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) {

@@ -202,6 +202,8 @@ func (s *stack) aggregator(ctx context.Context, ready func()) error {
 	ready()
 	return aggregator.Run(ctx, aggregator.Options{
 		NATS: s.nats("aggregator"), Logger: s.logger("aggregator"), Registerer: s.registry, Readiness: s.readiness, Shards: s.o.Shards,
+		// NATS in this process dies with us: nobody of our name is left.
+		Member: "tollkeeper-up", Sole: s.natsd != nil,
 	})
 }
 

@@ -57,10 +57,9 @@ type Options struct {
 	// block.
 	OnStandby func(shards []uint32)
 
-	// OnUnowned, if set, is told how many shards nobody owns, as this member
-	// sees it, each time that it changes; the first time when it has read who
-	// owns what. It must not block.
-	OnUnowned func(n int)
+	// OnView, if set, is told what this member sees each time that it changes;
+	// the first time when it has read who owns what. It must not block.
+	OnView func(View)
 
 	// StopTimeout bounds the hand-over of a clean stop; 0 means
 	// DefaultStopTimeout.
@@ -72,6 +71,9 @@ type Options struct {
 
 	hang func() // tests hang the loop in it
 }
+
+// View is what a member sees: shards that it holds, and shards that nobody owns.
+type View struct{ Held, Unowned int }
 
 const (
 	inputBuffer = 256
@@ -99,7 +101,7 @@ func Run(ctx context.Context, o Options) error {
 	}
 	r := &runner{
 		o: o, bucket: &bucket{nc: o.NC, js: o.JS, name: o.Bucket, replicas: o.Replicas},
-		unowned: -1, inputs: make(chan input, inputBuffer), feed: make(chan *nats.Msg, feedBuffer), over: make(chan struct{}), writes: make(chan struct{}, maxWrites),
+		view: View{Held: -1}, inputs: make(chan input, inputBuffer), feed: make(chan *nats.Msg, feedBuffer), over: make(chan struct{}), writes: make(chan struct{}, maxWrites),
 	}
 	var err error
 	if r.metrics, err = newMetrics(o.Registerer); err != nil {
@@ -150,7 +152,7 @@ type runner struct {
 	over    chan struct{} // closed when nobody takes inputs any more
 	writes  chan struct{}
 	running int // callbacks
-	unowned int
+	view    View
 }
 
 // open makes the bucket, however long it takes until NATS is there.
@@ -258,10 +260,12 @@ func (r *runner) carryOut(io context.Context, m *fleet.Machine, fx *fleet.Effect
 	for _, n := range fx.Notes {
 		r.tell(n)
 	}
-	if n := m.Unowned(); n != r.unowned && m.Synced() {
-		r.unowned = n
-		if r.o.OnUnowned != nil {
-			r.o.OnUnowned(n)
+	if m.Synced() {
+		if v := (View{Held: m.Held(), Unowned: m.Unowned()}); v != r.view {
+			r.view = v
+			if r.o.OnView != nil {
+				r.o.OnView(v)
+			}
 		}
 	}
 	r.metrics.members.Set(float64(m.Members()))

@@ -60,6 +60,7 @@ type peer struct {
 	revision uint64
 	present  bool // in the newest reading, or seen since
 	dead     bool // for good
+	heard    bool // renewed since it was first seen
 	first    Instant
 	changed  Instant // when the newest revision was first seen
 	fencing  uint64  // the write in flight
@@ -251,15 +252,30 @@ func (m *Machine) Members() int { return len(m.members) }
 // Synced says whether the bucket was read once.
 func (m *Machine) Synced() bool { return m.synced }
 
-// Unowned is how many shards nobody has, as this member sees it; what another
-// has claimed counts as owned until that one is known to be gone.
+// Held is how many shards this member has.
+func (m *Machine) Held() int {
+	n := 0
+	for i := range m.slots {
+		if m.slots[i].phase.tenure() {
+			n++
+		}
+	}
+	return n
+}
+
+// Unowned is how many shards nobody has, as this member sees it: another's count
+// as owned from when that one was heard of until it is known to be gone.
 func (m *Machine) Unowned() int {
 	if !m.synced {
 		return m.Shards
 	}
 	n := 0
 	for i := range m.slots {
-		if s := &m.slots[i]; !s.phase.tenure() && m.isFree(s) {
+		s := &m.slots[i]
+		if s.phase.tenure() {
+			continue
+		}
+		if p := m.peers[s.claim.Session]; m.isFree(s) || p == nil || !p.heard {
 			n++
 		}
 	}
@@ -650,6 +666,7 @@ func (m *Machine) Saw(now Instant, e Entry, fx *Effects) {
 		if p.State != rec.State || p.Member != rec.Member || !slices.Equal(p.Declines, rec.Declines) {
 			m.dirty = true
 		}
+		p.heard = p.heard || p.revision > 0
 		p.revision, p.changed = e.Revision, now
 		if p.dead {
 			return
