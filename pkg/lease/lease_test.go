@@ -39,6 +39,25 @@ func TestWhateverDiesNoMoreIsAdmittedThanIsAllowed(t *testing.T) {
 	worlds(t, "exact", random)
 }
 
+// counted returns a world in which the log counts calls beside their gateways'
+// words: before them, after them, and when they are dead.
+func counted(seed uint64) plan {
+	p := random(seed)
+	r := rand.New(rand.NewPCG(seed, 2))
+	p.faults.frames = Micros(1+r.IntN(int(1+r.Int64N(2000)))) * ms
+	p.faults.complete = r.IntN(1001)
+	if r.IntN(2) == 0 {
+		p.reserve = 0
+	}
+	p.faults.release = r.IntN(4) == 0
+	return p
+}
+
+func TestUseThatTheLogCountsIsSettledOnce(t *testing.T) {
+	t.Parallel()
+	worlds(t, "counted", counted)
+}
+
 func TestTheLeasedTierExceedsByItsExposureAtMost(t *testing.T) {
 	t.Parallel()
 	worlds(t, "leased", func(seed uint64) plan {
@@ -131,19 +150,22 @@ func quiet(seed uint64) plan {
 // A test that can't fail proves nothing: each way to break the protocol is found.
 func TestTheSimulationFindsABrokenProtocol(t *testing.T) {
 	t.Parallel()
-	for _, broken := range []string{
-		"a unit is used twice",
-		"use goes on after the lease's end",
-		"the spool forgets",
-		"grants die with the owner",
-		"a restarted gateway keeps its name",
-		"answered before it is in the ledger",
-		"who ends has used nothing",
+	for broken, make := range map[string]func(uint64) plan{
+		"a frame is counted twice":     counted,
+		"an end before all is counted": counted,
+
+		"a unit is used twice":                random,
+		"use goes on after the lease's end":   random,
+		"the spool forgets":                   random,
+		"grants die with the owner":           random,
+		"a restarted gateway keeps its name":  random,
+		"answered before it is in the ledger": random,
+		"who ends has used nothing":           random,
 	} {
 		t.Run(broken, func(t *testing.T) {
 			t.Parallel()
 			for seed := uint64(1); seed <= 300; seed++ {
-				p := random(seed)
+				p := make(seed)
 				p.broken = broken
 				w := newWorld(p)
 				w.run()

@@ -22,6 +22,10 @@ type faults struct {
 	above                      int    // settlements above the bound
 	lateHolds, lostHolds, void int
 	deaf                       int // gateways that hear and say nothing for a while
+	// frames: calls are counted by the log too, each frame of them so long after
+	// its calls at most; 0: they are not.
+	frames   Micros
+	complete int // crashes of which the spool has every call, and the log says so
 }
 
 // plan of a simulated world.
@@ -110,6 +114,12 @@ type simGateway struct {
 	order   []*Hold
 	waiters []*simClient
 	spoke   bool // every lease has had its last word
+
+	pending []int64 // units of calls that are in no frame yet, by allowance
+	counted []int64 // units that the log has counted
+	landing Micros  // of the last frame
+	lost    bool    // what is not in the log never will be
+	ended   bool    // its end by the log is on its way
 }
 
 type simHold struct {
@@ -197,6 +207,15 @@ func newWorld(p plan) *world {
 		w.every(100*ms, func() {
 			if w.chance(f.ownerCrashes / 10) {
 				w.crashOwner()
+			}
+		})
+	}
+	if f.frames > 0 {
+		w.every(20*ms, func() {
+			for _, g := range w.gateways {
+				if g.alive && w.chance(200) {
+					w.flush(g)
+				}
 			}
 		})
 	}
@@ -306,10 +325,58 @@ func (w *world) leave(g *simGateway) {
 		}
 	}
 	w.pump(g)
+	w.flush(g)
+	if w.faults.frames > 0 && w.reserve == 0 && !g.ended && w.chance(500) {
+		// Nothing can be taken any more, so the log may say it before the gateway.
+		w.end(g, 0)
+	}
 	if !done && w.now < w.stopAt+30*second {
 		w.after(20*ms, func() { w.leave(g) })
 	}
 	g.spoke = done
+}
+
+// flush seals a frame of what was called; frames land in their order.
+func (w *world) flush(g *simGateway) {
+	if w.faults.frames == 0 {
+		return
+	}
+	units := g.pending
+	g.pending = make([]int64, w.allowances())
+	g.landing = max(g.landing, w.now+w.upTo(w.faults.frames))
+	copies := 1
+	if w.broken == "a frame is counted twice" && w.chance(100) {
+		copies = 2
+	}
+	w.after(g.landing-w.now, func() {
+		if g.lost {
+			return
+		}
+		for i, n := range units {
+			if n > 0 {
+				g.counted[i] += n
+				for range copies {
+					w.append(i, Entry{Counted: []Counted{{g.id, n}}})
+				}
+			}
+		}
+	})
+}
+
+// end has the log say that all calls of the gateway are counted.
+func (w *world) end(g *simGateway, after Micros) {
+	g.ended = true
+	at := max(g.landing, w.now+after)
+	if w.broken == "an end before all is counted" {
+		at = w.now
+	}
+	w.after(at-w.now+1, func() {
+		for i, p := range g.purses {
+			if p != nil {
+				w.append(i, Entry{Ended: &g.id})
+			}
+		}
+	})
 }
 
 // The network.
@@ -536,6 +603,7 @@ func (w *world) changeAmount() {
 func (w *world) newGateway() *simGateway {
 	w.ids++
 	g := &simGateway{alive: true, holds: NewHolds(64), open: map[*Hold]simHold{}, purses: make([]*Purse, w.allowances())}
+	g.pending, g.counted = make([]int64, w.allowances()), make([]int64, w.allowances())
 	binary.BigEndian.PutUint64(g.id[:], w.rng.Uint64())
 	binary.BigEndian.PutUint64(g.id[8:], w.ids)
 	w.gateways = append(w.gateways, g)
@@ -598,7 +666,16 @@ func (w *world) crash(at int) {
 		return
 	}
 	g.alive = false
-	speaks := w.chance(w.faults.spool)
+	complete := w.faults.frames > 0 && w.reserve == 0 && w.chance(w.faults.complete)
+	speaks := !complete && w.chance(w.faults.spool)
+	if complete || speaks {
+		w.flush(g)
+	} else {
+		g.lost = w.chance(500)
+	}
+	if complete {
+		w.end(g, 2*w.faults.delay+w.upTo(second)) // after all that it has said
+	}
 	for _, hold := range g.open {
 		if speaks {
 			for _, i := range hold.allowances {
@@ -615,7 +692,7 @@ func (w *world) crash(at int) {
 			w.after(w.upTo(second), func() { w.append(i, Entry{Ask: &m}) })
 		}
 	}
-	g.spoke = speaks
+	g.spoke = speaks || complete
 	var next *simGateway
 	for _, c := range w.clients {
 		if c.gateway != g {
@@ -759,6 +836,7 @@ func (w *world) try(c *simClient) (Outcome, int) {
 		t.admitted += c.amount
 		if !c.reserve {
 			t.used += c.amount
+			g.pending[i] += c.amount
 		}
 		if w.broken == "a unit is used twice" && w.chance(5) {
 			t.admitted += c.amount
@@ -813,6 +891,9 @@ func (w *world) resolve(g *simGateway, h *Hold, hold simHold, cost int64) {
 	}
 	if again, _ := h.Settle(actual, w.clock(g)); again != Already || how == Already {
 		w.fail("a reservation was resolved as %d and then as %d", how, again)
+	}
+	for _, i := range hold.allowances {
+		g.pending[i] += cost
 	}
 	if how == Forgotten {
 		return // it stays held
@@ -886,6 +967,9 @@ func (w *world) audit() {
 			if !g.alive {
 				used += p.held.Load()
 			}
+			if w.faults.frames > 0 && p.held.Load() != 0 {
+				used = max(used, g.counted[i]) // of calls that were forgotten
+			}
 			at, known := e.find(g.id)
 			if !known {
 				if used != 0 {
@@ -896,6 +980,10 @@ func (w *world) audit() {
 			l := &e.leases[at]
 			settled += l.used + l.over
 			switch {
+			case l.counted != g.counted[i]:
+				w.fail("allowance %d: %d units of a lease are counted, %d were", i, l.counted, g.counted[i])
+			case l.used+l.over != max(l.said+l.beyond, g.counted[i]):
+				w.fail("allowance %d: of a lease %d + %d units are settled where it said %d + %d and %d were counted", i, l.used, l.over, l.said, l.beyond, g.counted[i])
 			case g.alive && !p.Done() && p.held.Load() == 0:
 				w.fail("allowance %d: a living gateway could not close its lease: %+v", i, p.sent)
 			case g.spoke && (l.used+l.over != used || l.out() != 0):

@@ -530,3 +530,91 @@ func TestBrokenSnapshotsAreRefused(t *testing.T) {
 		t.Error("another version is read")
 	}
 }
+
+func TestTheLargerOfTwoTotalsOfTheSameUseHolds(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 100, nil)
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 10})
+	d.apply(Entry{Counted: []Counted{{anna, 4}}})
+	d.is("settled by the count", d.e.State().Settled, int64(4))
+	d.is("outstanding", d.e.State().Outstanding, int64(6))
+	d.ask(Ask{Gateway: anna, Seq: 2, Known: 10, Used: 3})
+	d.is("an older word", d.e.State().Settled, int64(4))
+	d.ask(Ask{Gateway: anna, Seq: 3, Known: 10, Used: 7})
+	d.is("a newer word", d.e.State().Settled, int64(7))
+	d.apply(Entry{Counted: []Counted{{anna, 3}}})
+	d.is("counted after it was said", d.e.State().Settled, int64(7))
+	d.ask(Ask{Gateway: anna, Seq: 4, Known: 10, Used: 7, Returned: 3, Closing: true})
+	d.is("in the end", d.e.State().Settled+d.e.State().Outstanding, int64(7))
+}
+
+// What was counted may have cost more than was reserved: that is not known
+// before the gateway says so.
+func TestCountedUseThatWasBeyondTheLeaseIsFoundToBeSo(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 100, nil)
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 10})
+	d.apply(Entry{Counted: []Counted{{anna, 12}}})
+	d.is("above what was out", d.e.State().Counts.Above, int64(2))
+	d.is("outstanding", d.e.State().Outstanding, int64(0))
+	d.ask(Ask{Gateway: anna, Seq: 2, Known: 10, Used: 7, Over: 5})
+	s := d.e.State()
+	d.is("settled", s.Settled, int64(12))
+	d.is("above", s.Counts.Above, int64(5))
+	d.is("outstanding: what may yet be used", s.Outstanding, int64(3))
+	d.ask(Ask{Gateway: anna, Seq: 3, Known: 10, Used: 7, Over: 5, Returned: 3})
+	d.is("outstanding", d.e.State().Outstanding, int64(0))
+	d.is("settled", d.e.State().Settled, int64(12))
+}
+
+func TestUseOfALeaseThatIsNoMoreIsSettledAllTheSame(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 10, func(terms *Terms) { terms.ReleaseAfter, terms.MaxExposure = second, 10 })
+	d.apply(Entry{Counted: []Counted{{bert, 2}}})
+	d.is("of a lease that nobody knows", d.e.State().Counts.Outside, int64(2))
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 5})
+	d.apply(Entry{Ended: &anna})
+	d.is("outstanding after the end", d.e.State().Outstanding, int64(0))
+	d.apply(Entry{Counted: []Counted{{anna, 1}}})
+	d.is("after its end", d.e.State().Counts.Late, int64(1))
+	d.ask(Ask{Gateway: cleo, Seq: 1, Need: 5})
+	d.now = 2*second + 1
+	d.apply(Entry{})
+	d.is("given up", d.e.State().Exposure, int64(5))
+	d.apply(Entry{Counted: []Counted{{cleo, 3}}})
+	s := d.e.State()
+	d.is("given up still", s.Exposure, int64(2))
+	d.is("late", s.Counts.Late, int64(4))
+	d.is("settled", s.Settled, int64(6))
+	d.apply(Entry{Ended: &cleo})
+	d.is("given up after its end", d.e.State().Exposure, int64(0))
+}
+
+func TestAnEndByTheLogClosesTheLease(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 10, nil)
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 10})
+	d.ask(Ask{Gateway: bert, Seq: 1, Need: 4})
+	d.apply(Entry{Counted: []Counted{{anna, 6}}})
+	d.apply(Entry{Ended: &anna})
+	d.is("bert, who waited", d.said[bert].Granted, int64(4))
+	a, _ := d.ask(Ask{Gateway: anna, Seq: 2, Known: 10, Used: 6, Need: 1})
+	d.is("anna", a.Verdict, Ended)
+	d.is("settled", d.e.State().Settled, int64(6))
+	// Its last word may come after the log's.
+	_, fx := d.ask(Ask{Gateway: anna, Seq: 3, Known: 10, Used: 6, Returned: 4, Closing: true})
+	d.is("invalid", fx.Invalid, "")
+	d.is("settled", d.e.State().Settled, int64(6))
+	d.apply(Entry{Ended: &cleo})
+	d.is("leases", d.e.State().Leases, 2)
+}
+
+func TestTermsChangeWhileTheWindowGoesOn(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 10, nil)
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 1})
+	d.apply(Entry{Terms: &Terms{Start: 5, End: 7, Term: 3 * second, Patience: second, Horizon: second, MaxLeases: 1}})
+	d.is("the window", d.e.terms.End, Micros(0))
+	a, _ := d.ask(Ask{Gateway: anna, Seq: 2, Known: 1, Need: 1})
+	d.is("expiry", a.Expiry, 3*second)
+}

@@ -154,13 +154,29 @@ func (s *Shard) stir(x *allowance) {
 	}
 }
 
-// fireLeases stirs what is due of the heap below i. Allowances do not touch each
+// fireLeases stirs what is due. What is over is done with at once: nothing else
+// of this entry concerns it, and the plans may change its limit.
+func (s *Shard) fireLeases() {
+	s.stirDue(0)
+	kept := s.stirred[:0]
+	for _, x := range s.stirred {
+		if x.end <= s.now {
+			s.settle(x)
+		} else {
+			kept = append(kept, x)
+		}
+	}
+	clear(s.stirred[len(kept):])
+	s.stirred = kept
+}
+
+// stirDue stirs what is due of the heap below i. Allowances do not touch each
 // other: the order does not matter.
-func (s *Shard) fireLeases(i int) {
+func (s *Shard) stirDue(i int) {
 	if i < len(s.leaseTimes) && s.leaseTimes[i].due <= s.now {
 		s.stir(s.leaseTimes[i])
-		s.fireLeases(2*i + 1)
-		s.fireLeases(2*i + 2)
+		s.stirDue(2*i + 1)
+		s.stirDue(2*i + 2)
 	}
 }
 
@@ -279,40 +295,46 @@ func (s *Shard) endLeases(g lease.Gateway) {
 	}
 }
 
-// settleLeases applies what this entry brought, and takes away what is over.
+// settleLeases applies what this entry brought.
 func (s *Shard) settleLeases() {
 	for n, x := range s.stirred {
 		s.stirred[n] = nil
-		if !x.stirred {
-			continue // its limit is gone
+		if x.stirred { // else its limit is gone
+			s.settle(x)
 		}
-		x.entry.Sequence, x.entry.Time = s.sequence, lease.Micros(s.now)
-		before := x.escrow.Counts()
-		fx := x.escrow.Apply(x.entry)
-		after := x.escrow.Counts()
-		s.effects.Leases.Add(&before, &after)
-		if fx.Invalid != "" && s.effects.Invalid == nil {
-			s.effects.Invalid = invalid(usage.ReasonMalformed, "an ask of account %q, limit %s: %s", s.name(x.key.account), s.limitAt(x).fullID, fx.Invalid)
-		}
-		for _, a := range fx.Answers {
-			if x.refusing && a.Gateway == x.ask.Gateway && a.Verdict != lease.Ended {
-				a.Verdict, a.Room = lease.DeniedFinal, 0
-			}
-			s.answerOf(x, s.limitAt(x), a)
-		}
-		s.soil(x.key.account)
-		if x.key.window == s.windows[s.limitAt(x).kind].number {
-			s.touch(x.key.account, x.key.limit, false)
-		}
-		x.entry, x.counted[0], x.stirred, x.refusing = lease.Entry{}, lease.Counted{}, false, false
-		if x.end <= s.now {
-			s.dropAllowance(x)
-			continue
-		}
-		x.due = x.next()
-		heap.Fix(&s.leaseTimes, x.at)
 	}
 	s.stirred = s.stirred[:0]
+}
+
+// settle applies what this entry brought to an allowance, and takes it away if
+// it is over.
+func (s *Shard) settle(x *allowance) {
+	l := s.limitAt(x)
+	x.entry.Sequence, x.entry.Time = s.sequence, lease.Micros(s.now)
+	before := x.escrow.Counts()
+	fx := x.escrow.Apply(x.entry)
+	after := x.escrow.Counts()
+	s.effects.Leases.Add(&before, &after)
+	if fx.Invalid != "" && s.effects.Invalid == nil {
+		s.effects.Invalid = invalid(usage.ReasonMalformed, "an ask of account %q, limit %s: %s", s.name(x.key.account), l.fullID, fx.Invalid)
+	}
+	for _, a := range fx.Answers {
+		if x.refusing && a.Gateway == x.ask.Gateway && a.Verdict != lease.Ended {
+			a.Verdict, a.Room = lease.DeniedFinal, 0
+		}
+		s.answerOf(x, l, a)
+	}
+	s.soil(x.key.account)
+	if x.key.window == s.windows[l.kind].number {
+		s.touch(x.key.account, x.key.limit, false)
+	}
+	x.entry, x.counted[0], x.stirred, x.refusing = lease.Entry{}, lease.Counted{}, false, false
+	if x.end <= s.now {
+		s.dropAllowance(x)
+		return
+	}
+	x.due = x.next()
+	heap.Fix(&s.leaseTimes, x.at)
 }
 
 func (s *Shard) limitAt(x *allowance) *limit {
@@ -340,7 +362,7 @@ func (s *Shard) moveAllowances(i uint32, old, limits []limit) {
 			continue
 		}
 		present := s.windows[old[o].kind].number
-		for number := present - 1; number <= present+1; number++ {
+		for number := present; number <= present+1; number++ {
 			x := s.allowances[allowanceKey{i, uint32(o), number}]
 			if x == nil {
 				continue

@@ -364,7 +364,7 @@ func (s *Shard) Apply(e Entry) *Effects {
 		s.advance(e.Time)
 	}
 	s.fire()
-	s.fireLeases(0)
+	s.fireLeases()
 	for len(s.pending) > 0 && s.pending[0].EffectiveAt <= s.now {
 		set := s.pending[0]
 		s.pending = append(s.pending[:0], s.pending[1:]...)
