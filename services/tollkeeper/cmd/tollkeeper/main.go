@@ -28,6 +28,7 @@ type cli struct {
 	Bench      benchCmd      `cmd:"" help:"Measure throughput and latency beside the raw limits."`
 	Apply      applyCmd      `cmd:"" help:"Show what a plans file would change, and apply it."`
 	Explain    explainCmd    `cmd:"" help:"Say why a decision was made: limit, counter, ledger position, the calls that led there, and the verdict replayed from the log."`
+	Audit      auditCmd      `cmd:"" help:"Recompute the state of every shard from the ledger and compare its hash with what aggregators have counted."`
 	Correct    correctCmd    `cmd:"" help:"Correct usage that was reported wrongly, twice or not at all: counters, history and a live block."`
 	Engine     engineCmd     `cmd:"" help:"The embedded ClickHouse engine."`
 	NATS       natsCmd       `cmd:"" name:"nats" help:"Run the embedded NATS server alone."`
