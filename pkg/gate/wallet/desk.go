@@ -35,6 +35,7 @@ type pocket struct {
 	sent     lease.Ask       // the newest that is in the ledger or on its way
 	heard    uint64          // newest ask that was answered
 	again    lease.Micros    // when a new purse may be tried; 0: this one is good
+	grace    bool            // somebody waits although an early denial stands
 	due      bool            // in the desk's list of those whose Next is to be called
 	hot      bool            // in the list of those that wait for something
 	gone     bool            // forgotten
@@ -254,7 +255,7 @@ func (d *desk) run(ctx context.Context) {
 func (d *desk) idle() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return len(d.open) == 0
+	return len(d.open) == 0 && len(d.turning) == 0
 }
 
 // lows looks at the purses that run low.
@@ -283,8 +284,9 @@ func (d *desk) tick() {
 	for _, p := range d.hot {
 		p.hot = false
 		p.queue = slices.DeleteFunc(p.queue, func(x *waiter) bool { return x.over })
-		if p.end != 0 && now >= p.end-d.w.skew && len(p.queue) > 0 {
-			d.serve(p, now) // they want the next window's
+		if len(p.queue) > 0 && (p.grace || p.end != 0 && now >= p.end-d.w.skew) {
+			p.grace = false
+			d.serve(p, now) // they give up, or want the next window's
 		}
 		d.look(p)
 	}
@@ -329,7 +331,7 @@ func (d *desk) gather() (*tollkeeperv1.LeaseEntry, []*pocket) {
 			continue
 		}
 		m, ok := p.purse.Next(now)
-		if p.purse.Done() {
+		if p.purse.Done() && now >= p.again {
 			d.forget(p)
 			continue
 		}

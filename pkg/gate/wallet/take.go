@@ -84,6 +84,7 @@ type waiter struct {
 	reserve  bool
 	lifetime lease.Micros // of the reservation
 	until    lease.Micros // how long it waits
+	grace    lease.Micros // how long after an early denial; 0: there was none
 	done     chan struct{}
 	over     bool // result is there, or nobody waits for it any more
 	result   Result
@@ -108,7 +109,9 @@ func (w *Wallet) Take(ctx context.Context, parts []Part, reserve bool, lifetime 
 	}
 	if w.waiting.Add(1) > int64(w.o.MaxWaiting) {
 		x.over = true
-		x.result = Result{Standing: Busy}
+		if x.result.Standing != DeniedEarly {
+			x.result = Result{Standing: Busy}
+		}
 	} else {
 		x.done = make(chan struct{})
 	}
@@ -129,9 +132,6 @@ func (w *Wallet) Take(ctx context.Context, parts []Part, reserve bool, lifetime 
 	d.mu.Lock()
 	if !x.over {
 		x.over = true // whoever finds it in a queue passes it by
-		if x.result.Standing != Turning {
-			x.result.Standing = NoAnswer
-		}
 	}
 	d.mu.Unlock()
 	w.metrics.waits.Observe(time.Since(from).Seconds())
@@ -179,12 +179,21 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 			r.Hold = &Hold{d: d, hold: hold, parts: x.parts, pockets: x.pockets}
 		}
 		return end(r)
-	case lease.Refused, lease.RefusedEarly:
-		r := Result{Standing: Denied, At: at, Decision: p.decision, Start: usage.Micros(p.start)}
-		if out == lease.RefusedEarly {
-			r.Standing = DeniedEarly
+	case lease.Refused:
+		return end(Result{Standing: Denied, At: at, Decision: p.decision, Start: usage.Micros(p.start)})
+	case lease.RefusedEarly:
+		r := Result{Standing: DeniedEarly, At: at, Decision: p.decision, Start: usage.Micros(p.start)}
+		if x.grace == 0 {
+			x.grace = now + d.w.grace
 		}
-		return end(r)
+		if now >= x.grace || len(p.queue) >= maxGrace {
+			return end(r)
+		}
+		// What others hold may come back any moment, and then the owner says so.
+		x.result, p.grace = r, true
+		p.queue = append(p.queue, x)
+		d.look(p)
+		return false
 	case lease.Full:
 		return end(Result{Standing: Busy})
 	case lease.Over:
@@ -193,7 +202,7 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 		if p.end == 0 || p.end >= x.until {
 			return end(Result{Standing: Turning})
 		}
-		x.result.Standing = Turning
+		x.result = Result{Standing: Turning}
 		d.turning = append(d.turning, x)
 		return false
 	}
@@ -202,10 +211,13 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 		x.lease[i].Purse.Need(x.lease[i].Amount, x.until)
 	}
 	d.all(x.pockets)
-	x.result.Standing = NoAnswer
+	x.result = Result{Standing: NoAnswer}
 	p.queue = append(p.queue, x)
 	return false
 }
+
+// maxGrace is how many calls wait at a purse although an early denial stands.
+const maxGrace = 1024
 
 // maxBarren is how many of those that wait are tried in vain before the rest is
 // left for the next answer.

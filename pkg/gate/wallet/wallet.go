@@ -57,7 +57,9 @@ type Options struct {
 	Shards uint32
 	// Now is the ledger's time as the gateway estimates it.
 	Now func() usage.Micros
-	// Skew, Wait, MaxPurses, MaxWaiting and MaxHolds have defaults.
+	// Skew, Wait, MaxPurses, MaxWaiting and MaxHolds have defaults. A call that is
+	// denied early, because others hold what is left, waits a quarter of Wait for it
+	// to come back.
 	Skew, Wait                      time.Duration
 	MaxPurses, MaxWaiting, MaxHolds int
 
@@ -70,6 +72,7 @@ type Wallet struct {
 	o       Options
 	gateway lease.Gateway
 	skew    lease.Micros
+	grace   lease.Micros // that calls wait after an early denial
 	clock   atomic.Int64 // a recent reading of Now
 	desks   []desk
 	holds   *lease.Holds
@@ -95,7 +98,7 @@ func New(o Options) (*Wallet, error) {
 	orInt(&o.MaxWaiting, DefaultMaxWaiting)
 	orInt(&o.MaxHolds, DefaultMaxHolds)
 	w := &Wallet{
-		o: o, gateway: lease.Gateway(o.Gateway), skew: lease.Micros(o.Skew.Microseconds()), desks: make([]desk, o.Shards),
+		o: o, gateway: lease.Gateway(o.Gateway), skew: lease.Micros(o.Skew.Microseconds()), grace: lease.Micros(o.Wait.Microseconds() / 4), desks: make([]desk, o.Shards),
 		holds: lease.NewHolds(o.MaxHolds), gone: make(chan struct{}, 1), trouble: trouble{log: o.Logger},
 	}
 	for i := range w.desks {

@@ -206,6 +206,7 @@ type owner struct {
 	away    bool
 	beacons bool
 	asks    int
+	ahead   time.Duration // of its clock
 	cancel  context.CancelFunc
 	done    sync.WaitGroup
 }
@@ -249,7 +250,9 @@ func (o *owner) leave(away bool) {
 	o.away = away
 }
 
-func (o *owner) id(account, limit string, start int64) string { return fmt.Sprint(account, " ", limit, " ", start) }
+func (o *owner) id(account, limit string, start int64) string {
+	return fmt.Sprint(account, " ", limit, " ", start)
+}
 
 func (o *owner) entry(m jetstream.Msg) {
 	e, err := ledger.DecodeLease(m.Headers(), m.Data())
@@ -262,9 +265,9 @@ func (o *owner) entry(m jetstream.Msg) {
 		o.w.t.Error(err)
 		return
 	}
-	now := lease.Micros(time.Now().UnixMicro())
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	now := lease.Micros(o.now())
 	o.asks += len(e.GetAsks())
 	for _, a := range e.GetAsks() {
 		k := o.id(a.GetAccount(), a.GetLimit(), a.GetWindowStartUnixMicros())
@@ -334,11 +337,19 @@ func (o *owner) say(shard uint32, account, limit string, start int64, l *usage.L
 	}
 }
 
+func (o *owner) now() int64 { return time.Now().Add(o.ahead).UnixMicro() }
+
+func (o *owner) shift(by time.Duration) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.ahead = by
+}
+
 // tick lets time pass, as a shard's ticks do, and beacons.
 func (o *owner) tick() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	now := time.Now().UnixMicro()
+	now := o.now()
 	if o.away {
 		return
 	}
