@@ -20,6 +20,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/aggregator"
 	"github.com/tollkeeper/tollkeeper/services/alerter"
+	"github.com/tollkeeper/tollkeeper/services/auditor"
 	"github.com/tollkeeper/tollkeeper/services/console"
 	"github.com/tollkeeper/tollkeeper/services/gateway"
 	"github.com/tollkeeper/tollkeeper/services/historian"
@@ -55,6 +56,8 @@ type Options struct {
 	Gateway *gateway.Options
 	// Alerter's rules and receivers; the rest is filled in.
 	Alerter alerter.Options
+	// Auditor's intervals; the rest is filled in.
+	Auditor auditor.Options
 
 	// Plans is a plans file to apply at the start; empty applies none, except
 	// that the demo applies its own to a ledger without any.
@@ -119,6 +122,7 @@ func Run(ctx context.Context, o Options) error {
 	g.AddRun("aggregator", s.aggregator)
 	g.AddRun("historian", s.historian)
 	g.AddRun("alerter", s.alerter)
+	g.AddRun("auditor", s.auditor)
 	g.Add("plans", s.applyPlans, nil)
 	if o.Gateway != nil {
 		if o.Demo {
@@ -220,6 +224,14 @@ func (s *stack) alerter(ctx context.Context, ready func()) error {
 	o := s.o.Alerter
 	o.NATS, o.Logger, o.Registerer, o.Readiness, o.AdminListen = s.nats("alerter"), s.logger("alerter"), s.registry, s.readiness, ""
 	return alerter.Run(ctx, o)
+}
+
+func (s *stack) auditor(ctx context.Context, ready func()) error {
+	ready()
+	o := s.o.Auditor
+	o.NATS, o.ClickHouse, o.Provision = s.nats("auditor"), s.addr.ClickHouseOptions, ledger.ProvisionOptions{Shards: s.o.Shards}
+	o.Logger, o.Registerer, o.Readiness, o.AdminListen = s.logger("auditor"), s.registry, s.readiness, ""
+	return auditor.Run(ctx, o)
 }
 
 // provision makes the streams before the services look for them.

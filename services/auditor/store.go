@@ -1,0 +1,143 @@
+package auditor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/services/auditor/internal/findings"
+)
+
+// store keeps books in the bucket of snapshots, the last two, so that one that
+// was cut off while being written leaves the other, and findings in a bucket of
+// their own.
+type store struct {
+	js   jetstream.JetStream
+	next int
+}
+
+var bookNames = [2]string{"auditor/books.0", "auditor/books.1"}
+
+func (s *store) load(ctx context.Context) ([][]byte, error) {
+	objects, err := s.js.ObjectStore(ctx, ledger.SnapshotsBucket)
+	if err != nil {
+		return nil, fmt.Errorf("bucket %s: %w", ledger.SnapshotsBucket, err)
+	}
+	var found [2][]byte
+	var at [2]int64
+	for i, name := range bookNames {
+		info, err := objects.GetInfo(ctx, name)
+		if err == nil {
+			at[i] = info.ModTime.UnixNano()
+			found[i], err = objects.GetBytes(ctx, name)
+		}
+		switch {
+		case errors.Is(err, jetstream.ErrObjectNotFound):
+		case errors.Is(err, jetstream.ErrDigestMismatch):
+			found[i] = nil
+		case err != nil:
+			return nil, fmt.Errorf("read %s: %w", name, err)
+		}
+	}
+	newest := 0
+	if at[1] > at[0] {
+		newest = 1
+	}
+	s.next = 1 - newest
+	var out [][]byte
+	for _, data := range [][]byte{found[newest], found[1-newest]} {
+		if data != nil {
+			out = append(out, data)
+		}
+	}
+	return out, nil
+}
+
+func (s *store) save(ctx context.Context, data []byte) error {
+	objects, err := s.js.ObjectStore(ctx, ledger.SnapshotsBucket)
+	if err != nil {
+		return fmt.Errorf("bucket %s: %w", ledger.SnapshotsBucket, err)
+	}
+	if _, err := objects.PutBytes(ctx, bookNames[s.next], data); err != nil {
+		return fmt.Errorf("write %s: %w", bookNames[s.next], err)
+	}
+	s.next = 1 - s.next
+	return nil
+}
+
+func (s *store) bucket(ctx context.Context) (jetstream.KeyValue, error) {
+	kv, err := s.js.KeyValue(ctx, ledger.AuditBucket)
+	if err != nil {
+		return nil, fmt.Errorf("bucket %s: %w", ledger.AuditBucket, err)
+	}
+	return kv, nil
+}
+
+// findings returns what was found before.
+func (s *store) findings(ctx context.Context) (*findings.Book, error) {
+	kv, err := s.bucket(ctx)
+	if err != nil {
+		return nil, err
+	}
+	book := findings.New()
+	keys, err := kv.Keys(ctx)
+	if err != nil && !errors.Is(err, jetstream.ErrNoKeysFound) {
+		return nil, fmt.Errorf("read findings: %w", err)
+	}
+	for _, key := range keys {
+		if !strings.HasPrefix(key, ledger.AuditFindingPrefix) {
+			continue
+		}
+		e, err := kv.Get(ctx, key)
+		if errors.Is(err, jetstream.ErrKeyNotFound) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", key, err)
+		}
+		var f findings.Finding
+		if err := json.Unmarshal(e.Value(), &f); err != nil {
+			return nil, fmt.Errorf("%s in bucket %s is no finding (delete it): %w", key, ledger.AuditBucket, err)
+		}
+		book.Restore(&f)
+	}
+	return book, nil
+}
+
+// publish stores what changed, and the status.
+func (s *store) publish(ctx context.Context, status *Status, book *findings.Book) error {
+	kv, err := s.bucket(ctx)
+	if err != nil {
+		return err
+	}
+	changed, removed := book.Changes()
+	for _, f := range changed {
+		data, err := json.Marshal(f)
+		if err != nil {
+			return fmt.Errorf("write a finding: %w", err)
+		}
+		if _, err := kv.Put(ctx, ledger.AuditFindingPrefix+f.ID, data); err != nil {
+			return fmt.Errorf("write a finding: %w", err)
+		}
+		book.Saved(f.ID)
+	}
+	for _, id := range removed {
+		if err := kv.Purge(ctx, ledger.AuditFindingPrefix+id); err != nil {
+			return fmt.Errorf("forget a finding: %w", err)
+		}
+		book.Saved(id)
+	}
+	data, err := json.Marshal(status)
+	if err != nil {
+		return fmt.Errorf("write the audit's status: %w", err)
+	}
+	if _, err := kv.Put(ctx, ledger.AuditStatusKey, data); err != nil {
+		return fmt.Errorf("write the audit's status: %w", err)
+	}
+	return nil
+}
