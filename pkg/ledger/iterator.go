@@ -72,9 +72,24 @@ func openIterator(ctx context.Context, js jetstream.JetStream, stream jetstream.
 	cfg.Replicas = 1
 	// For when the server could not be told to delete it.
 	cfg.InactiveThreshold = 30 * time.Second
-	cons, err := stream.CreateConsumer(ctx, cfg)
-	if err != nil {
-		return nil, fmt.Errorf("create consumer: %w", err)
+	// Nor is this answered while nobody leads: it is asked again, for as long as an
+	// election takes. Then it may be that a large stream is slow to count what is
+	// pending, and all the time there is is given to it.
+	var cons jetstream.Consumer
+	for tries := 0; ; tries++ {
+		wait := 1500 * time.Millisecond
+		if tries >= 6 {
+			wait = time.Minute
+		}
+		try, cancel := context.WithTimeout(ctx, wait)
+		cons, err = stream.CreateConsumer(try, cfg)
+		cancel()
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
+			return nil, fmt.Errorf("create consumer: %w", err)
+		}
 	}
 	in := &iterator{
 		js: js, stream: stream.CachedInfo().Config.Name, consumer: cfg.Name, pending: cons.CachedInfo().NumPending,
