@@ -45,10 +45,10 @@ type killsOptions struct {
 func endure(ctx context.Context, o Options, out *Outcome, k killsOptions) (err error) {
 	// Under full load an account runs into its limit after some seconds of a
 	// minute, so that there are decisions and refusals to be lost.
-	quota := plans.Plan{ID: "soak", Limits: []plans.Limit{{ID: "minute", Meter: "calls", Window: "minute", Amount: max(int64(k.rate*4)/int64(k.accounts), 1)}}}
+	quota := plans.Plan{ID: "soak", Limits: []plans.Limit{{ID: "minute", Meter: "calls", Window: "minute", Amount: max(int64(k.rate*8)/int64(k.accounts), 1)}}}
 	doc, accounts := people("kills", k.accounts, "soak")
 	free, more := people("kills-free", 1, "")
-	w, err := begin(ctx, o, out, k.fleet, &plans.Document{Version: plans.FormatVersion, Plans: []plans.Plan{quota}, Accounts: append(doc, free...)}, append(accounts, more...))
+	w, err := begin(ctx, o, out, k.fleet, k.rounds+1, &plans.Document{Version: plans.FormatVersion, Plans: []plans.Plan{quota}, Accounts: append(doc, free...)}, append(accounts, more...))
 	if err != nil {
 		return err
 	}
@@ -68,11 +68,12 @@ func endure(ctx context.Context, o Options, out *Outcome, k killsOptions) (err e
 	if k.victims != nil {
 		all = k.victims(w.fleet)
 	}
+	var blocks []time.Duration
 	for round := range k.rounds {
 		faults := Schedule(w.r, Plan{Kills: k.kills, Victims: all, Cables: cables, Pause: k.pause, Last: k.last})
 		raging, over := context.WithCancel(ctx)
 		var load sync.WaitGroup
-		load.Go(func() { w.load(raging, k.workers, k.rate) })
+		load.Go(func() { w.drive(raging, k.workers, k.rate) })
 		if err := pause(ctx, 300*time.Millisecond); err != nil {
 			over()
 			load.Wait()
@@ -82,6 +83,11 @@ func endure(ctx context.Context, o Options, out *Outcome, k killsOptions) (err e
 		_ = pause(ctx, 300*time.Millisecond) // under load after the last fault; the end of ctx is seen below
 		over()
 		load.Wait()
+		decided, err := w.crossNext(ctx)
+		if err != nil {
+			return fmt.Errorf("round %d: after the faults: %w", round+1, err)
+		}
+		blocks = append(blocks, decided)
 		check, err := w.settle(ctx)
 		if err != nil {
 			return fmt.Errorf("round %d: %w", round+1, err)
@@ -99,6 +105,7 @@ func endure(ctx context.Context, o Options, out *Outcome, k killsOptions) (err e
 	if !w.safe {
 		w.loss()
 	}
+	out.measure(figure("a limit crossed right after the faults: refused at another gateway", 0, blocks))
 	out.NoAnswers = w.traffic.Errors()
 	if k.figures != nil {
 		k.figures(w)
@@ -106,8 +113,8 @@ func endure(ctx context.Context, o Options, out *Outcome, k killsOptions) (err e
 	return nil
 }
 
-// load drives calls of all accounts through all gateways until ctx is done.
-func (w *world) load(ctx context.Context, workers int, rate float64) {
+// drive makes calls of all accounts through all gateways until ctx is done.
+func (w *world) drive(ctx context.Context, workers int, rate float64) {
 	gateways := len(w.fleet.GatewayURLs())
 	dice := make([]*rand.Rand, workers)
 	seed := w.r.Uint64()
@@ -116,7 +123,7 @@ func (w *world) load(ctx context.Context, workers int, rate float64) {
 	}
 	w.traffic.Drive(ctx, workers, rate, func(worker, _ int) (traffic.Shape, bool) {
 		r := dice[worker]
-		return traffic.Shape{Account: r.IntN(len(w.accounts)), Gateway: r.IntN(gateways), Output: 1 + r.IntN(50)}, true
+		return traffic.Shape{Account: r.IntN(w.load), Gateway: r.IntN(gateways), Output: 1 + r.IntN(50)}, true
 	})
 }
 

@@ -34,6 +34,9 @@ func Scenarios() []Scenario {
 				kills: 10, rounds: o.Rounds, rate: o.rate(1500), workers: 48, pause: 1200 * time.Millisecond, last: 1200 * time.Millisecond, accounts: 24,
 			})
 		}},
+		{"cluster", "three nodes of NATS with three replicas, one killed at a time: nothing lost, and the ledger stands still no longer than the election and 2 s", 9, func(ctx context.Context, o Options, out *Outcome) error {
+			return loseNodes(ctx, o, out, fleet.Options{Nodes: 3, Gateways: 2, SpoolBeforeAnswer: true, UnknownMaxCalls: 1 << 30})
+		}},
 	}
 }
 

@@ -57,14 +57,21 @@ type world struct {
 	ledger   *points.Ledger
 	accounts []traffic.Account
 	safe     bool
+	load     int // accounts of the load; those after are probes
+	probe    int // the next one
 
 	mu   sync.Mutex
 	ends map[string][]int64 // when gateways were killed, microseconds of the traffic
 }
 
 // begin starts a fleet with plans applied. The world must be closed.
-func begin(ctx context.Context, o Options, out *Outcome, f fleet.Options, doc *plans.Document, accounts []traffic.Account) (w *world, err error) {
-	w = &world{o: o, out: out, r: rand.New(rand.NewPCG(o.Seed, 1)), net: f.Net, accounts: accounts, safe: f.SpoolBeforeAnswer, ends: map[string][]int64{}}
+// probing is how many crossings there will be at most.
+func begin(ctx context.Context, o Options, out *Outcome, f fleet.Options, probing int, doc *plans.Document, accounts []traffic.Account) (w *world, err error) {
+	load := len(accounts)
+	if probing > 0 {
+		doc, accounts = probes(probing, doc, accounts)
+	}
+	w = &world{o: o, load: load, probe: load, out: out, r: rand.New(rand.NewPCG(o.Seed, 1)), net: f.Net, accounts: accounts, safe: f.SpoolBeforeAnswer, ends: map[string][]int64{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, w.close())
@@ -119,7 +126,7 @@ func (w *world) apply(ctx context.Context, doc *plans.Document) error {
 func (w *world) known(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	last := len(w.accounts) - 1
+	last := w.load - 1
 	for g := range w.fleet.GatewayURLs() {
 		for {
 			a := w.traffic.Call(ctx, traffic.Shape{Account: last, Gateway: g})

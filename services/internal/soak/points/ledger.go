@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/segmentio/ksuid"
@@ -70,6 +71,9 @@ type Ledger struct {
 	// Unreadable entries.
 	Unreadable int64
 
+	// times are when entries came, for the silences between them; the newest
+	// mostTimes are kept.
+	times  []time.Time
 	number func(requestID string) (int, bool)
 	seen   map[uint32]*dedup.Set
 }
@@ -77,6 +81,19 @@ type Ledger struct {
 // NewLedger reads nothing yet. number returns a call's number by its request id.
 func NewLedger(number func(requestID string) (int, bool)) *Ledger {
 	return &Ledger{Accounts: map[string]*Sums{}, LastOfShard: map[uint32]uint64{}, number: number, seen: map[uint32]*dedup.Set{}}
+}
+
+// mostTimes are enough for some minutes of load.
+const mostTimes = 500_000
+
+// Silence is the longest time between two entries of which the later came after
+// a moment.
+func (l *Ledger) Silence(after time.Time) time.Duration {
+	longest := time.Duration(0)
+	for i := len(l.times) - 1; i > 0 && l.times[i].After(after); i-- {
+		longest = max(longest, l.times[i].Sub(l.times[i-1]))
+	}
+	return longest
 }
 
 var errEnd = errors.New("end")
@@ -97,6 +114,10 @@ func (l *Ledger) Read(ctx context.Context, js jetstream.JetStream) error {
 			return nil
 		}
 		l.Last = m.Sequence
+		if len(l.times) == 2*mostTimes {
+			l.times = append(l.times[:0], l.times[mostTimes:]...)
+		}
+		l.times = append(l.times, m.Time)
 		if kind, _, err := ledger.ParseSubject(m.Subject); err == nil && kind == ledger.KindCalls {
 			if err := ledger.DecodeCalls(&frame, m.Subject, m.Header, m.Data); err != nil {
 				l.Unreadable++
