@@ -241,3 +241,50 @@ func FuzzRead(f *testing.F) {
 		}
 	})
 }
+
+func TestAnotherHorizonHoldsFromThenOn(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(t *rapid.T) {
+		horizons := rapid.SampledFrom([]int64{1, 10, 24, 100, 1000})
+		horizon := usage.Micros(horizons.Draw(t, "horizon"))
+		s := New(horizon)
+		now := usage.Micros(0)
+		seen := map[EventID]usage.Micros{}
+		kept := map[EventID]usage.Micros{} // until when at least
+		for i := range rapid.IntRange(1, 60).Draw(t, "steps") {
+			now += usage.Micros(rapid.SampledFrom([]int64{0, 1, 5, 30, 200}).Draw(t, "pass"))
+			if rapid.IntRange(0, 4).Draw(t, "change") == 0 {
+				horizon = usage.Micros(horizons.Draw(t, "horizon"))
+				s.SetHorizon(horizon, now)
+				for id, at := range seen {
+					if kept[id] = min(kept[id], at+horizon); kept[id] >= now {
+						kept[id] = at + horizon // it was not forgotten
+					}
+				}
+				data := s.AppendBinary(nil)
+				read, rest, err := Read(data)
+				if err != nil || len(rest) != 0 || !bytes.Equal(read.AppendBinary(nil), data) {
+					t.Fatalf("a snapshot is read as something else: %v", err)
+				}
+				s = read
+			}
+			id := EventID{byte(rapid.IntRange(0, 5).Draw(t, "id"))}
+			at, known := seen[id]
+			isNew := s.Foreign(id, now)
+			switch {
+			case isNew && known && now <= kept[id]:
+				t.Fatalf("step %d: an event of %d is new at %d, the horizon is %d", i, at, now, horizon)
+			case !isNew && !known:
+				t.Fatalf("step %d: an event that never was is none", i)
+			case !isNew && now-at > 3*1000+3*48:
+				t.Fatalf("step %d: an event of %d is remembered at %d", i, at, now)
+			}
+			if isNew {
+				seen[id], kept[id] = now, now+horizon
+			}
+			if n := len(s.buckets); n > horizonBuckets+1 {
+				t.Fatalf("%d buckets", n)
+			}
+		}
+	})
+}

@@ -13,6 +13,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/pkg/window"
 )
@@ -202,6 +203,9 @@ func (m *model) control(c *Control, out map[string]told) {
 		}
 		m.setPlans(*c.PlanSet, out)
 	}
+	if c.Correction != nil {
+		m.correct(c.Correction)
+	}
 	for _, in := range c.Accounts {
 		a := m.account(in.ID)
 		if in.Parent != "" {
@@ -211,6 +215,37 @@ func (m *model) control(c *Control, out map[string]told) {
 		if !in.Closed && in.Plan != a.plan {
 			a.plan = in.Plan
 			m.replan(in.ID, a, m.version, true, out)
+		}
+	}
+}
+
+func (m *model) correct(c *Correction) {
+	at := c.Time
+	if at == 0 || at > m.now {
+		at = m.now
+	}
+	for _, q := range c.Adjustments {
+		own := m.account(c.Account)
+		adjust := func(t *Totals) {
+			by := q.Value
+			if q.Meter != usage.Calls {
+				by = max(by, -t.Meters[q.Meter])
+				t.Meters[q.Meter] += by
+			}
+			if t.Adjusted == nil {
+				t.Adjusted = map[usage.Meter]int64{}
+			}
+			t.Adjusted[q.Meter] += by
+		}
+		adjust(&own.own)
+		for id := c.Account; id != ""; id = m.accounts[id].parent {
+			for _, l := range m.accounts[id].limits {
+				kind, _ := window.Parse(l.Window)
+				n := kind.Number(at)
+				if l.Meter == q.Meter && l.Filter.Match(c.Model, c.Route, c.Method) && n >= kind.Number(m.now)-1 {
+					l.used[n] = max(0, l.used[n]+q.Value)
+				}
+			}
 		}
 	}
 }
@@ -386,7 +421,7 @@ func (st *story) next(t *rapid.T) step {
 	if rapid.IntRange(0, 9).Draw(t, "clock goes back") == 0 {
 		e.Time -= 2_000_000
 	}
-	switch rapid.SampledFrom([]string{"calls", "calls", "calls", "calls", "foreign", "plans", "accounts", "accounts", "nothing"}).Draw(t, "kind") {
+	switch rapid.SampledFrom([]string{"calls", "calls", "calls", "calls", "foreign", "plans", "accounts", "accounts", "correction", "nothing"}).Draw(t, "kind") {
 	case "calls":
 		producer := rapid.SampledFrom([]byte{1, 2}).Draw(t, "producer")
 		if rapid.IntRange(0, 5).Draw(t, "again") > 0 {
@@ -404,6 +439,19 @@ func (st *story) next(t *rapid.T) step {
 			set.EffectiveAt = st.now + usage.Micros(rapid.Int64Range(1, 100).Draw(t, "in")*1_000_000)
 		}
 		e.Control = &Control{ID: rapid.SampledFrom([]string{"", "x", "y"}).Draw(t, "act"), PlanSet: set}
+	case "correction":
+		c := &Correction{
+			Account: rapid.SampledFrom(accountIDs).Draw(t, "account"), Model: rapid.SampledFrom(models).Draw(t, "model"),
+			Time: max(0, e.Time-usage.Micros(rapid.SampledFrom([]int64{0, 30, 61, 4000, -50}).Draw(t, "age")*1_000_000)),
+		}
+		if rapid.Bool().Draw(t, "now") {
+			c.Time = 0
+		}
+		for _, m := range rapid.SliceOfNDistinct(rapid.SampledFrom([]usage.Meter{usage.Calls, usage.InputTokens, "images"}), 1, 3, rapid.ID).Draw(t, "meters") {
+			by := rapid.OneOf(rapid.Int64Range(-9, -1), rapid.Int64Range(1, 5)).Draw(t, "by")
+			c.Adjustments = append(c.Adjustments, usage.Quantity{Meter: m, Value: by})
+		}
+		e.Control = &Control{ID: rapid.SampledFrom([]string{"", "x", "z"}).Draw(t, "act"), Correction: c}
 	case "accounts":
 		for _, i := range rapid.SliceOfNDistinct(rapid.IntRange(0, len(accountIDs)-1), 1, 3, rapid.ID).Draw(t, "accounts") {
 			a := usage.Account{ID: accountIDs[i], Plan: rapid.SampledFrom(append(planIDs, "", "unheard of")).Draw(t, "plan"), Closed: rapid.IntRange(0, 6).Draw(t, "closed") == 0}
@@ -503,6 +551,11 @@ func TestHowCallsAreCutIntoFramesDoesNotMatter(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		whole, cut := New(Options{}), New(Options{})
 		set := genPlans.Draw(t, "plans")
+		for i := range set.Plans {
+			for k := range set.Plans[i].Limits {
+				set.Plans[i].Limits[k].Tier = rapid.SampledFrom([]usage.Tier{usage.TierExact, usage.TierEventual}).Draw(t, "tier")
+			}
+		}
 		var accounts []usage.Account
 		for i, id := range accountIDs {
 			a := usage.Account{ID: id, Plan: rapid.SampledFrom(planIDs).Draw(t, "plan")}
@@ -521,24 +574,72 @@ func TestHowCallsAreCutIntoFramesDoesNotMatter(t *testing.T) {
 			verdicts(whole, wholeVerdicts, Entry{Sequence: uint64(i + 1), Time: noon, Control: c})
 			verdicts(cut, cutVerdicts, Entry{Sequence: uint64(i + 1), Time: noon, Control: c})
 		}
+		// Two gateways have leases of what is leased, of the one the calls may come from.
+		var asks []LeaseAsk
+		for _, a := range accounts {
+			for _, p := range set.Plans {
+				for _, l := range p.Limits {
+					kind, _ := window.Parse(l.Window)
+					start, _ := kind.Bounds(noon)
+					asks = append(asks, LeaseAsk{a.ID, p.ID + "/" + l.ID, start, lease.Ask{Gateway: lease.Gateway{1}, Seq: 1, Need: 3, Want: 6, Sent: lease.Micros(noon)}})
+				}
+			}
+		}
+		withAsks := func(s *Shard, into map[string]usage.Verdict, seq uint64, g lease.Gateway, n uint64) []LeaseAnswer {
+			var answers []LeaseAnswer
+			for i := range asks {
+				asks[i].Gateway, asks[i].Seq = g, n
+			}
+			e := Entry{Sequence: seq, Time: noon, Asks: asks}
+			verdicts(s, into, e)
+			for _, a := range s.effects.Answers {
+				a.Revision, a.Decision, a.Recall = 0, nil, min(a.Recall, 1) // which entry led to it differs
+				answers = append(answers, a)
+			}
+			return answers
+		}
+		if len(asks) > 0 {
+			withAsks(whole, wholeVerdicts, 3, lease.Gateway{1}, 1)
+			withAsks(cut, cutVerdicts, 3, lease.Gateway{1}, 1)
+		}
 		calls := rapid.SliceOfN(genCall(noon), 1, 60).Draw(t, "calls")
+		flags := map[string]int64{}
+		for i := range calls {
+			calls[i].RequestID = fmt.Sprint(i)
+			if rapid.Bool().Draw(t, "of a lease") {
+				flags[calls[i].RequestID] = int64(usage.FromLease)
+			}
+		}
+		batch := func(number uint64, calls []usage.Call) *Batch {
+			b := batchOf(1, number, calls)
+			for i := range calls {
+				b.Flags.Values = append(b.Flags.Values, flags[calls[i].RequestID])
+			}
+			return b
+		}
 		for i := range calls {
 			// Of two foreign events with one identity the first is counted:
 			// there the order matters.
 			calls[i].Source, calls[i].EventID = "", ""
 		}
-		verdicts(whole, wholeVerdicts, Entry{Sequence: 3, Time: noon, Batch: batchOf(1, 1, calls)})
+		verdicts(whole, wholeVerdicts, Entry{Sequence: 4, Time: noon, Batch: batch(1, calls)})
 		// Cut, shuffled within the entry's time, and every frame sent twice.
 		order := rapid.Permutation(calls).Draw(t, "order")
-		seq, number := uint64(3), uint64(0)
+		seq, number := uint64(4), uint64(0)
 		for len(order) > 0 {
 			n := rapid.IntRange(1, len(order)).Draw(t, "cut")
 			number++
 			for range 2 {
-				verdicts(cut, cutVerdicts, Entry{Sequence: seq, Time: noon, Batch: batchOf(1, number, order[:n])})
+				verdicts(cut, cutVerdicts, Entry{Sequence: seq, Time: noon, Batch: batch(number, order[:n])})
 				seq++
 			}
 			order = order[n:]
+		}
+		if len(asks) > 0 {
+			x, y := withAsks(whole, wholeVerdicts, seq, lease.Gateway{2}, 1), withAsks(cut, cutVerdicts, seq, lease.Gateway{2}, 1)
+			if diff := cmp.Diff(x, y); diff != "" {
+				t.Fatalf("answers: -whole +cut\n%s", diff)
+			}
 		}
 		if diff := cmp.Diff(wholeVerdicts, cutVerdicts); diff != "" {
 			t.Fatalf("verdicts: -whole +cut\n%s", diff)

@@ -34,6 +34,9 @@ func TestAFrameBecomesABatchWithItsIdentity(t *testing.T) {
 	for _, account := range []string{"acme", "hooli", "acme"} {
 		c := usage.Call{Time: 1_700_000_000_000_000, Account: account, Model: "large"}
 		c.Quantities.Set("pages", 4)
+		if account == "hooli" {
+			c.Flags = usage.FromLease
+		}
 		b.Add(&c)
 	}
 	var d Decoder
@@ -43,6 +46,9 @@ func TestAFrameBecomesABatchWithItsIdentity(t *testing.T) {
 	}
 	if e.Batch.Producer != dedup.Producer(p) || e.Batch.Number != 9 || e.Batch.N != 3 || string(e.Batch.Account.At(1)) != "hooli" || len(e.Batch.Custom) != 1 {
 		t.Errorf("%+v", e.Batch)
+	}
+	if f := e.Batch.Flags; len(f.Values) != 3 || f.Values[0] != 0 || usage.Flags(f.Values[1]) != usage.FromLease {
+		t.Errorf("flags %+v", f)
 	}
 	// A frame that can't be read still lets time pass, and brings nothing of
 	// the one before.
