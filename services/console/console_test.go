@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -20,8 +21,10 @@ import (
 	"github.com/getkin/kin-openapi/routers/gorillamux"
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/conservation"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/health"
@@ -229,6 +232,35 @@ func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
 		c.do(exchange{path: "/v1/history/calls?" + bad, status: 400})
 	}
 
+	var conserved conservation.Answer
+	decode(t, c.do(exchange{path: "/v1/audit"}), &conserved)
+	if conserved.State != "unknown" {
+		t.Errorf("before an auditor has said anything: %+v", conserved)
+	}
+	bucket, err := w.js.KeyValue(t.Context(), ledger.AuditBucket)
+	if err == nil {
+		_, err = bucket.Put(t.Context(), ledger.AuditStatusKey, fmt.Appendf(nil, `{"at_unix_micros":%d,"whole":true,"calls":7,"points":[{"pair":"ledger-history","ok":true,"lag_seconds":0.5,"detail":"d","open":1}],"open":1,
+		"findings":[{"id":"ledger-history-1-ab","pair":"ledger-history","kind":"gap","minute_unix":60,"minute":"1970-01-01 00:01 UTC","account":"acme","text":"t","first_seen_unix_micros":1,"last_seen_unix_micros":2,
+			"parts":[{"origin":"3-4","from":3,"to":4,"since_unix_micros":5,"want":{"count":2,"refused":0,"sums":[2,0,0,0,0,0,0,0],"hash":"18446744073709551615"},"got":{"count":1,"refused":0,"sums":[1,0,0,0,0,0,0,0],"hash":"1"}}]},
+			{"id":"x","pair":"gateway-ledger","kind":"double","minute_unix":60,"minute":"m","account":"","others":true,"text":"t","parts":null,"first_seen_unix_micros":1,"last_seen_unix_micros":2,"resolved_at_unix_micros":2}]}`, micros(time.Now())))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.until("the audit's finding is shown", func() bool {
+		decode(t, c.do(exchange{path: "/v1/audit?open=true&limit=9"}), &conserved)
+		return conserved.State == "down"
+	})
+	if f := conserved.Findings; len(f) != 1 || f[0].Account != "acme" || f[0].Parts[0].Want.Hash != "18446744073709551615" || conserved.Calls != 7 {
+		t.Errorf("the audit: %+v", conserved)
+	}
+	decode(t, c.do(exchange{path: "/v1/audit"}), &conserved)
+	if len(conserved.Findings) != 2 {
+		t.Errorf("the audit: %+v", conserved)
+	}
+	for _, bad := range []string{"limit=0", "limit=x", "open=maybe"} {
+		c.do(exchange{path: "/v1/audit?" + bad, status: 400})
+	}
 	c.do(exchange{path: "/v1/alerts"})
 	var dead struct {
 		Newest []struct{ Reason, Detail, Origin string }

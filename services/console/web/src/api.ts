@@ -117,6 +117,37 @@ export interface History {
   series: Series[]
 }
 
+export type Pair = 'gateway-ledger' | 'ledger-counters' | 'ledger-history'
+
+export interface Finding {
+  id: string
+  pair: Pair
+  kind: 'gap' | 'double' | 'sum'
+  minute: string
+  account: string
+  text: string
+  first_seen_unix_micros: number
+  resolved_at_unix_micros?: number
+}
+
+export interface Audit {
+  state: State
+  detail: string
+  at_unix_micros: number
+  calls: number
+  unclaimed_calls: number
+  checked_cells: number
+  points: { pair: Pair; ok: boolean; lag_seconds: number; detail: string; open: number }[]
+  open: number
+  findings: Finding[]
+}
+
+export async function getAudit(signal: AbortSignal): Promise<Audit> {
+  const res = await fetch('/v1/audit?limit=20', { headers: headers(), signal })
+  if (!res.ok) throw await problemOf(res)
+  return (await res.json()) as Audit
+}
+
 /** Problem is an answer that is not the one asked for. */
 export class Problem extends Error {
   readonly status: number

@@ -1,5 +1,6 @@
 import { useEffect, useReducer, useRef, useState } from 'preact/hooks'
 import { setToken, type Part, type State } from './api'
+import { AuditCard } from './audit'
 import { AccountsCard, AlertsCard, CodesCard, DeadLettersCard, Figures, LiveCard, RefusalsCard } from './cards'
 import { clock } from './format'
 import { HistoryCard } from './history'
@@ -47,6 +48,7 @@ export function App() {
         <HistoryCard />
         <AlertsCard live={m.live} />
         <DeadLettersCard live={m.live} />
+        <AuditCard />
       </main>
     </>
   )

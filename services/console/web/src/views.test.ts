@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest'
 import type { History, TopLimit } from './api'
+import { stateOf } from './audit'
 import { tightest } from './cards'
 import { areasOf } from './history'
 import { lookOfCode, lookOfSeries } from './palette'
@@ -33,6 +34,13 @@ it('draws refused calls of a group together with admitted ones', () => {
   }
   expect(areasOf(h).map((a) => [a.name, a.values])).toEqual([['large', [2, 2]], ['none given', [1, 0]], ['All others', [5, 5]]])
   expect(areasOf({ ...h, group: 'code' }).map((a) => a.name)).toEqual(['large', 'Admitted', 'All others'].map((n) => (n === 'large' ? 'Large' : n)))
+})
+
+it('says of two points that disagree so, whether they can be asked or not', () => {
+  const p = { pair: 'ledger-history' as const, ok: true, lag_seconds: 0, detail: '', open: 0 }
+  expect(stateOf(p)).toBe('ok')
+  expect(stateOf({ ...p, ok: false })).toBe('waiting')
+  expect(stateOf({ ...p, ok: false, open: 1 })).toBe('down')
 })
 
 it('tells everything apart by more than colour', () => {
