@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"fmt"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -21,6 +22,10 @@ const (
 	// UnknownHeader is set when the call passes under the policy for unknown
 	// verdicts; the caller's event says so in admitted_unknown.
 	UnknownHeader = "X-Tollkeeper-Admitted-Unknown"
+	// RecordedHeader is set when the call's one unit came from leases: the gateway
+	// has recorded the call, and the caller must not post an event of a call for it
+	// (what else it used it may post with "calls": 0).
+	RecordedHeader = "X-Tollkeeper-Recorded"
 	// ModelHeader names the model of the call that is asked for.
 	ModelHeader = "X-Tollkeeper-Model"
 )
@@ -42,13 +47,17 @@ const (
 // is not 401 is answered 403, and X-Tollkeeper-Status has the status that is meant.
 //
 // It does not meter: the caller posts an event for every call that it let through.
-// Refusals are recorded here.
+// Refusals are recorded here, and so is a call that limits of the tiers exact and
+// leased concern: its unit was taken from leases of this gateway, and only this
+// gateway's events can say so, or it would be counted twice. Then the answer has
+// X-Tollkeeper-Recorded. Such limits on anything but calls can't be kept here, for
+// nobody would settle the reservation: those accounts are refused with 403.
 type admit struct {
 	gate   *gate.Gate
 	proxy  *proxy
 	key    func(*http.Request) string
 	region string
-	record func(r *http.Request, shard uint32, c *usage.Call)
+	record func(r *http.Request, shard uint32, c *usage.Call) error
 	now    func() usage.Micros
 	asks   *prometheus.CounterVec
 }
@@ -94,7 +103,31 @@ func (a *admit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if caller.KeyID != nil {
 		keyID = *caller.KeyID
 	}
-	v := a.gate.Admit(caller.Account, req)
+	call := func() usage.Call {
+		c := usage.Call{
+			Time: began, Account: caller.Account.ID(), KeyID: keyID, RequestID: id, Method: req.Method, Route: req.Route, Model: req.Model,
+			Region: a.region, Duration: max(int64(a.now()-began), 0),
+		}
+		c.TraceID, c.SpanID, c.TraceFlags, _ = gate.ParseTraceparent(r.Header.Get("Traceparent"))
+		return c
+	}
+	_, shard, known := caller.Account.Root()
+	if meters := a.gate.Measured(caller.Account, req); len(meters) > 0 {
+		a.refuse(w, r, profile, &refusal.Refusal{Code: usage.CostExceedsLimit, RequestID: id, Detail: fmt.Sprintf(
+			"The account has a limit on %s that is kept to the unit, which needs the gateway to see the call itself: send it through the gateway.", meters[0])})
+		return
+	}
+	v, ticket := a.gate.Take(r.Context(), caller.Account, req, nil)
+	if v.Allowed && ticket.Leased() {
+		c := call()
+		c.Status = http.StatusOK
+		ticket.Stamp(&c)
+		if err := a.record(r, shard, &c); err != nil || !known {
+			a.refuse(w, r, profile, &refusal.Refusal{Code: refusal.MeteringUnavailable, RequestID: id})
+			return
+		}
+		w.Header().Set(RecordedHeader, "1")
+	}
 	if v.Allowed {
 		w.Header().Set(AccountHeader, headerSafe(caller.Account.ID()))
 		w.Header().Set(KeyIDHeader, headerSafe(keyID))
@@ -109,16 +142,13 @@ func (a *admit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	f := a.gate.Refusal(caller.Account, req, v, id)
-	if _, shard, ok := caller.Account.Root(); ok {
-		c := usage.Call{
-			Time: began, Account: caller.Account.ID(), KeyID: keyID, RequestID: id, Method: req.Method, Route: req.Route, Model: req.Model,
-			Region: a.region, Status: uint16(f.HTTPStatus()), Code: v.Code, Duration: max(int64(a.now()-began), 0),
-		}
+	if known {
+		c := call()
+		c.Status, c.Code = uint16(f.HTTPStatus()), v.Code
 		if v.Decision != nil {
 			c.DecisionID = v.Decision.ID
 		}
-		c.TraceID, c.SpanID, c.TraceFlags, _ = gate.ParseTraceparent(r.Header.Get("Traceparent"))
-		a.record(r, shard, &c)
+		_ = a.record(r, shard, &c) // told already
 	}
 	a.refuse(w, r, profile, f)
 }

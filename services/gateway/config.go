@@ -20,6 +20,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
 )
 
 // Example is a commented configuration with every field.
@@ -69,8 +70,29 @@ type RouteConfig struct {
 	// reading that can't be counted is left out, counted and logged. None when
 	// empty.
 	MetersHeader string `yaml:"meters_header"`
-	// Timeout until the answer's header; 10 minutes when 0.
+	// Timeout until the answer's header; 10 minutes when 0. What is reserved for a
+	// call counts as overdue after it.
 	Timeout Duration `yaml:"timeout"`
+
+	// What follows is for accounts with limits of the tiers exact and leased that
+	// count something else than calls: there a call is admitted only if what it can
+	// cost is bounded. Tokens are, by the request: its input by its size, its output
+	// by max_tokens, max_completion_tokens or max_output_tokens, times its choices.
+
+	// Reserve are bounds of a call by meter, for what the request does not tell;
+	// they must not be less than what it can cost.
+	Reserve map[string]int64 `yaml:"reserve"`
+	// Clamp is written into JSON requests that do not bound their output; without
+	// it they are refused.
+	Clamp ClampConfig `yaml:"clamp"`
+	// InputOverhead is how many tokens the provider adds to the input of a call.
+	InputOverhead int64 `yaml:"input_overhead"`
+}
+
+// ClampConfig bounds the output of calls that do not say.
+type ClampConfig struct {
+	Member string `yaml:"member"` // as the upstream calls it: max_tokens
+	Tokens int64  `yaml:"tokens"`
 }
 
 // ModelConfig says where a request names its model. At most one is given.
@@ -279,6 +301,23 @@ func (c *Config) problems() []problem {
 		}
 		if r.Model.MaxBody < 0 {
 			add(at+".model.max_body", "it is negative")
+		}
+		for _, m := range slices.Sorted(maps.Keys(r.Reserve)) {
+			switch {
+			case !usage.Meter(m).Valid():
+				add(at+".reserve", "%q cannot name a meter", m)
+			case r.Reserve[m] < 0 || r.Reserve[m] > usage.MaxQuantity:
+				add(at+".reserve", "%d %s: 0 to %d are possible", r.Reserve[m], m, usage.MaxQuantity)
+			}
+		}
+		switch {
+		case r.Clamp.Member == "" && r.Clamp.Tokens != 0, r.Clamp.Member != "" && (r.Clamp.Tokens < 1 || r.Clamp.Tokens > usage.MaxQuantity):
+			add(at+".clamp", "give member (max_tokens, max_completion_tokens or max_output_tokens, as the upstream calls it) and tokens, at least 1")
+		case r.Clamp.Member != "" && !slices.Contains(bounds.Maxima(), r.Clamp.Member):
+			add(at+".clamp.member", "%q: choose max_tokens, max_completion_tokens or max_output_tokens, as the upstream calls it", r.Clamp.Member)
+		}
+		if r.InputOverhead < 0 || r.InputOverhead > usage.MaxQuantity {
+			add(at+".input_overhead", "%d tokens: 0 to %d are possible", r.InputOverhead, usage.MaxQuantity)
 		}
 		if r.Timeout < 0 {
 			add(at+".timeout", "it is negative")

@@ -64,6 +64,11 @@ func TestABadConfigurationNamesFileLineAndReason(t *testing.T) {
 		"host pattern":        {head + "    host: \"*.example\"\n", "f.yaml:4: \"*.example\": there are no patterns"},
 		"host header":         {head + "    set_headers: {host: a.example}\n", "f.yaml:4: Host is the upstream's own"},
 		"missing variable":    {head + "    set_headers: {Authorization: \"Bearer ${TOLLKEEPER_TEST_NO_SUCH}\"}\n", "the environment has no variable TOLLKEEPER_TEST_NO_SUCH"},
+		"reserve":             {head + "    reserve: {\"a b\": 1}\n", "f.yaml:4: \"a b\" cannot name a meter"},
+		"reserve less":        {head + "    reserve: {gpu_ms: -1}\n", "f.yaml:4: -1 gpu_ms"},
+		"half a clamp":        {head + "    clamp: {tokens: 5}\n", "f.yaml:4: give member"},
+		"clamp of what":       {head + "    clamp: {member: limit, tokens: 5}\n", "f.yaml:4: \"limit\": choose max_tokens"},
+		"overhead":            {head + "    input_overhead: -1\n", "f.yaml:4: -1 tokens"},
 		"key header":          {"key_headers: [\"a b\"]\n" + head, "f.yaml:1: \"a b\" is not the name of a header"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -68,6 +68,8 @@ type Options struct {
 	Region string
 	// Unknown is the policy for calls whose verdict can't be known.
 	Unknown gate.Unknown
+	// Leases are for the limits of the tiers exact and leased; its Name is this Name.
+	Leases gate.Leases
 	// StaleAfter is how long beacons may be missing; 3 s when 0.
 	StaleAfter time.Duration
 	// TrustEventTime lets clients say when a call took place (EventTimeHeader):
@@ -181,11 +183,12 @@ func newService(o Options) (*service, error) {
 	if s.letters, err = intake.NewDeadLetters(o.Name, o.Logger, o.Registerer); err != nil {
 		return nil, fmt.Errorf("gateway: %w", err)
 	}
+	s.o.Leases.Name = o.Name
 	s.gate, err = gate.New(gate.Options{
 		Connect:    func(ctx context.Context) (*nats.Conn, error) { return natsconn.Connect(ctx, s.o.NATS) },
 		Shards:     o.Shards,
 		OpenOutbox: s.openOutbox,
-		Unknown:    o.Unknown, StaleAfter: o.StaleAfter, AbortUnsettled: o.SpoolBeforeAnswer, CloseTimeout: o.StopTimeout * 3 / 10,
+		Unknown:    o.Unknown, Leases: s.o.Leases, StaleAfter: o.StaleAfter, AbortUnsettled: o.SpoolBeforeAnswer, CloseTimeout: o.StopTimeout * 3 / 10,
 		Logger: o.Logger, Registerer: o.Registerer,
 		DirectoryReadiness: part("directory"), DecisionsReadiness: part("decisions"), OutboxReadiness: part("outbox"),
 	})
@@ -343,15 +346,17 @@ func (s *service) adminHandler() (http.Handler, error) {
 	}), nil
 }
 
-// record settles a refusal of /v1/admit.
-func (s *service) record(r *http.Request, shard uint32, c *usage.Call) {
+// record settles a call of /v1/admit: a refusal, or one that was taken from leases.
+func (s *service) record(r *http.Request, shard uint32, c *usage.Call) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), 5*time.Second)
 	defer cancel()
-	if err := s.gate.SettleShard(ctx, shard, c); err != nil {
+	err := s.gate.SettleShard(ctx, shard, c)
+	if err != nil {
 		if now := time.Now().Unix(); s.slow.Swap(now) != now {
-			s.o.Logger.Error().Err(err).Str("account", c.Account).Msg("a refusal could not be recorded")
+			s.o.Logger.Error().Err(err).Str("account", c.Account).Msg("a call of " + admitPath + " could not be recorded")
 		}
 	}
+	return err
 }
 
 // Sent is the answer of GET /v1/sent: what this process has sent since its start,

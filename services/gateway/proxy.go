@@ -22,6 +22,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/models"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
 )
@@ -107,7 +108,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 		if p.transports[timeout] == nil {
 			p.transports[timeout] = newTransport(timeout)
 		}
-		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model, p.bodies)}
+		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model, p.bodies), Bound: boundOf(c), Lifetime: timeout}
 		if o.trustEventTime {
 			m.Time = replayedTime
 		}
@@ -410,6 +411,20 @@ func modelOf(c *ModelConfig, bodies *models.Room) func(*http.Request) (string, e
 		return func(r *http.Request) (string, error) { return models.InBody(r, c.JSON, bound, bodies) }
 	}
 	return nil
+}
+
+// boundOf says what a route's calls can cost at most.
+func boundOf(c *RouteConfig) func(*http.Request, string, []usage.Meter) (usage.Quantities, error) {
+	rules := &bounds.Rules{Reserve: make(map[usage.Meter]int64, len(c.Reserve)), ClampMember: c.Clamp.Member, Clamp: c.Clamp.Tokens, InputOverhead: c.InputOverhead, MaxBody: c.Model.MaxBody}
+	for m, units := range c.Reserve {
+		rules.Reserve[usage.Meter(m)] = units
+	}
+	if rules.MaxBody == 0 {
+		rules.MaxBody = DefaultMaxModelBody
+	}
+	return func(r *http.Request, _ string, meters []usage.Meter) (usage.Quantities, error) {
+		return rules.Of(r, meters)
+	}
 }
 
 // bufferPool keeps the proxy's copy buffers: 35 kB of garbage a call otherwise.

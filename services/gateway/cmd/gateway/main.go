@@ -36,6 +36,9 @@ type flags struct {
 
 	Unknown         string        `help:"Calls whose verdict can't be known: pass or refuse." enum:"pass,refuse" default:"pass" env:"TOLLKEEPER_UNKNOWN"`
 	UnknownMaxCalls uint32        `help:"How many of them pass, for each account, since its state became unknown." default:"1000" env:"TOLLKEEPER_UNKNOWN_MAX_CALLS"`
+	LeaseWait       time.Duration `help:"How long a call waits for units of an exact limit that have to be fetched; then it is refused with 503." default:"1s" env:"TOLLKEEPER_LEASE_WAIT"`
+	LeaseSkew       time.Duration `help:"By how much this machine's idea of the ledger's time is wrong at most." default:"250ms" env:"TOLLKEEPER_LEASE_SKEW"`
+	LeasePass       bool          `help:"Let calls under limits of the tier leased pass as --unknown says when nobody answers in time; those of the tier exact never do." env:"TOLLKEEPER_LEASE_PASS"`
 	StaleAfter      time.Duration `help:"How long nothing may be heard of a shard before its state is unknown." default:"3s" env:"TOLLKEEPER_STALE_AFTER"`
 	TrustEventTime  bool          `help:"Let clients say when a call took place (Tollkeeper-Event-Time): for replays only." env:"TOLLKEEPER_TRUST_EVENT_TIME"`
 
@@ -74,6 +77,7 @@ func (f *flags) options() (gateway.Options, error) {
 		NATS:   f.NATS.Options("gateway", logger),
 		Listen: f.GatewayListen, AdminListen: f.GatewayAdminListen, Name: f.Name, Region: f.Region,
 		Unknown:    gate.Unknown{Mode: gate.UnknownMode(f.Unknown), MaxCalls: f.UnknownMaxCalls},
+		Leases:     gate.Leases{Wait: f.LeaseWait, Skew: f.LeaseSkew, PassUnknown: f.LeasePass},
 		StaleAfter: f.StaleAfter, TrustEventTime: f.TrustEventTime,
 		SpoolDir: f.SpoolDir, SpoolBytes: f.SpoolBytes, SpoolBeforeAnswer: f.SpoolBeforeAnswer,
 		OnFull: map[string]outbox.FullPolicy{"block": outbox.Block, "refuse": outbox.Refuse, "drop": outbox.Drop}[f.OnFull],
