@@ -5,6 +5,7 @@
 package explain
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/internal/explain/trace"
@@ -95,6 +97,8 @@ type Explanation struct {
 	// Crossing is the call that reached the threshold; nil when no call did.
 	Crossing *Call     `json:"crossing_call"`
 	Fed      trace.Fed `json:"fed"`
+	// Allowance is what gateways held; nil in the tier eventual.
+	Allowance *Allowance `json:"allowance,omitempty"`
 	// Calls that fed the counter, newest first.
 	Calls      []Call `json:"calls"`
 	NextCursor string `json:"next_cursor"`
@@ -116,6 +120,44 @@ type Decision struct {
 	PeriodEnd   usage.Micros `json:"period_end_unix_micros"`
 	DecidedAt   usage.Micros `json:"decided_at_unix_micros"`
 	Cause       usage.Micros `json:"cause_unix_micros"`
+	// Room is how much could still be had although it was denied: one call needed
+	// more. Tiers exact and leased only.
+	Room int64 `json:"room,omitempty"`
+}
+
+// Allowance is how the amount of a limit of the tiers exact and leased was shared
+// after the entry that led to the decision.
+type Allowance struct {
+	// Settled is what was used for certain, Outstanding what gateways held and may
+	// have used, Dead the part of it that may not be used any more but was not
+	// reported either.
+	Settled     int64 `json:"settled"`
+	Outstanding int64 `json:"outstanding"`
+	Dead        int64 `json:"dead"`
+	// Exposure is what was given up to hand it out again (tier leased), Overdraft
+	// what was used beyond the amount.
+	Exposure  int64   `json:"exposure"`
+	Overdraft int64   `json:"overdraft"`
+	Waiting   int     `json:"waiting"` // gateways that had asked and had no answer yet
+	Leases    []Lease `json:"leases"`
+}
+
+// Lease is what one gateway held.
+type Lease struct {
+	Gateway string `json:"gateway"` // the producer of its frames
+	// Granted, Used, Over (used beyond what was granted) and Returned are totals of
+	// the window; Outstanding is what is left of Granted.
+	Granted     int64 `json:"granted"`
+	Used        int64 `json:"used"`
+	Over        int64 `json:"over"`
+	Returned    int64 `json:"returned"`
+	Outstanding int64 `json:"outstanding"`
+	// Held is the part of Outstanding that open calls reserve.
+	Held     int64        `json:"held"`
+	Released int64        `json:"released"`
+	Expires  usage.Micros `json:"expires_unix_micros"`
+	// State: live, lapsed (it may not be used any more), released or closed.
+	State string `json:"state"`
 }
 
 // Replay is what replaying the ledger gave.
@@ -156,9 +198,10 @@ type Limit struct {
 	Window      usage.WindowKind `json:"window"`
 	Amount      int64            `json:"amount"`
 	// WarnAt is the use from which it warns; 0: it does not.
-	WarnPercent uint32 `json:"warn_percent,omitempty"`
-	WarnAt      int64  `json:"warn_at,omitempty"`
-	ActionURL   string `json:"action_url,omitempty"`
+	WarnPercent uint32     `json:"warn_percent,omitempty"`
+	WarnAt      int64      `json:"warn_at,omitempty"`
+	ActionURL   string     `json:"action_url,omitempty"`
+	Tier        usage.Tier `json:"tier"`
 }
 
 // Counter's value before and after the entry that led to the decision.
@@ -169,11 +212,13 @@ type Counter struct {
 
 // Kinds of reasons.
 const (
-	ReasonCall     = "call"     // a call reached the threshold
-	ReasonPlan     = "plan"     // plans took effect
-	ReasonAccount  = "account"  // the account was changed
-	ReasonPeriod   = "period"   // a new period began
-	ReasonStanding = "standing" // the counter stood there before, and is told anew
+	ReasonCall       = "call"       // a call reached the threshold
+	ReasonPlan       = "plan"       // plans took effect
+	ReasonAccount    = "account"    // the account was changed
+	ReasonPeriod     = "period"     // a new period began
+	ReasonCorrection = "correction" // usage was corrected
+	ReasonLease      = "lease"      // what gateways asked for, or said was used, of their leases
+	ReasonStanding   = "standing"   // the counter stood there before, and is told anew
 )
 
 // Reason of a decision.
@@ -226,6 +271,19 @@ type Call struct {
 	Producer  string       `json:"producer,omitempty"`
 	Frame     uint64       `json:"frame,omitempty"`
 	Gateway   string       `json:"gateway,omitempty"`
+	// Act is the control entry.
+	Act *Act `json:"act,omitempty"`
+}
+
+// Act is a control entry that changed the counter. The usage that it corrects has
+// the call's Time, Account, Method, Route and Model.
+type Act struct {
+	ID        string       `json:"id"`
+	Author    string       `json:"author"`
+	CreatedAt usage.Micros `json:"created_at_unix_micros"`
+	What      string       `json:"what"`
+	Reason    string       `json:"reason,omitempty"`
+	Reference string       `json:"reference,omitempty"`
 }
 
 // Explain explains a decision. Beside ErrID, ErrCursor, ErrUnknown, ledger.ErrPurged
@@ -349,6 +407,8 @@ func differences(p, r *usage.Decision) []Difference {
 	note("decided_at", p.DecidedAt, r.DecidedAt)
 	note("cause", p.Cause, r.Cause)
 	note("action_url", p.ActionURL, r.ActionURL)
+	note("tier", cmp.Or(p.Tier, usage.TierEventual), cmp.Or(r.Tier, usage.TierEventual))
+	note("room", p.Room, r.Room)
 	return list
 }
 
@@ -358,7 +418,7 @@ func moment(m usage.Micros) string { return m.Time().Format(time.RFC3339Nano) }
 func decisionOf(d *usage.Decision) Decision {
 	return Decision{
 		ID: d.ID, Account: d.Account, LimitID: d.LimitID, Verdict: d.Verdict.String(), Code: string(d.Code), Revision: d.Revision, Shard: d.Shard,
-		Epoch: d.Epoch, Used: d.Used, Amount: d.Amount, PeriodStart: d.PeriodStart, PeriodEnd: d.PeriodEnd, DecidedAt: d.DecidedAt, Cause: d.Cause,
+		Epoch: d.Epoch, Used: d.Used, Amount: d.Amount, PeriodStart: d.PeriodStart, PeriodEnd: d.PeriodEnd, DecidedAt: d.DecidedAt, Cause: d.Cause, Room: d.Room,
 	}
 }
 
@@ -366,7 +426,36 @@ func limitOf(d *usage.Decision) Limit {
 	return Limit{
 		ID: d.LimitID, PlanVersion: d.PlanVersion, Meter: d.Meter, Models: d.Filter.Models, Routes: d.Filter.Routes, Methods: d.Filter.Methods,
 		Window: d.Window, Amount: d.Amount, WarnPercent: d.WarnPercent, WarnAt: trace.WarnAt(d), ActionURL: d.ActionURL,
+		Tier: cmp.Or(d.Tier, usage.TierEventual),
 	}
+}
+
+// allowanceOf says how an allowance stood; nil where there was none.
+func allowanceOf(state *lease.State, holdings []lease.Holding) *Allowance {
+	if state == nil {
+		return nil
+	}
+	a := &Allowance{
+		Settled: state.Settled, Outstanding: state.Outstanding, Dead: state.Dead, Exposure: state.Exposure, Overdraft: state.Overdraft,
+		Waiting: state.Waits, Leases: make([]Lease, 0, len(holdings)),
+	}
+	for i := range holdings {
+		h := &holdings[i]
+		l := Lease{
+			Gateway: ksuid.KSUID(h.Gateway).String(), Granted: h.Granted, Used: h.Used, Over: h.Over, Returned: h.Returned, Outstanding: h.Outstanding,
+			Held: h.Held, Released: h.Released, Expires: usage.Micros(h.Expiry), State: "live",
+		}
+		switch {
+		case h.Closed:
+			l.State = "closed"
+		case h.Released != 0:
+			l.State = "released"
+		case h.Lapsed:
+			l.State = "lapsed"
+		}
+		a.Leases = append(a.Leases, l)
+	}
+	return a
 }
 
 // purged says what is missing of a decision that is known.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sort"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -129,6 +130,7 @@ func present(ctx context.Context, stream jetstream.Stream, state jetstream.Strea
 // describe notes what the entry is that led to the decision.
 func describe(t *trace.Trace, d *usage.Decision, e *Explanation, m *ledger.Message) {
 	e.Counter = Counter{Before: t.Before, After: t.After}
+	e.Allowance = allowanceOf(t.Allowance, t.Holdings)
 	e.Entry = Entry{Stream: ledger.Stream, Shard: d.Shard, Sequence: m.Sequence, StreamTime: usage.At(m.Time)}
 	kind, _, err := ledger.ParseSubject(m.Subject)
 	if err != nil {
@@ -167,21 +169,65 @@ func what(c *tollkeeperv1.ControlEntry) string {
 		return "a producer closed"
 	case *tollkeeperv1.ControlEntry_Tick:
 		return "time passed"
+	case *tollkeeperv1.ControlEntry_Correction:
+		return correctionText(body.Correction)
+	case *tollkeeperv1.ControlEntry_CoreVersion:
+		return fmt.Sprintf("rules of version %d", body.CoreVersion.GetVersion())
 	}
 	return "of a kind that this version does not know"
+}
+
+// correctionText says what a correction changes, and why.
+func correctionText(c *tollkeeperv1.Correction) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "usage of %s corrected:", c.GetAccount())
+	for i, q := range c.GetAdjustments() {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		fmt.Fprintf(&b, " %s %+d", q.GetMeter(), q.GetValue())
+	}
+	fmt.Fprintf(&b, " (%s", c.GetReason())
+	if c.GetReference() != "" {
+		fmt.Fprintf(&b, "; %s", c.GetReference())
+	}
+	return b.String() + ")"
+}
+
+// leaseReason says what of the allowance led to a decision.
+func leaseReason(d *usage.Decision, e *Explanation) Reason {
+	held, leases := int64(0), 0
+	if e.Allowance != nil {
+		held, leases = e.Allowance.Outstanding, len(e.Allowance.Leases)
+	}
+	of := fmt.Sprintf("%d of %d %s were used for certain, %d were held by %d gateways", d.Used, d.Amount, d.Meter, held, leases)
+	switch {
+	case d.Verdict == usage.Deny && d.Room > 0:
+		return Reason{ReasonLease, fmt.Sprintf("a gateway needed more than could be given, while %s; a call that needs less may pass: %s", of, d.Verdict)}
+	case d.Verdict == usage.Deny:
+		return Reason{ReasonLease, fmt.Sprintf("all was used: %s: %s", of, d.Verdict)}
+	}
+	return Reason{ReasonLease, fmt.Sprintf("%s: %s", of, d.Verdict)}
 }
 
 func reason(t *trace.Trace, d *usage.Decision, e *Explanation) Reason {
 	of := fmt.Sprintf("%d of %d", t.After, d.Amount)
 	switch {
+	case d.Room > 0:
+		return leaseReason(d, e)
 	case e.Crossing != nil:
 		return Reason{ReasonCall, fmt.Sprintf("a call brought %s from %d to %d, which reached %d: %s", d.Meter, e.Crossing.UsedAfter-e.Crossing.Adds, e.Crossing.UsedAfter, trace.Threshold(t.Decided), d.Verdict)}
 	case t.PlanNew:
 		return Reason{ReasonPlan, fmt.Sprintf("other plans took effect while %s stood at %s: %s", d.Meter, of, d.Verdict)}
 	case e.Entry.Kind == "control" && t.Decoder.Control.GetAccountSet() != nil:
 		return Reason{ReasonAccount, fmt.Sprintf("the accounts were changed while %s stood at %s: %s", d.Meter, of, d.Verdict)}
+	case e.Entry.Kind == "control" && t.Decoder.Control.GetCorrection() != nil:
+		return Reason{ReasonCorrection, fmt.Sprintf("a correction by %s brought %s from %d to %d of %d: %s. %s", e.Entry.Author, d.Meter, t.Before, t.After, d.Amount, d.Verdict, e.Entry.What)}
 	case t.PeriodNew:
 		return Reason{ReasonPeriod, fmt.Sprintf("a new %s began, with %s at %s: %s", d.Window, d.Meter, of, d.Verdict)}
+	}
+	if d.Tier.Leased() {
+		return leaseReason(d, e)
 	}
 	return Reason{ReasonStanding, fmt.Sprintf("%s stood at %s before this entry already: %s", d.Meter, of, d.Verdict)}
 }
@@ -196,7 +242,7 @@ func judge(t *trace.Trace, e *Explanation, d *found) {
 	default:
 		list = differences(&d.Decision, t.Decided)
 	}
-	if sum := t.Fed.Used + t.Fed.Carried + t.Fed.Adjusted + t.Fed.Unexplained; t.Fed.Unexplained != 0 || sum != d.Used {
+	if sum := t.Fed.Used + t.Fed.Carried + t.Fed.Adjusted + t.Fed.Reported + t.Fed.Unexplained; t.Fed.Unexplained != 0 || sum != d.Used {
 		list = append(list, Difference{"calls", fmt.Sprint(d.Used), fmt.Sprint(sum - t.Fed.Unexplained)})
 	}
 	e.Replay.Differences = list
@@ -251,11 +297,19 @@ func fetch(ctx context.Context, stream jetstream.Stream, rows []trace.Row, calls
 			return fmt.Errorf("entry %d: %w", sequence, err)
 		}
 	}
+	var control *tollkeeperv1.ControlEntry
+	if rows[0].Index < 0 {
+		if control, err = ledger.DecodeControl(m.Header, m.Data); err != nil {
+			return fmt.Errorf("entry %d: %w", sequence, err)
+		}
+	}
 	for i, r := range rows {
 		if int(r.Index) >= f.N && r.Index >= 0 {
 			return fmt.Errorf("entry %d has no call %d: %w", sequence, r.Index, ledger.ErrRewound)
 		}
-		calls[i] = callOf(&f, r, usage.At(m.Time))
+		if calls[i] = callOf(&f, r, usage.At(m.Time)); r.Index < 0 {
+			actOf(&calls[i], control)
+		}
 	}
 	return nil
 }
@@ -276,4 +330,13 @@ func callOf(f *ledger.Frame, r trace.Row, at usage.Micros) Call {
 		out.Producer, out.Frame = f.Producer.String(), f.Number
 	}
 	return out
+}
+
+// actOf says which control entry changed the counter.
+func actOf(c *Call, e *tollkeeperv1.ControlEntry) {
+	c.Act = &Act{ID: e.GetId(), Author: e.GetAuthor(), CreatedAt: usage.Micros(e.GetCreatedAtUnixMicros()), What: what(e)}
+	if x := e.GetCorrection(); x != nil {
+		c.Act.Reason, c.Act.Reference = x.GetReason(), x.GetReference()
+		c.Time, c.Account, c.Method, c.Route, c.Model = usage.Micros(x.GetTimeUnixMicros()), x.GetAccount(), x.GetMethod(), x.GetRoute(), x.GetModel()
+	}
 }

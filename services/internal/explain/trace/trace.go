@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -58,8 +59,8 @@ type Row struct {
 	Adds, After int64
 }
 
-// Fed is what the counter is made of: Carried + Used + Adjusted + Unexplained is
-// its value.
+// Fed is what the counter is made of: Carried + Used + Adjusted + Reported +
+// Unexplained is its value.
 type Fed struct {
 	// Calls that fed it, and what they used together.
 	Calls int64 `json:"calls"`
@@ -69,6 +70,9 @@ type Fed struct {
 	Carried int64 `json:"carried"`
 	// Adjusted by control entries.
 	Adjusted int64 `json:"adjusted"`
+	// Reported is what gateways had said was used of their leases, beside the
+	// calls that were counted. Tiers exact and leased only.
+	Reported int64 `json:"reported,omitempty"`
 	// Unexplained must be 0.
 	Unexplained int64 `json:"unexplained"`
 	// Since is the ledger sequence of the first entry that can have fed it: the
@@ -112,6 +116,10 @@ type Trace struct {
 	Crossing *Row
 	// Fed is what the counter is made of.
 	Fed Fed
+	// Allowance is how what is handed out stood after the entry, and Holdings what
+	// each gateway had of it; nil in the tier eventual, and while none had asked.
+	Allowance *lease.State
+	Holdings  []lease.Holding
 	// Entries that were folded.
 	Entries uint64
 	// Decoder holds the last entry.
@@ -178,8 +186,15 @@ func (t *Trace) Apply(m *ledger.Message) error {
 		t.PlanNew = planNew
 		for i := range fx.Decisions {
 			if d := fx.Decisions[i]; d.Account == t.o.Target.Account && d.LimitID == t.o.Target.LimitID {
-				t.Decided, after, ok = &d, d.Used, true
+				t.Decided = &d
+				if !ok || !d.Tier.Leased() {
+					after, ok = d.Used, true
+				}
+				t.Fed.Reported = d.Used - after
 			}
+		}
+		if ok {
+			t.hold()
 		}
 	}
 	if !ok {
@@ -187,10 +202,11 @@ func (t *Trace) Apply(m *ledger.Message) error {
 		t.forget(m.Sequence + 1)
 		return nil
 	}
+	reported := t.Fed.Reported
 	before = t.move(m.Sequence, before, after, rows, kind, planNew)
 	if last {
-		t.Before = before
-		t.findCrossing(m.Sequence, rows)
+		t.Before, t.Fed.Reported = before, reported
+		t.findCrossing(m.Sequence, rows, after)
 	}
 	t.After = after
 	return nil
@@ -236,6 +252,20 @@ func (t *Trace) lookup() (int64, bool) {
 		return 0, false
 	}
 	return match.Used, true
+}
+
+// hold takes note of how the allowance stands.
+func (t *Trace) hold() {
+	u, ok := t.o.State.Account(t.o.Target.Account)
+	if !ok {
+		return
+	}
+	for i := range u.Limits {
+		if u.Limits[i].LimitID == t.o.Target.LimitID {
+			t.Allowance = u.Limits[i].Lease
+		}
+	}
+	t.Holdings = t.o.State.Holdings(t.o.Target.Account, t.o.Target.LimitID)
 }
 
 // forget says that nothing before a sequence is in the counter.
@@ -370,12 +400,11 @@ func (t *Trace) isUnder(id string) bool {
 }
 
 // findCrossing finds the call with which the counter reached the threshold.
-func (t *Trace) findCrossing(sequence uint64, rows []row) {
+func (t *Trace) findCrossing(sequence uint64, rows []row, used int64) {
 	if t.Decided == nil || t.Decided.Verdict == usage.Allow {
 		return
 	}
 	most := Threshold(t.Decided)
-	used := t.Decided.Used
 	for _, r := range rows {
 		used -= r.adds
 	}

@@ -114,7 +114,7 @@ func writeText(out io.Writer, e *explain.Explanation) error {
 		_, _ = fmt.Fprintf(fields, "%s\t%s\n", name, fmt.Sprintf(format, args...))
 	}
 	field("decision", "%s, revision %d, decided at %s", d.ID, d.Revision, moment(d.DecidedAt))
-	field("limit", "%d %s a %s%s, of plans version %s", l.Amount, l.Meter, l.Window, filterText(l), l.PlanVersion)
+	field("limit", "%d %s a %s%s, tier %s, of plans version %s", l.Amount, l.Meter, l.Window, filterText(l), l.Tier, l.PlanVersion)
 	if l.WarnPercent > 0 {
 		field("warns", "at %d (%d percent)", l.WarnAt, l.WarnPercent)
 	}
@@ -131,6 +131,9 @@ func writeText(out io.Writer, e *explain.Explanation) error {
 		field("", "of %s, added %d: %d", moment(c.Time), c.Adds, c.UsedAfter)
 	}
 	field("fed by", "%s", fedText(&e.Fed))
+	if a := e.Allowance; a != nil {
+		field("handed out", "%s", allowanceText(a))
+	}
 	from := "the ledger's beginning"
 	if e.Replay.Snapshot != "" {
 		from = "snapshot " + e.Replay.Snapshot
@@ -142,6 +145,9 @@ func writeText(out io.Writer, e *explain.Explanation) error {
 	fmt.Fprintf(&b, "\n%s\n", e.Replay.Text)
 	for _, x := range e.Replay.Differences {
 		fmt.Fprintf(&b, "  %s: decided %s, replayed %s\n", x.Field, x.Published, x.Replayed)
+	}
+	if e.Allowance != nil && len(e.Allowance.Leases) > 0 {
+		writeLeases(&b, e.Allowance)
 	}
 	if len(e.Calls) > 0 {
 		writeCalls(&b, e)
@@ -159,7 +165,11 @@ func writeCalls(b *strings.Builder, e *explain.Explanation) {
 	for i := range e.Calls {
 		c := &e.Calls[i]
 		if c.Index < 0 {
-			_, _ = fmt.Fprintf(w, "  %d\t%s\t(control entry)\t%+d\t%d\t\t\t\n", c.Sequence, moment(c.StreamTime), c.Adds, c.UsedAfter)
+			text, who := "(control entry)", ""
+			if c.Act != nil {
+				text, who = c.Act.What, "by "+c.Act.Author+" ("+c.Act.ID+")"
+			}
+			_, _ = fmt.Fprintf(w, "  %d\t%s\t%s\t%+d\t%d\t%s\t\t\n", c.Sequence, moment(c.StreamTime), text, c.Adds, c.UsedAfter, who)
 			continue
 		}
 		_, _ = fmt.Fprintf(w, "  %d.%d\t%s\t%s\t%+d\t%d\t%s\t%s\t%s\n", c.Sequence, c.Index, moment(c.Time), c.Account, c.Adds, c.UsedAfter, identityOr(c.RequestID, c.EventID), strings.TrimSpace(c.Method+" "+c.Route), c.Model)
@@ -168,6 +178,30 @@ func writeCalls(b *strings.Builder, e *explain.Explanation) {
 	if e.NextCursor != "" {
 		fmt.Fprintf(b, "  and more: --calls shows them\n")
 	}
+}
+
+func writeLeases(b *strings.Builder, a *explain.Allowance) {
+	fmt.Fprintf(b, "\nleases at that entry\n")
+	w := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
+	_, _ = fmt.Fprintln(w, "  gateway\tstate\tgranted\tused\treturned\toutstanding\treserved\tbeyond\texpires") // to memory
+	for i := range a.Leases {
+		l := &a.Leases[i]
+		_, _ = fmt.Fprintf(w, "  %s\t%s\t%d\t%d\t%d\t%d\t%d\t%d\t%s\n", l.Gateway, l.State, l.Granted, l.Used, l.Returned, l.Outstanding, l.Held, l.Over, moment(l.Expires))
+	}
+	_ = w.Flush() // to memory
+}
+
+func allowanceText(a *explain.Allowance) string {
+	text := fmt.Sprintf("%d used for certain, %d outstanding with %d gateways", a.Settled, a.Outstanding, len(a.Leases))
+	for _, f := range [...]struct {
+		n    int64
+		what string
+	}{{a.Dead, "of it with gateways that may not use it any more"}, {a.Exposure, "given up and handed out again"}, {a.Overdraft, "used beyond the amount"}, {int64(a.Waiting), "gateways waiting"}} {
+		if f.n != 0 {
+			text += fmt.Sprintf("; %d %s", f.n, f.what)
+		}
+	}
+	return text
 }
 
 // printable is text without what a terminal would obey: ids, routes and models
@@ -239,6 +273,9 @@ func fedText(f *trace.Fed) string {
 	}
 	if f.Adjusted != 0 {
 		text += fmt.Sprintf("; %+d by control entries", f.Adjusted)
+	}
+	if f.Reported != 0 {
+		text += fmt.Sprintf("; %+d that gateways said they used of their leases", f.Reported)
 	}
 	if f.Unexplained != 0 {
 		text += fmt.Sprintf("; %+d UNEXPLAINED", f.Unexplained)
