@@ -123,7 +123,8 @@ type service struct {
 // waits. It returns an error wrapping ledger.ErrPurged when the ledger no longer
 // holds what must be counted, ledger.ErrRewound when it has lost what was counted.
 func Run(ctx context.Context, o Options) error {
-	s := &service{o: withDefaults(o), abandon: o.abandon, log: o.Logger, name: ksuid.New().String(), stop: ctx.Done(), fatal: make(chan error, 1), unswept: make(chan taking, 64)}
+	s := &service{o: withDefaults(o), abandon: o.abandon, log: o.Logger, stop: ctx.Done(), fatal: make(chan error, 1), unswept: make(chan taking, 64)}
+	s.name = readable(s.o.Member) + "/" + ksuid.New().String()
 	var err error
 	if s.m, err = newMetrics(s.o.Registerer); err != nil {
 		return fmt.Errorf("aggregator: %w", err)
@@ -230,11 +231,11 @@ func (s *service) count(ctx context.Context) error {
 		return err
 	}
 	s.status.set(s, func(t *status) { t.unowned = s.shards })
-	age := beaconAge(s.owners)
-	if err := s.o.Registerer.Register(age); err != nil {
+	byShard := &shardCollector{owners: s.owners}
+	if err := s.o.Registerer.Register(byShard); err != nil {
 		return err
 	}
-	defer s.o.Registerer.Unregister(age)
+	defer s.o.Registerer.Unregister(byShard)
 
 	g, alive := errgroup.WithContext(context.WithoutCancel(ctx))
 	alive, end := context.WithCancel(alive)
@@ -302,21 +303,6 @@ func (t *status) set(s *service, change func(*status)) {
 	}
 }
 
-// beaconAge says how old the oldest of the beacons of the shards that we own is.
-func beaconAge(owners []*owner) prometheus.Collector {
-	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "tollkeeper_aggregator_beacon_age_seconds", Help: "How long ago the owned shard that has been silent for longest sent its last beacon.",
-	}, func() float64 {
-		now, age := time.Now().UnixNano(), int64(0)
-		for _, o := range owners {
-			if last := o.lastBeacon.Load(); last != 0 {
-				age = max(age, now-last)
-			}
-		}
-		return time.Duration(age).Seconds()
-	})
-}
-
 // persist tries until it works, ctx is done or trying again cannot help.
 func (s *service) persist(ctx context.Context, what string, try func(context.Context) error) error {
 	var b backoff
@@ -352,6 +338,8 @@ func (s *service) streamTime(now time.Time) time.Time {
 }
 
 func (s *service) readClock(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
 	before := time.Now()
 	stream, err := s.js.Stream(ctx, ledger.Stream)
 	if err != nil {

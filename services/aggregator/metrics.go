@@ -1,6 +1,7 @@
 package aggregator
 
 import (
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -9,8 +10,8 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
-// metrics of all shards of the process together: the label sets do not grow
-// with shards or accounts.
+// metrics of all shards of the process together: their label sets do not grow
+// with shards or accounts. Those that do with shards are shardCollector's.
 type metrics struct {
 	events          *prometheus.CounterVec // outcome
 	frames          *prometheus.CounterVec // outcome
@@ -23,7 +24,10 @@ type metrics struct {
 	late, future    prometheus.Counter
 	overflows       prometheus.Counter
 	controls        prometheus.Counter
-	leases          prometheus.Counter
+	asks            prometheus.Counter
+	answers         prometheus.Counter
+	leases          *prometheus.CounterVec // event
+	leaseEvents     [4]prometheus.Counter
 	ticks           prometheus.Counter
 	deadLetters     *prometheus.CounterVec // reason
 	decisions       *prometheus.CounterVec // verdict
@@ -86,7 +90,9 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		future:          counter("future_events_total", "Calls ahead of the ledger's time, counted at its time."),
 		overflows:       counter("overflows_total", "Sums that reached the end of 64 bits and stay there."),
 		controls:        counter("control_entries_total", "Control entries folded."),
-		leases:          counter("ignored_lease_entries_total", "Lease entries, which this version does not know."),
+		asks:            counter("lease_asks_total", "What gateways have said about allowances that they share."),
+		answers:         counter("lease_answers_total", "Answers about shared allowances that were sent to gateways."),
+		leases:          vec("leases_total", "What happened to shared allowances: grant, recall, denied_early (it may yet come back), denied_final.", "event"),
 		ticks:           counter("ticks_total", "Entries appended so that time passes without traffic."),
 		deadLetters:     vec("dead_letters_total", "Ledger entries that could not be counted, by reason.", "reason"),
 		decisions:       vec("decisions_total", "Decisions published, by verdict.", "verdict"),
@@ -110,11 +116,14 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	for v := usage.Allow; v <= usage.Deny; v++ {
 		m.decisions.WithLabelValues(v.String())
 	}
+	for i, event := range []string{"grant", "recall", "denied_early", "denied_final"} {
+		m.leaseEvents[i] = m.leases.WithLabelValues(event)
+	}
 	longest := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "tollkeeper_aggregator_count_latency_max_seconds", Help: "The longest count latency of the last 15 to 30 s.",
 	}, m.slowest.seconds)
 	m.all = []prometheus.Collector{
-		m.events, m.frames, m.skipped, m.strays, m.apart, m.newAccounts, m.unplaced, m.unmetered, m.late, m.future, m.overflows, m.controls, m.leases, m.ticks, m.deadLetters, m.decisions,
+		m.events, m.frames, m.skipped, m.strays, m.apart, m.newAccounts, m.unplaced, m.unmetered, m.late, m.future, m.overflows, m.controls, m.asks, m.answers, m.leases, m.ticks, m.deadLetters, m.decisions,
 		m.batches, m.interruptions, m.decisionLatency, m.countLatency, m.snapshotSeconds, m.snapshotBytes, m.snapshots, m.queries,
 		m.pending, m.notCaughtUp, longest,
 	}
@@ -133,4 +142,35 @@ func (m *metrics) unregister(r prometheus.Registerer) {
 	for _, c := range m.all {
 		r.Unregister(c)
 	}
+}
+
+// shardCollector tells of the shards as they are when it is asked.
+type shardCollector struct{ owners []*owner }
+
+var (
+	beaconAgeDesc  = prometheus.NewDesc("tollkeeper_aggregator_beacon_age_seconds", "How long ago the owned shard that has been silent for longest sent its last beacon.", nil, nil)
+	ownedDesc      = prometheus.NewDesc("tollkeeper_aggregator_shard_owned", "1 for the shards that this member owns and has fenced, 0 for those that it stands by for.", []string{"shard"}, nil)
+	allowancesDesc = prometheus.NewDesc("tollkeeper_aggregator_shared_allowances", "Allowances (account, limit, window) of owned shards that gateways hold leases of.", nil, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (c *shardCollector) Describe(to chan<- *prometheus.Desc) {
+	to <- beaconAgeDesc
+	to <- ownedDesc
+	to <- allowancesDesc
+}
+
+// Collect implements prometheus.Collector.
+func (c *shardCollector) Collect(to chan<- prometheus.Metric) {
+	now, age, allowances := time.Now().UnixNano(), int64(0), int64(0)
+	for _, o := range c.owners {
+		owned := 0.0
+		if last := o.lastBeacon.Load(); last != 0 {
+			owned, age = 1, max(age, now-last)
+		}
+		allowances += o.allowances.Load()
+		to <- prometheus.MustNewConstMetric(ownedDesc, prometheus.GaugeValue, owned, strconv.FormatUint(uint64(o.shard), 10))
+	}
+	to <- prometheus.MustNewConstMetric(beaconAgeDesc, prometheus.GaugeValue, time.Duration(age).Seconds())
+	to <- prometheus.MustNewConstMetric(allowancesDesc, prometheus.GaugeValue, float64(allowances))
 }

@@ -27,7 +27,10 @@ import (
 
 const (
 	beaconEvery = 250 * time.Millisecond
-	tickEvery   = time.Second
+	// tickEvery is how often time is let pass by an entry at most, and
+	// leaseTickEvery if gateways wait for it (the core's patience is 400 ms).
+	tickEvery      = time.Second
+	leaseTickEvery = 50 * time.Millisecond
 	// idleEntries of others are how many may follow a shard's last, and
 	// idleTickEvery is how often its position is moved for that at most.
 	idleEntries   = 1 << 20
@@ -42,7 +45,10 @@ const (
 	// not take them; then the shard reads no further.
 	maxQueued = 100_000
 	maxDead   = 64
-	ioTimeout = 5 * time.Second
+	// ioTimeout and askTimeout bound what NATS may not answer at all, such as
+	// while a stream has no leader: then it is asked again.
+	ioTimeout  = 2 * time.Second
+	askTimeout = time.Second
 	// lookAt decisions of another's shard are kept before it is looked which of
 	// them are published, every lookEvery at most; of more than maxBacklog none
 	// is kept, and the shard is read from its snapshot if it becomes ours before
@@ -90,8 +96,9 @@ type owner struct {
 	owns         bool // fenced: pub holds
 	pub          publish.Publisher
 	questions    *nats.Subscription
-	target       uint64       // what the ledger held of the shard at the start
-	ready        bool         // the target is counted
+	target       uint64 // what the ledger held of the shard at the start
+	ready        bool   // the target is counted
+	allowances   atomic.Int64
 	lastBeacon   atomic.Int64 // Unix nanoseconds; of the begin before the first; 0: not ours
 	publishing   bool
 	retry        backoff
@@ -346,6 +353,7 @@ func (o *owner) end() {
 		o.status.set(o.service, func(s *status) { s.counted-- })
 	}
 	o.lastBeacon.Store(0)
+	o.allowances.Store(0)
 	o.tenure, o.owns, o.ready, o.questions = nil, false, false, nil
 	o.publishing, o.burying, o.ticking, o.snapshotting, o.stopping, o.finalDone = false, false, false, false, false, false
 	o.retry.reset()
@@ -487,12 +495,11 @@ func (o *owner) serve(io context.Context, now time.Time) (wake time.Duration) {
 		o.lastTick = now
 		o.tick(io)
 	}
-	if due, ok := o.state.NextTimer(); ok && o.ready && !o.stopping && !o.ticking {
-		wait := max(due.Time().Sub(o.streamTime(now))+tickMargin, o.lastTick.Add(tickEvery).Sub(now))
-		if wait <= 0 {
+	if o.ready && !o.stopping && !o.ticking {
+		if wait, due := o.tickIn(now); due && wait <= 0 {
 			o.lastTick = now
 			o.tick(io)
-		} else {
+		} else if due {
 			wake = min(wake, wait)
 		}
 	}
@@ -530,7 +537,7 @@ func (o *owner) apply(m ledger.Message) {
 		}
 	case ledger.KindLease:
 		if o.owns {
-			o.m.leases.Inc()
+			o.m.asks.Add(float64(len(e.Asks)))
 		}
 	}
 	fx := o.state.Apply(e)
@@ -554,10 +561,17 @@ func (o *owner) apply(m ledger.Message) {
 	}
 	o.observe(fx, e.Batch != nil)
 	o.pub.Add(m.Sequence, fx.Decisions)
+	o.answerAsks(fx.Answers)
 	o.checkReady()
 }
 
 func (o *owner) observe(fx *quota.Effects, counted bool) {
+	for i, n := range [...]int64{fx.Leases.Grants, fx.Leases.Recalls, fx.Leases.DeniedEarly, fx.Leases.DeniedFinal} {
+		if n > 0 {
+			o.m.leaseEvents[i].Add(float64(n))
+		}
+	}
+	o.allowances.Store(int64(o.state.Allowances()))
 	if !counted {
 		return
 	}
@@ -605,6 +619,9 @@ func (o *owner) checkReady() {
 	if !o.ready && o.state.Sequence() >= o.target {
 		o.ready = true
 		o.status.set(o.service, func(s *status) { s.counted++ })
+		// What the owner before said last may have died with it.
+		o.answerAsks(o.state.Resume())
+		o.beacon()
 	}
 }
 

@@ -9,8 +9,10 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"os/signal"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -26,6 +28,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/ownership/fleet"
 	"github.com/tollkeeper/tollkeeper/services/internal/publish"
 )
 
@@ -384,13 +387,27 @@ tollkeeper_aggregator_ticks_total 1
 	}
 }
 
-const childEnv = "TOLLKEEPER_TEST_AGGREGATOR"
+const childEnv, memberEnv = "TOLLKEEPER_TEST_AGGREGATOR", "TOLLKEEPER_TEST_MEMBER"
+
+// quick is a fleet that shares soon; how it finds out who is dead is as it is.
+var quick = fleet.Timing{Settle: 100 * time.Millisecond, Dwell: 200 * time.Millisecond}
 
 func TestMain(m *testing.M) {
 	if url := os.Getenv(childEnv); url != "" {
-		err := Run(context.Background(), Options{NATS: natsconn.Options{URL: url, Logger: zerolog.Nop()}, Member: "alone", Sole: true, SnapshotEntries: 40, Registerer: prometheus.NewRegistry()})
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+		defer stop()
+		o := Options{
+			NATS: natsconn.Options{URL: url, Logger: zerolog.Nop()}, Member: "alone", Sole: true, SnapshotEntries: 40, Registerer: prometheus.NewRegistry(),
+			Logger: zerolog.New(os.Stderr).With().Timestamp().Logger(), timing: quick,
+		}
+		if member := os.Getenv(memberEnv); member != "" {
+			o.Member, o.Sole = member, false
+		}
+		if err := Run(ctx, o); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
 	}
 	leakFree(m)
 }

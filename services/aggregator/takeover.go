@@ -142,7 +142,9 @@ type ending struct {
 // ends returns how far the ledger goes, if it holds what a shard with such a
 // state and such decisions needs.
 func (s *service) ends(ctx context.Context, shard uint32, folded uint64, at publish.Position) (e ending, err error) {
-	stream, err := s.js.Stream(ctx, ledger.Stream)
+	ask, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	stream, err := s.js.Stream(ask, ledger.Stream)
 	if err != nil {
 		return e, fmt.Errorf("stream %s: %w", ledger.Stream, err)
 	}
@@ -157,7 +159,7 @@ func (s *service) ends(ctx context.Context, shard uint32, folded uint64, at publ
 		return e, fmt.Errorf("shard %d: the ledger begins at %d and there is no snapshot: %w", shard, first, ledger.ErrPurged)
 	}
 	for _, subject := range ledger.ShardSubjects(shard) {
-		m, found, err := ledger.LastMessage(ctx, s.js, ledger.Stream, subject)
+		m, found, err := s.last(ctx, ledger.Stream, subject)
 		if err != nil {
 			return e, err
 		}
@@ -192,7 +194,9 @@ func (s *service) fence(ctx context.Context, shard uint32, token uint64) (publis
 		return publish.Position{}, err
 	}
 	ledger.ExpectLast(m, before.Revision)
-	if _, err := ledger.PublishBatch(ctx, s.nc, []*nats.Msg{m}); err != nil && !errors.Is(err, ledger.ErrStale) {
+	send, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	if _, err := ledger.PublishBatch(send, s.nc, []*nats.Msg{m}); err != nil && !errors.Is(err, ledger.ErrStale) {
 		s.log.Debug().Err(err).Uint32("shard", shard).Msg("it is not clear whether the shard is taken over")
 	}
 	// Whatever the answer was: what stands there now is ours or not.
@@ -204,11 +208,18 @@ func (s *service) fence(ctx context.Context, shard uint32, token uint64) (publis
 	return at, err
 }
 
+// last asks the leader of a stream for the newest message on a subject.
+func (s *service) last(ctx context.Context, stream, subject string) (ledger.Message, bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	return ledger.LastMessage(ctx, s.js, stream, subject)
+}
+
 // readPosition returns how a shard stands in the decisions' stream.
 func (s *service) readPosition(ctx context.Context, shard uint32) (publish.Position, error) {
 	var at publish.Position
 	const stream = "KV_" + ledger.DecisionsBucket
-	m, ok, err := ledger.LastMessage(ctx, s.js, stream, publish.CheckpointSubject(shard))
+	m, ok, err := s.last(ctx, stream, publish.CheckpointSubject(shard))
 	if err != nil {
 		return at, fmt.Errorf("checkpoint of shard %d: %w", shard, err)
 	}
@@ -218,7 +229,7 @@ func (s *service) readPosition(ctx context.Context, shard uint32) (publish.Posit
 			return at, fmt.Errorf("%w: %w", errForGood, err)
 		}
 	}
-	m, ok, err = ledger.LastMessage(ctx, s.js, stream, publish.DecisionsSubject(shard))
+	m, ok, err = s.last(ctx, stream, publish.DecisionsSubject(shard))
 	switch {
 	case err != nil:
 		return at, fmt.Errorf("newest decision of shard %d: %w", shard, err)
