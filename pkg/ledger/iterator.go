@@ -66,7 +66,6 @@ var (
 )
 
 func openIterator(ctx context.Context, js jetstream.JetStream, stream jetstream.Stream, cfg jetstream.ConsumerConfig) (_ *iterator, err error) {
-	cfg.Name = "tollkeeper-" + ksuid.New().String()
 	cfg.AckPolicy = jetstream.AckNonePolicy
 	cfg.MemoryStorage = true
 	cfg.Replicas = 1
@@ -81,6 +80,9 @@ func openIterator(ctx context.Context, js jetstream.JetStream, stream jetstream.
 		if tries >= 6 {
 			wait = time.Minute
 		}
+		// One of its own each time: what the server makes of the same one twice is
+		// not known, and one that nobody asks it removes.
+		cfg.Name = "tollkeeper-" + ksuid.New().String()
 		try, cancel := context.WithTimeout(ctx, wait)
 		cons, err = stream.CreateConsumer(try, cfg)
 		cancel()
