@@ -95,7 +95,6 @@ type owner struct {
 	tenure       *tenure
 	owns         bool // fenced: pub holds
 	pub          publish.Publisher
-	questions    *nats.Subscription
 	target       uint64 // what the ledger held of the shard at the start
 	ready        bool   // the target is counted
 	allowances   atomic.Int64
@@ -160,7 +159,10 @@ func (o *owner) run(ctx context.Context) error {
 		if o.owns && o.pub.Queued() >= maxQueued {
 			in = nil
 		}
-		tenures := o.tenures
+		tenures, queries := o.tenures, o.queries
+		if o.tenure != nil && !o.owns {
+			queries = nil // they wait
+		}
 		var lost, drain <-chan struct{}
 		if t := o.tenure; t != nil {
 			tenures, lost = nil, t.ctx.Done()
@@ -179,7 +181,7 @@ func (o *owner) run(ctx context.Context) error {
 			if err := finish(); err != nil {
 				o.failed(err)
 			}
-		case q := <-o.queries:
+		case q := <-queries:
 			if o.may() {
 				o.answer(q)
 			}
@@ -250,7 +252,8 @@ func (o *owner) begin(ctx context.Context, t *tenure) {
 			if o.state != nil && o.unkept <= snapshotAt(at.Found.Snapshot) {
 				pub, ok := o.backlog.Resume(o.shard, at.Revision, at.Found, at.Newest, o.state.Sequence())
 				if ok {
-					return o.adopt(at, end, pub)
+					o.adopt(at, end, pub)
+					return nil
 				}
 			}
 			o.reload(ctx, t, at, end)
@@ -282,7 +285,8 @@ func (o *owner) reload(ctx context.Context, t *tenure, at publish.Position, end 
 			}
 			o.take(ctx, w)
 			pub, _ := o.backlog.Resume(o.shard, at.Revision, at.Found, at.Newest, o.state.Sequence())
-			return o.adopt(at, end, pub)
+			o.adopt(at, end, pub)
+			return nil
 		}
 	})
 }
@@ -305,7 +309,7 @@ func (o *owner) take(ctx context.Context, w warmed) {
 }
 
 // adopt begins to publish.
-func (o *owner) adopt(at publish.Position, end ending, pub publish.Publisher) error {
+func (o *owner) adopt(at publish.Position, end ending, pub publish.Publisher) {
 	o.pub, o.owns, o.backlog = pub, true, publish.Backlog{}
 	o.target, o.lastControl = end.shard, max(o.lastControl, end.control)
 	now := time.Now()
@@ -313,18 +317,6 @@ func (o *owner) adopt(at publish.Position, end ending, pub publish.Publisher) er
 	o.lastSnapshot = now
 	// Shards that were taken over together are not all to be kept at once.
 	o.entries = min(o.entries, o.o.SnapshotEntries/2)
-	var err error
-	o.questions, err = o.nc.Subscribe(ledger.UsageSubject(o.shard), func(q *nats.Msg) {
-		select {
-		case o.queries <- q:
-		default:
-			o.m.refuse(q, "503", "too many questions at once: ask again")
-		}
-	})
-	if err != nil {
-		// The connection is closed: this is the end.
-		return fmt.Errorf("shard %d: subscribe: %w", o.shard, err)
-	}
 	o.log.Info().Uint64("epoch", at.Found.Epoch).Uint64("from", o.state.Sequence()+1).Uint64("to", o.target).Int("decisions", o.pub.Queued()).
 		Dur("took_ms", now.Sub(o.tenure.begun)).Msg("owns the shard")
 	o.checkReady()
@@ -332,7 +324,6 @@ func (o *owner) adopt(at publish.Position, end ending, pub publish.Publisher) er
 	case o.unswept <- taking{o, at.Found.Epoch, at.Found.Snapshot}:
 	default: // the next one sweeps
 	}
-	return nil
 }
 
 // end gives the shard back, if it is ours. What was not published, the next
@@ -346,15 +337,12 @@ func (o *owner) end() {
 		o.backlog = o.pub.Resign()
 		o.pub = publish.Publisher{}
 	}
-	if o.questions != nil {
-		_ = o.questions.Unsubscribe() // a closed connection has none
-	}
 	if o.ready {
 		o.status.set(o.service, func(s *status) { s.counted-- })
 	}
 	o.lastBeacon.Store(0)
 	o.allowances.Store(0)
-	o.tenure, o.owns, o.ready, o.questions = nil, false, false, nil
+	o.tenure, o.owns, o.ready = nil, false, false
 	o.publishing, o.burying, o.ticking, o.snapshotting, o.stopping, o.finalDone = false, false, false, false, false, false
 	o.retry.reset()
 	o.retryAt = time.Time{}

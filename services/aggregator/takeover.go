@@ -27,9 +27,27 @@ type tenure struct {
 
 // own is the ownership's callback: it lets the shard's goroutine have the claim.
 func (s *service) own(ctx context.Context, c *ownership.Claim) error {
+	o := s.owners[c.Shard]
+	questions, err := s.nc.Subscribe(ledger.UsageSubject(c.Shard), func(q *nats.Msg) {
+		select {
+		case o.queries <- q:
+		default:
+			s.m.refuse(q, "503", "too many questions at once: ask again")
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("shard %d: subscribe: %w", c.Shard, err)
+	}
+	defer func() { _ = questions.Unsubscribe() }() // a closed connection has none
+	// Who sees that we are ready may ask.
+	flush, cancel := context.WithTimeout(ctx, askTimeout)
+	if err := s.nc.FlushWithContext(flush); err != nil {
+		o.log.Debug().Err(err).Msg("it is not clear whether the shard can be asked yet")
+	}
+	cancel()
 	t := &tenure{ctx: ctx, claim: c, begun: time.Now(), over: make(chan error, 1)}
 	select {
-	case s.owners[c.Shard].tenures <- t:
+	case o.tenures <- t:
 		return <-t.over
 	case <-s.alive.Done():
 		return nil
