@@ -10,6 +10,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -27,6 +28,7 @@ type shardLog struct {
 	decided []usage.Decision
 	state   *quota.Shard
 	decoder fold.Decoder
+	asked   uint64
 	// snapshots by position.
 	snapshots map[uint64][]byte
 }
@@ -195,7 +197,7 @@ func TestEveryDecisionOfARandomShardIsExplained(t *testing.T) {
 			}
 		})
 	}
-	for _, kind := range []string{ReasonCall, ReasonPlan, ReasonAccount, ReasonPeriod} {
+	for _, kind := range []string{ReasonCall, ReasonPlan, ReasonAccount, ReasonPeriod, ReasonCorrection, ReasonLease} {
 		if reasons[kind] == 0 {
 			t.Errorf("no decision was due to %q: %v", kind, reasons)
 		}
@@ -207,12 +209,14 @@ func check(t *testing.T, e *Explanation, rows []trace.Row, d *usage.Decision) {
 	sum, calls := e.Fed.Carried, int64(0)
 	for _, r := range rows {
 		sum += r.Adds
-		calls++
+		if r.Index >= 0 {
+			calls++
+		}
 		if r.After != sum {
 			t.Errorf("after %s the counter is said to be %d, the calls add up to %d", r.Position, r.After, sum)
 		}
 	}
-	if !e.Replay.Same || e.Counter.After != d.Used || e.Fed.Unexplained != 0 || e.Fed.Adjusted != 0 || sum != d.Used || calls != e.Fed.Calls {
+	if !e.Replay.Same || e.Counter.After != sum || e.Fed.Unexplained != 0 || d.Tier == "" && e.Fed.Reported != 0 || sum+e.Fed.Reported != d.Used || calls != e.Fed.Calls {
 		t.Errorf("%+v\n%+v\n%+v\n%+v: %d calls add up to %d", d, e.Replay, e.Counter, e.Fed, calls, sum)
 	}
 }
@@ -240,6 +244,9 @@ func randomShard(t *testing.T, seed uint64) *shardLog {
 				limit.WarnPercent = []uint32{0, 50, 77}[r.IntN(3)]
 				if r.IntN(3) == 0 {
 					limit.Filter.Models = models[:1+r.IntN(2)]
+				}
+				if r.IntN(4) == 0 {
+					limit.Tier = usage.TierExact
 				}
 				p.Limits = append(p.Limits, limit)
 			}
@@ -274,7 +281,7 @@ func randomShard(t *testing.T, seed uint64) *shardLog {
 	newAccounts()
 	producers := []ksuid.KSUID{ksuid.New(), ksuid.New()}
 	numbers := map[ksuid.KSUID]uint64{}
-	for range 150 {
+	for range 200 {
 		l.now += usage.Micros(r.IntN(8_000_000))
 		switch r.IntN(20) {
 		case 0:
@@ -285,6 +292,17 @@ func randomShard(t *testing.T, seed uint64) *shardLog {
 			l.tick()
 		case 3:
 			l.snapshot()
+		case 4:
+			c := &tollkeeperv1.Correction{Account: accounts[r.IntN(len(accounts))], Model: models[r.IntN(3)], Reason: "random"}
+			if r.IntN(2) == 0 {
+				c.TimeUnixMicros = int64(l.now) - r.Int64N(200_000_000)
+			}
+			for _, m := range []string{"calls", "input_tokens", "pages"}[:1+r.IntN(3)] {
+				c.Adjustments = append(c.Adjustments, &tollkeeperv1.Quantity{Meter: m, Value: []int64{-30, -7, -1, 1, 9}[r.IntN(5)]})
+			}
+			l.control(&tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_Correction{Correction: c}})
+		case 5, 6, 7, 8, 9:
+			l.randomAsk(r, accounts, producers[r.IntN(2)])
 		default:
 			p := producers[r.IntN(2)]
 			if r.IntN(8) > 0 || numbers[p] == 0 {
@@ -318,6 +336,34 @@ func randomShard(t *testing.T, seed uint64) *shardLog {
 		}
 	}
 	return l
+}
+
+// randomAsk appends what a gateway may say about one of the allowances there are.
+func (l *shardLog) randomAsk(r *rand.Rand, accounts []string, gateway ksuid.KSUID) {
+	l.t.Helper()
+	account := accounts[r.IntN(len(accounts))]
+	u, _ := l.state.Account(account)
+	for i := range u.Limits {
+		if !u.Limits[i].Tier.Leased() || r.IntN(2) == 0 {
+			continue
+		}
+		ask := &tollkeeperv1.LeaseAsk{
+			Account: account, Limit: u.Limits[i].LimitID, WindowStartUnixMicros: int64(u.Limits[i].PeriodStart), SentUnixMicros: int64(l.now),
+			Seq: l.asked + 1, Need: r.Int64N(12),
+		}
+		for _, h := range l.state.Holdings(account, ask.GetLimit()) {
+			if h.Gateway == lease.Gateway(gateway) {
+				ask.Known, ask.Returned, ask.Used = h.Granted, h.Returned, h.Used+r.Int64N(h.Outstanding+1)
+			}
+		}
+		l.asked++
+		m, err := ledger.LeaseMessage(0, &tollkeeperv1.LeaseEntry{Gateway: gateway.Bytes(), Asks: []*tollkeeperv1.LeaseAsk{ask}})
+		if err != nil {
+			l.t.Fatal(err)
+		}
+		l.append(m)
+		return
+	}
 }
 
 func TestThePagesOfAnIndexFollowEachOther(t *testing.T) {

@@ -184,17 +184,17 @@ func (t *Trace) Apply(m *ledger.Message) error {
 	before := t.After
 	if last {
 		t.PlanNew = planNew
+		t.hold()
 		for i := range fx.Decisions {
 			if d := fx.Decisions[i]; d.Account == t.o.Target.Account && d.LimitID == t.o.Target.LimitID {
 				t.Decided = &d
-				if !ok || !d.Tier.Leased() {
+				// Where gateways hold some of it, more may be known to be used than is
+				// counted.
+				if t.Allowance == nil {
 					after, ok = d.Used, true
 				}
 				t.Fed.Reported = d.Used - after
 			}
-		}
-		if ok {
-			t.hold()
 		}
 	}
 	if !ok {
@@ -203,7 +203,7 @@ func (t *Trace) Apply(m *ledger.Message) error {
 		return nil
 	}
 	reported := t.Fed.Reported
-	before = t.move(m.Sequence, before, after, rows, kind, planNew)
+	before = t.move(m.Sequence, before, after, rows, kind, planNew, t.correction(e.Time))
 	if last {
 		t.Before, t.Fed.Reported = before, reported
 		t.findCrossing(m.Sequence, rows, after)
@@ -276,7 +276,7 @@ func (t *Trace) forget(sequence uint64) {
 
 // move accounts for a change of the counter and returns where it began: at 0
 // when it is another one than before.
-func (t *Trace) move(sequence uint64, before, after int64, rows []row, kind ledger.Kind, planNew bool) int64 {
+func (t *Trace) move(sequence uint64, before, after int64, rows []row, kind ledger.Kind, planNew bool, correction int64) int64 {
 	sum := int64(0)
 	for _, r := range rows {
 		sum += r.adds
@@ -287,6 +287,12 @@ func (t *Trace) move(sequence uint64, before, after int64, rows []row, kind ledg
 		// The counter begins anew: what fed it before does not count.
 		t.forget(sequence)
 		before = 0
+	case change && correction != 0 && after == max(0, correction):
+		// It begins anew at an entry that corrects it, too.
+		t.forget(sequence)
+		before = 0
+		rows, sum = []row{{index: -1, adds: after}}, 0
+		t.Fed.Adjusted = after
 	case after-before == sum:
 	case change && after == before:
 		rows, sum = nil, 0 // the limit was lifted before the calls were counted
@@ -308,6 +314,30 @@ func (t *Trace) move(sequence uint64, before, after int64, rows []row, kind ledg
 		}
 	}
 	return before
+}
+
+// correction returns what the entry at hand is to add to the target; 0 when it is
+// no correction, or of something else.
+func (t *Trace) correction(at usage.Micros) int64 {
+	c := t.Decoder.Control.GetCorrection()
+	if c == nil {
+		return 0
+	}
+	d := t.o.Target
+	when := usage.Micros(c.GetTimeUnixMicros())
+	if when == 0 || when > at {
+		when = at
+	}
+	f := &d.Filter
+	if d.PeriodEnd != 0 && when < d.PeriodStart || !t.isUnder(c.GetAccount()) || !f.Match(c.GetModel(), c.GetRoute(), c.GetMethod()) {
+		return 0
+	}
+	for _, q := range c.GetAdjustments() {
+		if usage.Meter(q.GetMeter()) == d.Meter {
+			return q.GetValue()
+		}
+	}
+	return 0
 }
 
 // counted returns the calls of a batch that the core counted for the target.
