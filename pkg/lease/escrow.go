@@ -603,6 +603,10 @@ func (e *Escrow) answer(l *lease) Answer {
 	if l.recalled() {
 		a.Recall = l.recall
 	}
+	if l.closed {
+		// Nothing of it may be used, whoever asks in its gateway's name.
+		a.Granted, a.Expiry = 0, 0
+	}
 	return a
 }
 

@@ -7,7 +7,9 @@ import (
 	"testing"
 
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/pkg/window"
 )
 
 const noon = usage.Micros(1_763_640_000_000_000) // 2025-11-20 12:00 UTC
@@ -167,4 +169,60 @@ func BenchmarkSnapshot(b *testing.B) {
 			}
 		}
 	})
+}
+
+// BenchmarkLeased is what frames and asks cost where calls are admitted from
+// leases: 10,000 accounts, each with an allowance of which three gateways have
+// a part.
+func BenchmarkLeased(b *testing.B) {
+	const accounts = 10_000
+	set := onePlan(1 << 50)
+	set.Plans[0].Limits[0].Tier = usage.TierExact
+	var before, after runtime.MemStats
+	s := crowd(accounts, set)
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	start, _ := window.Month.Bounds(noon)
+	seq := s.Sequence()
+	ask := func(account int, g byte, m lease.Ask) *Effects {
+		seq++
+		m.Gateway, m.Sent = lease.Gateway{g}, lease.Micros(noon)
+		return s.Apply(Entry{Sequence: seq, Time: noon, Asks: []LeaseAsk{{fmt.Sprintf("account-%07d", account), "free/calls", start, m}}})
+	}
+	for i := range accounts {
+		for g := range byte(3) {
+			ask(i, g+1, lease.Ask{Seq: 1, Need: 1000})
+		}
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	b.Run("a frame of 1000 calls", func(b *testing.B) {
+		batches := zipfBatches(100, 1000, accounts, false)
+		for _, batch := range batches {
+			batch.Flags.Values = make([]int64, batch.N)
+			for i := range batch.Flags.Values {
+				batch.Flags.Values[i] = int64(usage.FromLease)
+			}
+		}
+		b.ReportAllocs()
+		n := 0
+		for b.Loop() {
+			batch := batches[n%len(batches)]
+			n++
+			seq++
+			batch.Number = seq
+			s.Apply(Entry{Sequence: seq, Time: noon, Batch: batch})
+		}
+		b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/1000, "ns/event")
+	})
+	b.Run("an ask", func(b *testing.B) {
+		b.ReportAllocs()
+		n := 0
+		for b.Loop() {
+			n++
+			ask(n%accounts, byte(n%3)+1, lease.Ask{Seq: uint64(2 + n), Known: 1000, Want: 10})
+		}
+	})
+	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/accounts, "B/allowance")
+	runtime.KeepAlive(s)
 }

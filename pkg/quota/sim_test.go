@@ -727,7 +727,7 @@ func simWorlds(t *testing.T, name string, make func(uint64) simPlan) {
 		first, n = *simSeed, 1
 	}
 	if raceDetector {
-		n = min(n, 20) // there is one goroutine in a world
+		n = min(n, 10) // there is one goroutine in a world
 	}
 	var sum simWorld
 	entries := 0
@@ -767,7 +767,8 @@ func TestTheSimulationFindsAnEndThatComesTooEarly(t *testing.T) {
 	t.Parallel()
 	for seed := uint64(1); seed <= 300; seed++ {
 		p := randomSim(seed)
-		p.broken, p.kills, p.complete = "an end before all is counted", 2000, 1000
+		p.broken, p.kills, p.complete = "an end before all is counted", 3000, 1000
+		p.gateways, p.clients, p.think, p.amount, p.frames, p.loss = 3, 3, 20*ms, 60, 2*second, 0
 		w := newSimWorld(p)
 		w.run()
 		if w.failure != "" {
