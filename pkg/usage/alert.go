@@ -18,6 +18,10 @@ const (
 	ResolvedNoTraffic = "no_traffic"
 )
 
+// RuleConservation is the rule of episodes of the conservation audit; their scope
+// is the pair of points that do not agree, their value how many findings hold.
+const RuleConservation = "conservation"
+
 // MaxAlertTop bounds the lists of an Alert.
 const MaxAlertTop = 20
 

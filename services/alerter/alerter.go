@@ -258,6 +258,7 @@ func serve(ctx context.Context, o *Options, m *metrics, deliveries []*deliver.De
 	for _, d := range deliveries {
 		wg.Go(func() { d.Run(ctx) })
 	}
+	wg.Go(func() { e.watchConservation(ctx) })
 	err = e.run(ctx, from)
 	cancel()
 	if err == nil {

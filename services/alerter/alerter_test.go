@@ -561,3 +561,48 @@ func TestEpisodesAreIdentifiedByRuleScopeAndBeginning(t *testing.T) {
 		t.Errorf("%s is not a ksuid", one)
 	}
 }
+
+// A finding of the conservation audit is an episode of its pair, told once, with
+// minute and account, and ends when it has healed.
+func TestWhatTheAuditFindsIsAnEpisode(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	b.publish(names(0, 1), "")
+	start(t, quickOptions(b.url))
+	start(t, quickOptions(b.url)) // beside each other they tell it once
+	kv, err := b.js.KeyValue(t.Context(), ledger.AuditBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := usage.At(time.Now())
+	say := func(open int, finding string) {
+		at += 1_000_000
+		status := fmt.Sprintf(`{"at_unix_micros":%d,"points":[{"pair":"ledger-history","open":%d},{"pair":"ledger-counters","open":0}],"findings":[%s]}`, at, open, finding)
+		if _, err := kv.Put(t.Context(), ledger.AuditStatusKey, []byte(status)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	transitions := b.stored
+	const text = `2026-01-02 15:04 UTC, account \"acme\": ClickHouse does not have what the ledger has (-1 calls)`
+	finding := func(first usage.Micros) string {
+		return fmt.Sprintf(`{"pair":"ledger-history","account":"acme","text":"%s","first_seen_unix_micros":%d}`, text, first)
+	}
+	first := at
+	say(2, finding(first))
+	eventually(t, "an episode begins", func() bool { return len(transitions()) == 1 })
+	say(0, "")
+	eventually(t, "it ends", func() bool { return len(transitions()) == 2 })
+	say(1, finding(first)) // the same one, again
+	eventually(t, "another one begins", func() bool { return len(transitions()) == 3 })
+	got := transitions()
+	if a := got[0]; a.Rule != usage.RuleConservation || a.Scope != "ledger-history" || a.Transition != usage.AlertFiring || a.StartedAt != first ||
+		!strings.Contains(a.Summary, "15:04 UTC") || !strings.Contains(a.Summary, "acme") || !strings.Contains(a.Summary, "1 more finding") || a.Accounts[0].Account != "acme" {
+		t.Errorf("it began as %+v", a)
+	}
+	if a := got[1]; a.Transition != usage.AlertResolved || a.EpisodeID != got[0].EpisodeID || a.N != 2 {
+		t.Errorf("it ended as %+v", a)
+	}
+	if got[2].EpisodeID == got[0].EpisodeID {
+		t.Error("two episodes have one identity")
+	}
+}

@@ -525,7 +525,7 @@ func (e *evaluator) newest(ctx context.Context) ([]usage.Alert, error) {
 			all = append(all, s.Alert)
 		}
 	}
-	return all, nil
+	return e.newestConservation(ctx, all)
 }
 
 // shutdown saves the position a last time.

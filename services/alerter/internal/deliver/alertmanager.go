@@ -16,8 +16,16 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
-// alertName is the alertname label of every alert of ours.
+// alertName is the alertname label of an alert about refused accounts.
 const alertName = "TollkeeperRefusedAccounts"
+
+// nameOf is the alertname label: it says what kind of trouble it is.
+func nameOf(a *usage.Alert) string {
+	if a.Rule == usage.RuleConservation {
+		return "TollkeeperConservation"
+	}
+	return alertName
+}
 
 // resolvedFor is how long a resolve is repeated: an Alertmanager keeps alerts
 // in memory, and one that was killed after it took the resolve has forgotten it.
@@ -105,7 +113,7 @@ func (m *alertmanager) refresh(ctx context.Context) error {
 func (m *alertmanager) postable(a *usage.Alert) postableAlert {
 	p := postableAlert{
 		Labels: map[string]string{
-			"alertname": alertName, "rule": a.Rule, "scope": a.Scope, "severity": a.Severity, "episode": a.EpisodeID,
+			"alertname": nameOf(a), "rule": a.Rule, "scope": a.Scope, "severity": a.Severity, "episode": a.EpisodeID,
 		},
 		Annotations: map[string]string{
 			"summary":     a.Summary,
@@ -127,6 +135,9 @@ func (m *alertmanager) postable(a *usage.Alert) postableAlert {
 }
 
 func describe(a *usage.Alert) string {
+	if a.Rule == usage.RuleConservation {
+		return a.Summary + "\nGET /v1/audit of the console has all findings."
+	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s: %s (scope %s, since %s).", a.Rule, a.Summary, a.Scope, a.StartedAt.Time().Format(time.RFC3339))
 	if s := accounts(a); s != "" {
@@ -139,6 +150,10 @@ func describe(a *usage.Alert) string {
 func accounts(a *usage.Alert) string {
 	var parts []string
 	for _, t := range a.Accounts {
+		if t.Code == "" { // not about refusals
+			parts = append(parts, t.Account)
+			continue
+		}
 		parts = append(parts, t.Account+" ("+string(t.Code)+", "+strconv.FormatInt(t.Refusals, 10)+" refusals)")
 	}
 	return strings.Join(parts, ", ")
