@@ -124,15 +124,25 @@ func change(t testing.TB, key string, m proto.Message, seq uint64) ledger.Change
 
 func decision(t testing.TB, revision uint64, v usage.Verdict, cause time.Time) ledger.Change {
 	t.Helper()
-	d := usage.Decision{ID: fmt.Sprint("d", revision), Account: "acme", LimitID: "pro/calls", Meter: usage.Calls, Verdict: v, Revision: revision, Used: 5, Amount: 5, Cause: usage.At(cause)}
-	if v == usage.Deny {
+	return ofAccount(t, usage.Decision{ID: fmt.Sprint("d", revision), Account: "acme", LimitID: "pro/calls", Meter: usage.Calls, Verdict: v, Revision: revision, Used: 5, Amount: 5, Cause: usage.At(cause)})
+}
+
+// decisionOf is one about an exact limit, which leaves room.
+func decisionOf(t testing.TB, account string, revision uint64, v usage.Verdict, room int64) ledger.Change {
+	t.Helper()
+	return ofAccount(t, usage.Decision{ID: fmt.Sprint("d", revision), Account: account, LimitID: "pro/calls", Meter: usage.Calls, Verdict: v, Revision: revision, Used: 5, Amount: 5, Tier: usage.TierExact, Room: room})
+}
+
+func ofAccount(t testing.TB, d usage.Decision) ledger.Change {
+	t.Helper()
+	if d.Verdict == usage.Deny {
 		d.Code = usage.QuotaExceeded
 	}
 	data, err := ledger.MarshalDecision(&d)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return ledger.Change{Key: ledger.DecisionKey(0, "acme", d.LimitID), Value: data, Sequence: revision}
+	return ledger.Change{Key: ledger.DecisionKey(0, d.Account, d.LimitID), Value: data, Sequence: d.Revision}
 }
 
 func serve(g *Gate, next http.HandlerFunc, edit func(*http.Request)) *httptest.ResponseRecorder {
