@@ -386,7 +386,7 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 		if g.Shards != 64 {
 			t.Errorf("%d shards", g.Shards)
 		}
-		for _, subject := range []string{ledger.CallsSubject(3), ledger.ControlSubject(3), ledger.DeadLetterIntake("x")} {
+		for _, subject := range []string{ledger.CallsSubject(3), ledger.ControlSubject(3), ledger.LeasesSubject(3), ledger.DeadLetterIntake("x")} {
 			_, err := gateway.js.Publish(ctx, subject, []byte("x"))
 			must(t, subject, err)
 		}
@@ -394,6 +394,7 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 	t.Run("gateway may not decide, register or read calls", func(t *testing.T) {
 		for _, subject := range []string{
 			"$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.ledger.shards", "alerts.x", "beacon.3", "feed.decisions.3.a.l",
+			"answers.x", "$KV.ownership.shard.3", "feed.ownership.shard.3",
 			"deadletter.ledger.3.1", "$O.snapshots.C.x", "query.usage.3",
 			"$JS.API.STREAM.DELETE.LEDGER", "$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.UPDATE.LEDGER", "$JS.API.STREAM.CREATE.X",
 			"$JS.API.CONSUMER.CREATE.LEDGER.x", "$JS.API.DIRECT.GET.LEDGER.calls.3", "$JS.API.STREAM.MSG.GET.LEDGER", "$JS.API.CONSUMER.CREATE.ALERTS.x",
@@ -412,6 +413,9 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 	beacons := make(chan *nats.Msg, 1)
 	_, err := mirrors.ChanSubscribe(ledger.AllBeacons, beacons)
 	must(t, "subscribe to beacons", err)
+	answers := make(chan *nats.Msg, 1)
+	_, err = mirrors.ChanSubscribe("answers.x", answers)
+	must(t, "subscribe to answers", err)
 	must(t, "flush", mirrors.Flush())
 
 	t.Run("aggregator reads the ledger, decides in batches, keeps snapshots, answers", func(t *testing.T) {
@@ -451,6 +455,10 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 			must(t, "beacon", aggregator.Publish(ledger.BeaconSubject(3), []byte("b")))
 			return len(beacons) > 0
 		})
+		waitFor(t, "an answer at a gateway", func() bool {
+			must(t, "answer", aggregator.Publish("answers.x", []byte("a")))
+			return len(answers) > 0
+		})
 		decisions.hears(ctx, t, ledger.DecisionKey(3, "a", "p/l"))
 
 		snapshots, err := aggregator.js.ObjectStore(ctx, ledger.SnapshotsBucket)
@@ -468,11 +476,27 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 		must(t, "subscribe to questions", err)
 		must(t, "flush", aggregator.Flush())
 	})
+	t.Run("aggregators share the shards", func(t *testing.T) {
+		// As services/internal/ownership does.
+		_, err := aggregator.js.CreateStream(ctx, jetstream.StreamConfig{
+			Name: "KV_ownership", Subjects: []string{"$KV.ownership.>"}, Replicas: 3, MaxMsgsPerSubject: 1, MaxBytes: 16 << 20,
+			AllowDirect: true, AllowMsgTTL: true, RePublish: &jetstream.RePublish{Source: "$KV.ownership.>", Destination: "feed.ownership.>"},
+		})
+		must(t, "make the bucket", err)
+		feed := make(chan *nats.Msg, 8)
+		_, err = aggregator.ChanSubscribe("feed.ownership.>", feed)
+		must(t, "follow who owns what", err)
+		_, err = aggregator.js.Publish(ctx, "$KV.ownership.shard.3", []byte("{}"))
+		must(t, "claim a shard", err)
+		within(ctx, t, "a claim", feed)
+		_, err = aggregator.RequestWithContext(ctx, "$JS.API.DIRECT.GET.KV_ownership", []byte(`{"multi_last":["$KV.ownership.shard.>"]}`))
+		must(t, "read who owns what", err)
+	})
 	t.Run("aggregator has had every right it needed", func(t *testing.T) { noViolations(t, aggregator) })
 	t.Run("aggregator may not call, register, delete or purge", func(t *testing.T) {
 		for _, subject := range []string{
 			"calls.3", "$KV.directory.key.x", "$KV.config.plans.applied", "alerts.x", "$KV.alerter.x", "$KV.historian.calls", "deadletter.intake.x",
-			"$JS.API.STREAM.DELETE.LEDGER", "$JS.API.STREAM.DELETE.KV_decisions", "$JS.API.STREAM.DELETE.OBJ_snapshots", "$JS.API.STREAM.DELETE.ALERTS",
+			"$JS.API.STREAM.DELETE.LEDGER", "$JS.API.STREAM.DELETE.KV_decisions", "$JS.API.STREAM.DELETE.OBJ_snapshots", "$JS.API.STREAM.DELETE.ALERTS", "$JS.API.STREAM.DELETE.KV_ownership",
 			"$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.UPDATE.LEDGER", "$JS.API.STREAM.MSG.DELETE.LEDGER", "$JS.API.CONSUMER.CREATE.ALERTS.x",
 		} {
 			aggregator.mayNot(t, subject)
