@@ -34,6 +34,12 @@ func Scenarios() []Scenario {
 				kills: 10, rounds: o.Rounds, rate: o.rate(1500), workers: 48, pause: 1200 * time.Millisecond, last: 1200 * time.Millisecond, accounts: 24,
 			})
 		}},
+		{"exact", "three gateways with 64 clients each share limits of 10,000 calls or tokens, in peace and with kills and cut cables: never more is admitted", 20, func(ctx context.Context, o Options, out *Outcome) error {
+			return share(ctx, o, out, exactOptions{
+				fleet:  fleet.Options{Gateways: 3, SpoolBeforeAnswer: true, Links: true},
+				rounds: o.Rounds, limit: 10_000, clients: 64, faults: trouble, longest: time.Minute,
+			})
+		}},
 		{"cluster", "three nodes of NATS with three replicas, one killed at a time: nothing lost, and the ledger stands still no longer than the election and 2 s", 9, func(ctx context.Context, o Options, out *Outcome) error {
 			return loseNodes(ctx, o, out, fleet.Options{Nodes: 3, Gateways: 2, SpoolBeforeAnswer: true, UnknownMaxCalls: 1 << 30})
 		}},

@@ -9,7 +9,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
-	"sync/atomic"
+	"sync"
 	"time"
 )
 
@@ -24,9 +24,14 @@ const inputTokens = 3
 type Upstream struct {
 	url    string
 	server *http.Server
-	served atomic.Int64
 	errs   chan error
+
+	mu     sync.Mutex
+	served map[string]Served
 }
+
+// Served is what reached the upstream of an account: all of it was admitted.
+type Served struct{ Calls, Output int64 }
 
 // StartUpstream listens on a free port of host until Close.
 func StartUpstream(host string) (*Upstream, error) {
@@ -34,7 +39,7 @@ func StartUpstream(host string) (*Upstream, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen for the upstream: %w", err)
 	}
-	u := &Upstream{url: "http://" + l.Addr().String(), errs: make(chan error, 1)}
+	u := &Upstream{url: "http://" + l.Addr().String(), errs: make(chan error, 1), served: map[string]Served{}}
 	u.server = &http.Server{Handler: http.HandlerFunc(u.answer), ReadHeaderTimeout: 10 * time.Second}
 	go func() { u.errs <- u.server.Serve(l) }()
 	return u, nil
@@ -43,8 +48,16 @@ func StartUpstream(host string) (*Upstream, error) {
 // URL is where it listens.
 func (u *Upstream) URL() string { return u.url }
 
-// Served is how many calls reached it: each of them was admitted.
-func (u *Upstream) Served() int64 { return u.served.Load() }
+// Served returns what it served of an account, whether or not the client heard of
+// it.
+func (u *Upstream) Served(account string) Served {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.served[account]
+}
+
+// accountHeader is how a gateway names the account to its upstream.
+const accountHeader = "X-Tollkeeper-Account"
 
 // Close ends it.
 func (u *Upstream) Close() error {
@@ -59,11 +72,15 @@ func (u *Upstream) answer(w http.ResponseWriter, r *http.Request) {
 	if _, err := io.Copy(io.Discard, io.LimitReader(r.Body, 1<<20)); err != nil {
 		return // whoever asked is gone
 	}
-	u.served.Add(1)
 	output := 1
 	if n, err := strconv.Atoi(r.Header.Get(TokensHeader)); err == nil {
 		output = n
 	}
+	account := r.Header.Get(accountHeader)
+	u.mu.Lock()
+	sum := u.served[account]
+	u.served[account] = Served{sum.Calls + 1, sum.Output + int64(output)}
+	u.mu.Unlock()
 	body := fmt.Sprintf(`{"id":"x","object":"chat.completion","model":"m","choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}`,
 		inputTokens, output, inputTokens+output)
 	w.Header().Set("Content-Type", "application/json")
