@@ -4,7 +4,7 @@ package leasetest
 
 import (
 	"context"
-	"fmt"
+	"encoding/hex"
 	"os"
 	"sync"
 	"testing"
@@ -21,24 +21,23 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/pkg/window"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
+	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 )
 
 const shards = 2
 
 // world is a ledger, a directory, and somebody who owns all shards.
 type world struct {
-	t    testing.TB
-	srv  *embednats.Server
-	nc   *nats.Conn
-	js   jetstream.JetStream
-	kv   jetstream.KeyValue
-	mu   sync.Mutex
-	lims map[string]usage.Limit // by "<account> <plan>/<limit>"
-	own  *owner
+	t   testing.TB
+	srv *embednats.Server
+	nc  *nats.Conn
+	js  jetstream.JetStream
+	kv  jetstream.KeyValue
+	own *owner
 }
 
 func newWorld(t testing.TB) *world {
@@ -47,14 +46,14 @@ func newWorld(t testing.TB) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
+	w := &world{t: t, srv: srv}
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
-		if err := srv.Stop(ctx); err != nil {
+		if err := w.srv.Stop(ctx); err != nil {
 			t.Error(err)
 		}
 	})
-	w := &world{t: t, srv: srv, lims: make(map[string]usage.Limit)}
 	w.nc = w.connect()
 	if w.js, err = jetstream.New(w.nc); err != nil {
 		t.Fatal(err)
@@ -78,21 +77,58 @@ func (w *world) connect() *nats.Conn {
 	return nc
 }
 
-// account writes a record of the directory; the limits are the account's own.
-func (w *world) account(path []string, limits ...usage.Limit) {
+// account puts an account with limits of its own into the directory and the ledger.
+func (w *world) account(id string, limits ...usage.Limit) {
 	w.t.Helper()
-	r := &tollkeeperv1.AccountRecord{Id: path[0], Path: path, Plan: "pro"}
-	w.mu.Lock()
-	for i := range limits {
-		r.Limits = append(r.Limits, &tollkeeperv1.AccountLimit{Account: path[len(path)-1], Plan: "pro", Limit: ledger.LimitToProto(&limits[i])})
-		w.lims[path[len(path)-1]+" pro/"+limits[i].ID] = limits[i]
+	w.tree(map[string][]usage.Limit{id: limits}, nil)
+}
+
+// tree does so with accounts that nest.
+func (w *world) tree(limits map[string][]usage.Limit, parents map[string]string) {
+	w.t.Helper()
+	w.plans(limits, parents)
+	for id := range limits {
+		r := &tollkeeperv1.AccountRecord{Id: id, Plan: "of-" + id}
+		for at := id; at != ""; at = parents[at] {
+			r.Path = append(r.Path, at)
+			for i := range limits[at] {
+				r.Limits = append(r.Limits, &tollkeeperv1.AccountLimit{Account: at, Plan: "of-" + at, Limit: ledger.LimitToProto(&limits[at][i])})
+			}
+		}
+		data, err := proto.Marshal(r)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		if _, err := w.kv.Put(w.t.Context(), ledger.DirectoryAccount(id), data); err != nil {
+			w.t.Fatal(err)
+		}
 	}
-	w.mu.Unlock()
-	data, err := proto.Marshal(r)
+}
+
+// key gives an account an API key.
+func (w *world) key(key, account string) {
+	w.t.Helper()
+	h := gate.HashKey(key)
+	data, err := proto.Marshal(&tollkeeperv1.KeyRecord{KeyId: "k-" + account, Account: account})
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	if _, err := w.kv.Put(w.t.Context(), ledger.DirectoryAccount(path[0]), data); err != nil {
+	if _, err := w.kv.Put(w.t.Context(), ledger.DirectoryKey(hex.EncodeToString(h[:])), data); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// restart stops the server and starts it in its place.
+func (w *world) restart() {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(w.t.Context(), 10*time.Second)
+	defer cancel()
+	o := w.srv.Options()
+	if err := w.srv.Stop(ctx); err != nil {
+		w.t.Fatal(err)
+	}
+	var err error
+	if w.srv, err = embednats.Start(w.t.Context(), o); err != nil {
 		w.t.Fatal(err)
 	}
 }
@@ -197,33 +233,31 @@ func until(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// owner folds the lease entries of all shards and answers.
+// owner folds the ledger with the core, and answers.
 type owner struct {
-	w       *world
-	mu      sync.Mutex
-	escrows map[string]*lease.Escrow
-	seq     uint64
-	away    bool
-	beacons bool
-	asks    int
-	ahead   time.Duration // of its clock
-	cancel  context.CancelFunc
-	done    sync.WaitGroup
+	w      *world
+	mu     sync.Mutex
+	states []*quota.Shard
+	ahead  time.Duration // of its time
+	away   bool
 }
 
 func (w *world) owner() *owner {
 	w.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	o := &owner{w: w, escrows: make(map[string]*lease.Escrow), beacons: true, cancel: cancel}
-	consumer, err := w.js.OrderedConsumer(ctx, ledger.Stream, jetstream.OrderedConsumerConfig{FilterSubjects: []string{"leases.*"}})
-	if err != nil {
-		w.t.Fatal(err)
+	o := &owner{w: w}
+	for s := range uint32(shards) {
+		o.states = append(o.states, quota.New(quota.Options{Shard: s}))
 	}
-	running, err := consumer.Consume(func(m jetstream.Msg) { o.entry(m) })
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	o.done.Go(func() {
+	var done sync.WaitGroup
+	done.Go(func() {
+		var d fold.Decoder
+		err := ledger.Read(ctx, w.js, ledger.ReadOptions{Stream: ledger.Stream}, func(m ledger.Message) error { return o.entry(&d, &m) })
+		if err != nil && ctx.Err() == nil {
+			w.t.Error(err)
+		}
+	})
+	done.Go(func() {
 		tick := time.NewTicker(25 * time.Millisecond)
 		defer tick.Stop()
 		for {
@@ -236,12 +270,48 @@ func (w *world) owner() *owner {
 		}
 	})
 	w.t.Cleanup(func() {
-		running.Stop()
 		cancel()
-		o.done.Wait()
+		done.Wait()
 	})
 	w.own = o
 	return o
+}
+
+// plans puts the limits that accounts have into the ledger.
+func (w *world) plans(limits map[string][]usage.Limit, parents map[string]string) {
+	w.t.Helper()
+	var set tollkeeperv1.PlanSet
+	var accounts [shards]tollkeeperv1.AccountSet
+	for account, l := range limits {
+		plan := usage.Plan{ID: "of-" + account, Limits: l}
+		set.Plans = append(set.Plans, ledger.PlanToProto(&plan))
+		root := account
+		for parents[root] != "" {
+			root = parents[root]
+		}
+		of := &accounts[ledger.ShardOf(root, shards)]
+		of.Accounts = append(of.Accounts, &tollkeeperv1.Account{Id: account, Parent: parents[account], Plan: plan.ID})
+	}
+	set.Version = ksuid.New().String()
+	for s := range uint32(shards) {
+		for _, e := range []*tollkeeperv1.ControlEntry{
+			{Id: ksuid.New().String(), Body: &tollkeeperv1.ControlEntry_PlanSet{PlanSet: &set}},
+			{Id: ksuid.New().String(), Body: &tollkeeperv1.ControlEntry_AccountSet{AccountSet: &accounts[s]}},
+		} {
+			w.control(s, e)
+		}
+	}
+}
+
+func (w *world) control(shard uint32, e *tollkeeperv1.ControlEntry) {
+	w.t.Helper()
+	m, err := ledger.ControlMessage(shard, e)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if _, err := w.js.PublishMsg(w.t.Context(), m); err != nil {
+		w.t.Fatal(err)
+	}
 }
 
 func (o *owner) leave(away bool) {
@@ -250,139 +320,101 @@ func (o *owner) leave(away bool) {
 	o.away = away
 }
 
-func (o *owner) id(account, limit string, start int64) string {
-	return fmt.Sprint(account, " ", limit, " ", start)
-}
-
-func (o *owner) entry(m jetstream.Msg) {
-	e, err := ledger.DecodeLease(m.Headers(), m.Data())
-	if err != nil {
-		o.w.t.Error(err)
-		return
-	}
-	_, shard, err := ledger.ParseSubject(m.Subject())
-	if err != nil {
-		o.w.t.Error(err)
-		return
-	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	now := lease.Micros(o.now())
-	o.asks += len(e.GetAsks())
-	for _, a := range e.GetAsks() {
-		k := o.id(a.GetAccount(), a.GetLimit(), a.GetWindowStartUnixMicros())
-		x := o.escrows[k]
-		o.w.mu.Lock()
-		l, known := o.w.lims[a.GetAccount()+" "+a.GetLimit()]
-		o.w.mu.Unlock()
-		if x == nil {
-			if !known {
-				continue
-			}
-			x = lease.NewEscrow(l.Amount, terms(&l, a.GetWindowStartUnixMicros()))
-			o.escrows[k] = x
-		}
-		o.seq++
-		ask := lease.Ask{
-			Gateway: lease.Gateway(e.GetGateway()), Seq: a.GetSeq(), Sent: lease.Micros(a.GetSentUnixMicros()), Seen: a.GetSeen(), Known: a.GetKnown(), Used: a.GetUsed(),
-			Returned: a.GetReturned(), Over: a.GetOver(), Held: a.GetHeld(), Need: a.GetNeed(), Want: a.GetWant(), Renew: a.GetRenew(), Closing: a.GetClosing(),
-		}
-		fx := x.Apply(lease.Entry{Sequence: o.seq, Time: now, Ask: &ask})
-		if fx.Invalid != "" {
-			o.w.t.Errorf("%s: %+v", fx.Invalid, ask)
-		}
-		o.say(shard, a.GetAccount(), a.GetLimit(), a.GetWindowStartUnixMicros(), &l, fx.Answers)
-	}
-}
-
-func terms(l *usage.Limit, start int64) lease.Terms {
-	t := lease.Terms{Term: lease.Micros(l.Lease.Term), Patience: lease.Micros(l.Lease.Patience), Horizon: 60_000_000, MaxLeases: 64}
-	if t.Term == 0 {
-		t.Term = lease.Micros(usage.DefaultLeaseTerm)
-	}
-	if t.Patience == 0 {
-		t.Patience = lease.Micros(usage.DefaultLeasePatience)
-	}
-	if l.Window != usage.Lifetime {
-		s, e := window.Bounds(l.Window, usage.Micros(start))
-		t.Start, t.End = lease.Micros(s), lease.Micros(e)
-	}
-	return t
-}
-
-func (o *owner) say(shard uint32, account, limit string, start int64, l *usage.Limit, answers []lease.Answer) {
-	if o.away {
-		return
-	}
-	for _, a := range answers {
-		p := &tollkeeperv1.LeaseAnswer{
-			Account: account, Limit: limit, WindowStartUnixMicros: start, Revision: a.Revision, Seq: a.Seq, Granted: a.Granted, ExpiryUnixMicros: int64(a.Expiry),
-			Standing: tollkeeperv1.LeaseAnswer_Standing(a.Verdict), Room: a.Room, Recall: a.Recall,
-		}
-		if a.Verdict == lease.DeniedEarly || a.Verdict == lease.DeniedFinal {
-			d := usage.Decision{ID: ksuid.New().String(), Account: account, LimitID: limit, Meter: l.Meter, Verdict: usage.Deny, Code: l.RefusalCode(), Revision: a.Revision, Amount: l.Amount, Used: l.Amount - a.Room, Room: a.Room, Tier: l.Tier, Window: l.Window, PeriodStart: usage.Micros(start)}
-			_, d.PeriodEnd = window.Bounds(l.Window, usage.Micros(start))
-			data, err := ledger.MarshalDecision(&d)
-			if err != nil {
-				o.w.t.Error(err)
-			}
-			p.Decision = data
-		}
-		data, err := proto.Marshal(&tollkeeperv1.LeaseAnswers{Shard: shard, Epoch: 1, Answers: []*tollkeeperv1.LeaseAnswer{p}})
-		if err != nil {
-			o.w.t.Error(err)
-			continue
-		}
-		_ = o.w.nc.Publish(ledger.AnswersSubject(ksuid.KSUID(a.Gateway)), data) // NATS may be away
-	}
-}
-
-func (o *owner) now() int64 { return time.Now().Add(o.ahead).UnixMicro() }
-
+// shift moves the ledger's time.
 func (o *owner) shift(by time.Duration) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.ahead = by
 }
 
-// tick lets time pass, as a shard's ticks do, and beacons.
+func (o *owner) entry(d *fold.Decoder, m *ledger.Message) error {
+	_, shard, err := ledger.ParseSubject(m.Subject)
+	if err != nil {
+		return err
+	}
+	e, _, err := d.Decode(m)
+	if err != nil {
+		o.w.t.Errorf("%s: %v", m.Subject, err)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	e.Time += usage.Micros(o.ahead.Microseconds())
+	fx := o.states[shard].Apply(e)
+	if fx.Invalid != nil {
+		o.w.t.Errorf("%s: %v", m.Subject, fx.Invalid)
+	}
+	if o.away {
+		return nil
+	}
+	for i := range fx.Answers {
+		a := &fx.Answers[i]
+		p := &tollkeeperv1.LeaseAnswer{
+			Account: a.Account, Limit: a.LimitID, WindowStartUnixMicros: int64(a.WindowStart), WindowEndUnixMicros: int64(a.WindowEnd), Revision: a.Revision, Seq: a.Seq,
+			Granted: a.Granted, ExpiryUnixMicros: int64(a.Expiry), Standing: tollkeeperv1.LeaseAnswer_Standing(a.Verdict), Room: a.Room, Recall: a.Recall,
+		}
+		if a.Decision != nil {
+			if p.Decision, err = ledger.MarshalDecision(a.Decision); err != nil {
+				return err
+			}
+		}
+		data, err := proto.Marshal(&tollkeeperv1.LeaseAnswers{Shard: shard, Epoch: 1, Answers: []*tollkeeperv1.LeaseAnswer{p}})
+		if err != nil {
+			return err
+		}
+		_ = o.w.nc.Publish(ledger.AnswersSubject(ksuid.KSUID(a.Gateway)), data) // NATS may be away
+	}
+	return nil
+}
+
+// tick lets time pass in the shards where something is due, and beacons.
 func (o *owner) tick() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	now := o.now()
 	if o.away {
 		return
 	}
-	for k, x := range o.escrows {
-		if due, ok := x.Due(); ok && due <= lease.Micros(now) {
-			o.seq++
-			fx := x.Apply(lease.Entry{Sequence: o.seq, Time: lease.Micros(now)})
-			var account, limit string
-			var start int64
-			if _, err := fmt.Sscan(k, &account, &limit, &start); err != nil {
+	now := time.Now().Add(o.ahead).UnixMicro()
+	for s, state := range o.states {
+		if due, ok := state.NextTimer(); ok && due <= usage.Micros(now) {
+			m, err := ledger.ControlMessage(uint32(s), &tollkeeperv1.ControlEntry{Id: ksuid.New().String(), Body: &tollkeeperv1.ControlEntry_Tick{Tick: &tollkeeperv1.Tick{Epoch: 1}}})
+			if err != nil {
 				o.w.t.Error(err)
+				return
 			}
-			o.w.mu.Lock()
-			l := o.w.lims[account+" "+limit]
-			o.w.mu.Unlock()
-			o.say(ledger.ShardOf(account, shards), account, limit, start, &l, fx.Answers)
+			_ = o.w.nc.PublishMsg(m)
 		}
-	}
-	for s := range uint32(shards) {
-		data, err := proto.Marshal(&tollkeeperv1.Beacon{Shard: s, Epoch: 1, StreamTimeUnixMicros: now, SentAtUnixMicros: now})
+		data, err := proto.Marshal(&tollkeeperv1.Beacon{Shard: uint32(s), Epoch: 1, StreamTimeUnixMicros: now, SentAtUnixMicros: now})
 		if err != nil {
 			o.w.t.Error(err)
+			return
 		}
-		_ = o.w.nc.Publish(ledger.BeaconSubject(s), data)
+		_ = o.w.nc.Publish(ledger.BeaconSubject(uint32(s)), data)
 	}
 }
 
-// state of the escrow of an account's limit in the window of start.
-func (o *owner) state(account, limit string, start int64) lease.State {
+// limit is how an account's limit stands.
+func (o *owner) limit(account, id string) (quota.LimitUse, lease.State) {
+	o.w.t.Helper()
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if x := o.escrows[o.id(account, limit, start)]; x != nil {
-		return x.State()
+	for _, s := range o.states {
+		use, ok := s.Account(account)
+		if !ok {
+			continue
+		}
+		for _, l := range use.Limits {
+			if l.LimitID == "of-"+account+"/"+id {
+				if l.Lease != nil {
+					return l, *l.Lease
+				}
+				return l, lease.State{}
+			}
+		}
 	}
-	return lease.State{}
+	return quota.LimitUse{}, lease.State{}
+}
+
+func (o *owner) state(account, id string) lease.State {
+	_, s := o.limit(account, id)
+	return s
 }
