@@ -104,8 +104,11 @@ func TestALeaseIsGrantedOfWhatIsLeftAndItsCallsAreCountedOnce(t *testing.T) {
 	d.is("settled by the gateway's word", d.state().Settled, int64(7))
 	d.leased(anna, 2, 2)
 	d.is("settled, told before it is counted", d.state().Settled, int64(7))
+	d.is("allowances", d.s.Allowances(), 1)
+	d.is("in sum", d.s.LeaseSums(), d.state())
 	b, fx := d.ask(lease.Ask{Gateway: bert, Seq: 1, Need: 4})
 	d.is("bert", b.Verdict, lease.DeniedFinal)
+	d.is("what the entry added", fx.Leases, lease.Counts{DeniedFinal: 1})
 	if len(fx.Decisions) != 1 || fx.Decisions[0].Verdict != usage.Deny || fx.Decisions[0].Room != 3 || fx.Decisions[0].Tier != usage.TierExact || b.Decision == nil || b.Decision.ID != fx.Decisions[0].ID {
 		t.Fatalf("a call of 4 was refused, one of 3 may pass: %+v, %+v", fx.Decisions, b.Decision)
 	}

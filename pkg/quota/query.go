@@ -54,6 +54,24 @@ func (s *Shard) Total() Totals {
 	return s.totals(s.total.admitted, s.total.refused, []adjustmentKey{{of: ofAll}}, s.total.sums)
 }
 
+// LeaseSums returns the sums of how all open allowances of the tiers exact and
+// leased stand; what their counts say is since they began, and Effects.Leases is
+// what an entry added. It looks at every allowance.
+func (s *Shard) LeaseSums() (sum lease.State) {
+	var none lease.Counts
+	for _, x := range s.allowances {
+		st := x.escrow.State()
+		sum.Amount, sum.Settled = saturated(sum.Amount, st.Amount), saturated(sum.Settled, st.Settled)
+		sum.Outstanding, sum.Excess = saturated(sum.Outstanding, st.Outstanding), saturated(sum.Excess, st.Excess)
+		sum.Exposure, sum.Overdraft = saturated(sum.Exposure, st.Exposure), saturated(sum.Overdraft, st.Overdraft)
+		sum.Dead = saturated(sum.Dead, st.Dead)
+		sum.Leases += st.Leases
+		sum.Waits += st.Waits
+		sum.Counts.Add(&none, &st.Counts)
+	}
+	return sum
+}
+
 // Account returns what an account has used; false when it is not known.
 func (s *Shard) Account(id string) (AccountUse, bool) {
 	i, ok := s.find([]byte(id))
