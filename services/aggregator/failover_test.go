@@ -21,6 +21,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
 	"github.com/segmentio/ksuid"
 	"google.golang.org/protobuf/proto"
 
@@ -29,6 +31,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/fold"
+	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 )
 
 // member is an aggregator in a process of its own, whose connection can be cut.
@@ -476,4 +479,128 @@ func (w *world) decisionsStored() uint64 {
 		w.t.Fatal(err)
 	}
 	return stream.CachedInfo().State.LastSeq
+}
+
+// start runs an aggregator and returns without waiting for anything.
+func (w *world) start(o Options) *running {
+	w.t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	o.NATS = natsconn.Options{URL: w.server.ClientURL(), Logger: zerolog.Nop()}
+	o.Registerer = prometheus.NewRegistry()
+	o.timing = quick
+	r := &running{cancel: cancel, done: make(chan error, 1), registry: o.Registerer}
+	go func() { r.done <- Run(ctx, o) }()
+	w.t.Cleanup(cancel)
+	return r
+}
+
+// What cannot be counted is kept by the owner; one who stands by keeps in mind
+// which entries those are, in case that the owner dies before it is.
+func TestADeadLetterThatTheOwnerLeftIsKeptByTheNext(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 1, time.Minute)
+	m, err := newMetrics(prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &service{o: withDefaults(Options{}), js: w.js, nc: w.nc, m: m, log: zerolog.Nop(), shards: 1}
+	o := newOwner(s, 0)
+	o.state = quota.New(quota.Options{})
+	p := ksuid.New()
+	broken := w.frame(p, 0, 1, calls("acme", 3))
+	broken.Data[len(broken.Data)-9] ^= 1
+	seq := w.publish(broken)
+	over := errors.New("over")
+	if err := ledger.Read(t.Context(), w.js, ledger.ReadOptions{Stream: ledger.Stream}, func(m ledger.Message) error {
+		o.apply(m)
+		return over
+	}); !errors.Is(err, over) {
+		t.Fatal(err)
+	}
+	if len(o.dead) != 1 || o.dead[0].message != nil {
+		t.Fatalf("it keeps %+v in mind", o.dead)
+	}
+	o.bury(t.Context(), &o.dead[0])
+	if err := (<-o.results)(); err != nil {
+		t.Fatal(err)
+	}
+	stream, err := w.js.Stream(t.Context(), ledger.DeadLetterStream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept, err := stream.GetLastMsgForSubject(t.Context(), ledger.DeadLetterSubject(0, seq))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if kept.Header.Get(ledger.ReasonHeader) != usage.ReasonChecksum || !bytes.Equal(kept.Data, broken.Data) || len(o.dead) != 0 {
+		t.Errorf("kept is %v of %d bytes, to be kept are %d", kept.Header, len(kept.Data), len(o.dead))
+	}
+}
+
+// One who folds only what it owns reads the others' shards from their snapshots
+// when it gets them, and counts the same.
+func TestWithoutStandbyAShardIsTakenOverFromItsSnapshot(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 4, time.Minute)
+	w.plans("v1", lifetimeLimit(10))
+	w.accounts(20)
+	a := w.start(Options{Member: "a", Standby: -1, SnapshotEntries: 20})
+	eventually(t, "a owns all", func() bool { return len(w.owned()["a"]) == 4 })
+	b := w.start(Options{Member: "b", Standby: 1, SnapshotEntries: 20})
+	p := ksuid.New()
+	w.traffic(p, 20, 60, 1)
+	eventually(t, "both own shards", func() bool { owned := w.owned(); return len(owned["a"]) == 2 && len(owned["b"]) == 2 })
+	w.traffic(p, 20, 60, 2)
+	if err := a.stop(t); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "b owns all", func() bool { return len(w.owned()["b"]) == 4 })
+	last, _ := w.traffic(p, 20, 60, 3)
+	for shard, seq := range last {
+		eventually(t, "all is counted", func() bool {
+			m, err := w.nc.Request(ledger.UsageSubject(shard), nil, time.Second)
+			var u ledger.UsageReply
+			return err == nil && json.Unmarshal(m.Data, &u) == nil && u.Sequence >= seq
+		})
+	}
+	if err := b.stop(t); err != nil {
+		t.Fatal(err)
+	}
+	want, _ := w.fold(t)
+	got := w.all(t)
+	for shard := range w.shards {
+		if len(got[shard]) != len(want[shard]) {
+			t.Errorf("shard %d: %d decisions were published, the log leads to %d", shard, len(got[shard]), len(want[shard]))
+		}
+	}
+}
+
+// A claim that is older than the checkpoint's owner is no claim any more: a
+// process that was stopped with it in hand writes nothing.
+func TestAnOldClaimDoesNotTakeAShardFromANewerOwner(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 1, time.Minute)
+	s := &service{js: w.js, nc: w.nc, name: "a", log: zerolog.Nop()}
+	at, err := s.fence(t.Context(), 0, 7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, err := s.fence(t.Context(), 0, 7); err != nil || again != at {
+		t.Errorf("tried again: %+v, %v", again, err)
+	}
+	newer := &service{js: w.js, nc: w.nc, name: "b", log: zerolog.Nop()}
+	for _, token := range []uint64{6, 7} {
+		if _, err := newer.fence(t.Context(), 0, token); !errors.Is(err, ledger.ErrStale) {
+			t.Errorf("claim %d: %v", token, err)
+		}
+	}
+	if _, err := newer.fence(t.Context(), 0, 8); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.fence(t.Context(), 0, 7); !errors.Is(err, ledger.ErrStale) {
+		t.Errorf("the old owner fences again: %v", err)
+	}
+	if c := w.checkpoint(0); c.Epoch != 8 || c.Owner != "b" {
+		t.Errorf("got %+v", c)
+	}
 }

@@ -103,8 +103,9 @@ type owner struct {
 	retry        backoff
 	retryAt      time.Time
 	burying      bool
-	ticking      bool
+	ticking      bool // a control entry of ours is on its way
 	lastTick     time.Time
+	lastCore     time.Time // when the ledger was told of our rules
 	snapshotting bool
 	lastSnapshot time.Time
 	snapshotSize int
@@ -483,6 +484,14 @@ func (o *owner) serve(io context.Context, now time.Time) (wake time.Duration) {
 		o.lastTick = now
 		o.tick(io)
 	}
+	if o.ready && !o.stopping && !o.ticking && o.rulesDiffer() {
+		if wait := o.lastCore.Add(tickEvery).Sub(now); wait <= 0 {
+			o.lastCore = now
+			o.sayRules(io)
+		} else {
+			wake = min(wake, wait)
+		}
+	}
 	if o.ready && !o.stopping && !o.ticking {
 		if wait, due := o.tickIn(now); due && wait <= 0 {
 			o.lastTick = now
@@ -801,15 +810,44 @@ func refusedWith(err error, codes ...jetstream.ErrorCode) bool {
 
 // tick lets the shard's time pass: somebody's period has ended and no call comes.
 func (o *owner) tick(io context.Context) {
-	m, err := ledger.ControlMessage(o.shard, &tollkeeperv1.ControlEntry{
-		Id: ksuid.New().String(), Author: "aggregator", CreatedAtUnixMicros: time.Now().UnixMicro(),
+	o.appendControl(io, &tollkeeperv1.ControlEntry{
 		Body: &tollkeeperv1.ControlEntry_Tick{Tick: &tollkeeperv1.Tick{Epoch: o.pub.Last().Epoch}},
-	})
+	}, "a tick", o.m.ticks.Inc)
+}
+
+// rules by which we want the shard to be folded from here on.
+func (o *owner) rules() quota.Core {
+	c := quota.Core{Version: quota.CoreVersion, Horizon: o.horizon()}
+	if c.Horizon == 0 {
+		c.Horizon = o.state.Core().Horizon
+	}
+	return c
+}
+
+// rulesDiffer reports whether the ledger does not say yet by which rules this
+// program folds. What a newer program has said stands.
+func (o *owner) rulesDiffer() bool {
+	is, want := o.state.Core(), o.rules()
+	return is.Version < want.Version || is.Version == want.Version && is.Horizon != want.Horizon
+}
+
+// sayRules lets the ledger say it, so that a replay needs to be told nothing.
+func (o *owner) sayRules(io context.Context) {
+	c := o.rules()
+	o.appendControl(io, &tollkeeperv1.ControlEntry{
+		Body: &tollkeeperv1.ControlEntry_CoreVersion{CoreVersion: &tollkeeperv1.CoreVersion{Version: c.Version, ForeignHorizonMicros: int64(c.Horizon)}},
+	}, "the version of the rules", func() {})
+}
+
+// appendControl appends an entry of ours to the shard, unless another control
+// entry has come meanwhile: with that, time has passed too.
+func (o *owner) appendControl(io context.Context, e *tollkeeperv1.ControlEntry, what string, stored func()) {
+	e.Id, e.Author, e.CreatedAtUnixMicros = ksuid.New().String(), "aggregator", time.Now().UnixMicro()
+	m, err := ledger.ControlMessage(o.shard, e)
 	if err != nil {
-		o.log.Error().Err(err).Msg("a tick could not be written")
+		o.log.Error().Err(err).Msg(what + " could not be written")
 		return
 	}
-	// When another control entry has come meanwhile, time has passed with it.
 	ledger.ExpectLast(m, o.lastControl)
 	o.ticking = true
 	o.do(io, ioTimeout, func(ctx context.Context) func() error {
@@ -818,10 +856,10 @@ func (o *owner) tick(io context.Context) {
 			o.ticking = false
 			switch {
 			case err == nil:
-				o.m.ticks.Inc()
+				stored()
 			case refusedWith(err, jetstream.JSErrCodeStreamWrongLastSequence, errCodeWriteUnderWay):
 			default:
-				o.log.Warn().Err(err).Msg("a tick could not be appended")
+				o.log.Warn().Err(err).Msg(what + " could not be appended")
 			}
 			return nil
 		}

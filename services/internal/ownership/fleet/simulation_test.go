@@ -220,6 +220,26 @@ func TestOneWhoJoinsIsGivenAtMostItsShare(t *testing.T) {
 	})
 }
 
+// Whose name nobody else can bear does not wait for its own last start to be silent.
+func TestASoleMemberThatWasKilledHasItsShardsAgainAtOnce(t *testing.T) {
+	each(t, 10, func(t *testing.T, seed uint64) {
+		w := newWorld(t, seed, 64, Timing{})
+		w.sole = true
+		w.start("m")
+		w.until(time.Second, "every shard is owned", w.allOwned)
+		w.run(w.upTo(10 * time.Second))
+		w.member("m").kill()
+		x := w.start("m")
+		if n := x.m.Unowned(); n != 64 {
+			w.fatalf("%d shards have no owner", n)
+		}
+		w.until(200*time.Millisecond, "every shard is owned again", w.allOwned)
+		if n := x.m.Unowned(); n != 0 || x.m.Held() != 64 {
+			w.fatalf("%d shards have no owner, %d are held", n, x.m.Held())
+		}
+	})
+}
+
 func TestAnOrderlyEndHandsOverAtOnceAndMovesNothingElse(t *testing.T) {
 	each(t, 3, func(t *testing.T, seed uint64) {
 		w := newWorld(t, seed, 64, Timing{})

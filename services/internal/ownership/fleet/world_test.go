@@ -43,6 +43,7 @@ type world struct {
 	fences    int
 	lapses    int
 	conflicts int
+	sole      bool
 	longest   []time.Duration // since when a shard has no owner; -1: it has one
 }
 
@@ -205,7 +206,7 @@ func (w *world) start(name string) *simulated {
 		w: w, name: name, runs: map[uint32]int{}, waiting: map[uint64]bool{},
 		rate: 1 + w.skew*(2*w.rng.Float64()-1), offset: time.Duration(w.rng.Int64N(int64(time.Hour))) - w.now,
 	}
-	x.m = New(x.clock(), Config{Member: name, Shards: w.shards, Timing: w.timing, NewID: func() string {
+	x.m = New(x.clock(), Config{Member: name, Shards: w.shards, Timing: w.timing, Sole: w.sole, NewID: func() string {
 		w.ids++
 		return fmt.Sprintf("%s-%d", name, w.ids)
 	}})
