@@ -1,12 +1,11 @@
 package ledger
 
-// The conservation audit (pkg/audit): producers' claims, and what was found.
+// The conservation audit (pkg/audit): producers' claims, and what was found: how
+// far the audit is, and findings.
 const (
-	AuditStream = "AUDIT"
-	AuditBucket = "audit"
-	// AuditStatusKey of the bucket holds how far the audit is, and how many findings are open.
-	AuditStatusKey = "status"
-	// AuditFindingPrefix begins the keys of findings.
+	AuditStream        = "AUDIT"
+	AuditBucket        = "audit"
+	AuditStatusKey     = "status"
 	AuditFindingPrefix = "finding."
 )
 

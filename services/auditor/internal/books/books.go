@@ -7,7 +7,6 @@
 package books
 
 import (
-	"hash/crc32"
 	"time"
 
 	"github.com/segmentio/ksuid"
@@ -410,5 +409,3 @@ func (b *Books) sum(f *ledger.Frame, c *ledger.Ints, m int) {
 		}
 	}
 }
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
