@@ -2,7 +2,6 @@ package gate
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"strings"
@@ -13,6 +12,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/records"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/wallet"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
@@ -72,7 +72,7 @@ func (g *Gate) geometry(ctx context.Context, js jetstream.JetStream) (uint32, bo
 		if err == nil {
 			return geo.Shards, true
 		}
-		g.ready.waiting(fmt.Sprintf("the ledger's geometry can't be read (%v)", err))
+		g.ready.Waiting(fmt.Sprintf("the ledger's geometry can't be read (%v)", err))
 		select {
 		case <-ctx.Done():
 			return 0, false
@@ -220,7 +220,7 @@ func (g *Gate) refresh() {
 	t.Tick(now)
 	f := t.Freshness(now)
 	g.write.Unlock()
-	g.ready.fresh(f, g.full.told(clock))
+	g.ready.Fresh(f, g.full.Told(clock))
 }
 
 // directoryFeed brings keys and accounts to the table.
@@ -230,7 +230,7 @@ func (f *directoryFeed) Reset(all []ledger.Change) {
 	var keys []table.Key
 	var accounts []table.AccountRecord
 	for i := range all {
-		switch k, a, err := directoryRecord(&all[i]); {
+		switch k, a, err := records.Read(&all[i]); {
 		case err != nil:
 			f.g.skip(ledger.DirectoryBucket, all[i].Key, err)
 		case k != nil:
@@ -242,7 +242,7 @@ func (f *directoryFeed) Reset(all []ledger.Change) {
 	f.g.write.Lock()
 	f.g.table.Load().ResetDirectory(keys, accounts)
 	f.g.write.Unlock()
-	f.g.ready.resync(ledger.DirectoryBucket)
+	f.g.ready.Resync(ledger.DirectoryBucket)
 	f.g.metrics.resyncs.WithLabelValues(ledger.DirectoryBucket).Inc()
 	f.g.refresh()
 }
@@ -252,7 +252,7 @@ func (f *directoryFeed) Apply(c ledger.Change) {
 		f.delete(c)
 		return
 	}
-	k, a, err := directoryRecord(&c)
+	k, a, err := records.Read(&c)
 	if err != nil {
 		f.g.skip(ledger.DirectoryBucket, c.Key, err)
 		return
@@ -271,14 +271,10 @@ func (f *directoryFeed) delete(c ledger.Change) {
 	f.g.write.Lock()
 	defer f.g.write.Unlock()
 	t := f.g.table.Load()
-	if token, ok := strings.CutPrefix(c.Key, keyPrefix); ok {
-		if h, err := parseHash(token); err == nil {
-			t.DeleteKey(h, c.Sequence)
-		}
-	} else if token, ok := strings.CutPrefix(c.Key, accountPrefix); ok {
-		if id, err := accountOf(token); err == nil {
-			t.DeleteAccount(id, c.Sequence)
-		}
+	if h, ok := records.Key(c.Key); ok {
+		t.DeleteKey(h, c.Sequence)
+	} else if id, ok := records.Account(c.Key); ok {
+		t.DeleteAccount(id, c.Sequence)
 	}
 }
 
@@ -288,80 +284,6 @@ func (f *directoryFeed) Stale(reason error) {
 	f.g.table.Load().DirectoryStale(now)
 	f.g.write.Unlock()
 	f.g.stale(ledger.DirectoryBucket, reason)
-}
-
-const (
-	keyPrefix     = "key."
-	accountPrefix = "account."
-)
-
-func directoryRecord(c *ledger.Change) (*table.Key, *table.AccountRecord, error) {
-	if token, ok := strings.CutPrefix(c.Key, keyPrefix); ok {
-		h, err := parseHash(token)
-		if err != nil {
-			return nil, nil, err
-		}
-		var r tollkeeperv1.KeyRecord
-		if err := proto.Unmarshal(c.Value, &r); err != nil {
-			return nil, nil, fmt.Errorf("it is not protobuf: %w", err)
-		}
-		if r.GetAccount() == "" {
-			return nil, nil, errors.New("it names no account")
-		}
-		return &table.Key{Hash: h, KeyID: r.GetKeyId(), Account: r.GetAccount(), Seq: c.Sequence}, nil, nil
-	}
-	if strings.HasPrefix(c.Key, accountPrefix) {
-		var r tollkeeperv1.AccountRecord
-		if err := proto.Unmarshal(c.Value, &r); err != nil {
-			return nil, nil, fmt.Errorf("it is not protobuf: %w", err)
-		}
-		if r.GetId() == "" || ledger.DirectoryAccount(r.GetId()) != c.Key {
-			return nil, nil, errors.New("it is the record of another account")
-		}
-		a := &table.AccountRecord{ID: r.GetId(), Path: r.GetPath(), Plan: r.GetPlan(), Seq: c.Sequence}
-		for _, l := range r.GetLimits() {
-			limit := ledger.LimitFromProto(l.GetLimit())
-			if !limit.Tier.Leased() {
-				a.Eventual = true
-				continue
-			}
-			if l.GetAccount() == "" || limit.ID == "" || !limit.Meter.Valid() {
-				return nil, nil, errors.New("a limit of it has no account, name or meter")
-			}
-			a.Leased = append(a.Leased, table.LeasedLimit{Account: l.GetAccount(), LimitID: l.GetPlan() + "/" + limit.ID, Limit: limit})
-		}
-		return nil, a, nil
-	}
-	return nil, nil, nil // of a newer writer
-}
-
-func parseHash(token string) (h table.KeyHash, err error) {
-	b, err := hex.DecodeString(token)
-	if err != nil || len(b) != len(h) {
-		return h, errors.New("it is not under a SHA-256 in hex")
-	}
-	return table.KeyHash(b), nil
-}
-
-// accountOf is the inverse of ledger.KeyToken.
-func accountOf(token string) (string, error) {
-	var b strings.Builder
-	for i := 0; i < len(token); i++ {
-		if token[i] != '=' {
-			b.WriteByte(token[i])
-			continue
-		}
-		if i+3 > len(token) {
-			return "", errors.New("an escape is cut off")
-		}
-		c, err := hex.DecodeString(token[i+1 : i+3])
-		if err != nil {
-			return "", fmt.Errorf("an escape is not hex: %w", err)
-		}
-		b.WriteByte(c[0])
-		i += 2
-	}
-	return b.String(), nil
 }
 
 // decisionsFeed brings decisions to the table.
@@ -386,7 +308,7 @@ func (f *decisionsFeed) Reset(all []ledger.Change) {
 	f.g.write.Lock()
 	f.g.table.Load().ResetDecisions(decisions)
 	f.g.write.Unlock()
-	f.g.ready.resync(ledger.DecisionsBucket)
+	f.g.ready.Resync(ledger.DecisionsBucket)
 	f.g.metrics.resyncs.WithLabelValues(ledger.DecisionsBucket).Inc()
 	f.g.refresh()
 }
@@ -430,14 +352,14 @@ func (f *decisionsFeed) Stale(reason error) {
 // skip tells of a record that can't be read. It stays as it was in the table.
 func (g *Gate) skip(bucket, key string, err error) {
 	g.metrics.undecodable(bucket)
-	if g.logs.allow(g.now()) {
+	if g.logs.Allow(g.now()) {
 		g.o.Logger.Error().Str("bucket", bucket).Str("key", key).Err(err).Msg("a record of the feed can't be read and is left out")
 	}
 }
 
 func (g *Gate) stale(bucket string, reason error) {
-	g.ready.staleBucket(bucket, reason)
-	if g.logs.allow(g.now()) {
+	g.ready.Stale(bucket, reason)
+	if g.logs.Allow(g.now()) {
 		g.o.Logger.Warn().Str("bucket", bucket).Err(reason).Msg("the copy of a bucket may be behind: reading it again")
 	}
 }

@@ -22,6 +22,8 @@ import (
 	"github.com/rs/zerolog"
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/pace"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/ready"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/wallet"
@@ -149,9 +151,9 @@ type Gate struct {
 	table  atomic.Pointer[table.Table]
 	outbox atomic.Pointer[Outbox]
 	wallet atomic.Pointer[wallet.Wallet]
-	ready  readiness
-	logs   limiter
-	full   full
+	ready  *ready.Parts
+	logs   pace.Limiter
+	full   pace.Full
 }
 
 // Errors of Settle.
@@ -197,7 +199,7 @@ func New(o Options) (*Gate, error) {
 		return nil, fmt.Errorf("gate: %d shards: at most %d", o.Shards, ledger.MaxShards)
 	}
 	g := &Gate{o: o, now: o.Now}
-	g.ready = newReadiness(o)
+	g.ready = ready.New(part(o.DirectoryReadiness), part(o.DecisionsReadiness), part(o.OutboxReadiness))
 	m, err := newMetrics(o.Registerer, g)
 	if err != nil {
 		return nil, fmt.Errorf("gate: %w", err)
@@ -318,47 +320,22 @@ func (g *Gate) SettleShard(ctx context.Context, shard uint32, c *usage.Call) err
 	err := (*out).Add(ctx, shard, c)
 	switch {
 	case err == nil:
-		g.full.clear()
+		g.full.Clear()
 		return nil
 	case errors.Is(err, outbox.ErrFull), errors.Is(err, outbox.ErrNotSafe) && errors.Is(err, context.DeadlineExceeded):
-		g.full.set(g.now())
+		g.full.Set(g.now())
 	}
 	g.metrics.unsettled.Inc()
 	return fmt.Errorf("settle: %w", err)
 }
 
-// full remembers that the outbox refused a call for want of room, or could not
-// make it safe in time. Until it takes
-// one again, calls are refused before they cost anything, except for one in a
-// while that finds out.
-type full struct{ probe atomic.Int64 } // when the next one may try, nanoseconds; 0: there is room
-
-// probeEvery is how often a full outbox is tried.
-const probeEvery = 100 * time.Millisecond
-
-func (f *full) set(now time.Time) { f.probe.Store(now.Add(probeEvery).UnixNano()) }
-
-func (f *full) clear() {
-	if f.probe.Load() != 0 {
-		f.probe.Store(0)
-	}
-}
-
-// refuses reports whether a call should not even begin.
-func (f *full) refuses(now time.Time) bool {
-	at := f.probe.Load()
-	return at != 0 && (now.UnixNano() < at || !f.probe.CompareAndSwap(at, now.Add(probeEvery).UnixNano()))
-}
-
-// fullFor is how long a full outbox is told of after nobody has tried it any more:
-// where calls are sent to ready gateways only, nobody will.
-const fullFor = 2 * settleTimeout
-
-func (f *full) told(now time.Time) bool {
-	at := f.probe.Load()
-	return at != 0 && now.UnixNano()-at < int64(fullFor)
-}
-
 // Ready returns nil when the gate has current decisions and a directory and can
 // settle; else what is missing.
-func (g *Gate) Ready() error { return g.ready.err() }
+func (g *Gate) Ready() error { return g.ready.Err() }
+
+func part(r Readiness) ready.Part {
+	if r == nil {
+		return nil // and not an interface that holds nothing
+	}
+	return r
+}

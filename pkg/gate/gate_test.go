@@ -24,6 +24,7 @@ import (
 	"github.com/segmentio/ksuid"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/pace"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
@@ -426,13 +427,13 @@ func TestAFullOutboxRefusesCallsBeforeTheyCostAnything(t *testing.T) {
 		if err := g.Ready(); err == nil || !strings.Contains(err.Error(), "full") {
 			t.Errorf("ready: %v", err)
 		}
-		time.Sleep(2 * probeEvery)
+		time.Sleep(2 * pace.ProbeEvery)
 		g.beacons(1)
 		serve(g, handler, nil) // a probe, which fails
 		if w := serve(g, handler, nil); w.Code != 503 {
 			t.Fatalf("after the probe: %d", w.Code)
 		}
-		time.Sleep(2 * probeEvery)
+		time.Sleep(2 * pace.ProbeEvery)
 		g.beacons(1)
 		b.err = nil
 		for range 3 {

@@ -11,7 +11,6 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/wallet"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/pkg/window"
 )
 
 // Leases say how the limits of the tiers exact and leased are dealt with.
@@ -151,13 +150,17 @@ func (c *Cost) ofCalls() bool {
 
 func (g *Gate) take(ctx context.Context, t *table.Table, w *wallet.Wallet, a *Account, req Request, cost *Cost) (Verdict, Ticket) {
 	var parts []wallet.Part
+	var bounds *usage.Quantities
+	if cost != nil {
+		bounds = &cost.Bounds
+	}
 	reserve := false
 	for i, draws := 0, a.Leased(); i < len(draws); i++ {
 		d := &draws[i]
 		if !d.Concerns(req) {
 			continue
 		}
-		units, v := bound(d, cost)
+		units, v := d.Units(bounds)
 		if !v.Allowed {
 			g.metrics.refused(v.Code)
 			return v, Ticket{}
@@ -195,7 +198,7 @@ func (g *Gate) take(ctx context.Context, t *table.Table, w *wallet.Wallet, a *Ac
 		case wallet.Taken:
 			k = Ticket{time: r.Time, hold: r.Hold}
 		case wallet.Denied, wallet.DeniedEarly:
-			v = denied(&parts[r.At], &r)
+			v = parts[r.At].Denied(r.Decision, r.Start, parts[r.At].Units)
 		default:
 			v = g.unanswered(t, a, parts, v)
 		}
@@ -221,51 +224,6 @@ func (g *Gate) unanswered(t *table.Table, a *Account, parts []wallet.Part, v Ver
 		}
 	}
 	return Verdict{Unknown: true, Code: usage.BillingStateUnknown}
-}
-
-// bound returns how many units of a limit a call can need.
-func bound(d *table.Draw, cost *Cost) (int64, Verdict) {
-	l := d.Limit
-	units, known := int64(0), false
-	if cost != nil {
-		units, known = cost.Bounds.Get(l.Meter)
-	}
-	switch {
-	case !known && l.Meter == usage.Calls:
-		units = 1
-	case !known:
-		return 0, Verdict{Code: usage.CostExceedsLimit, Detail: fmt.Sprintf("How many %s this call can use is not bounded, and limit %s admits only calls that are: say the most it may use.", l.Meter, d.LimitID())}
-	case units > l.Amount && l.Amount > 0 && l.Meter != usage.Calls:
-		return 0, Verdict{Code: usage.CostExceedsLimit, Decision: cited(d, 0), Requested: units, Detail: fmt.Sprintf(
-			"This call may use up to %d %s, and limit %s is %d in all: ask for less.", units, l.Meter, d.LimitID(), l.Amount)}
-	}
-	return units, Verdict{Allowed: true}
-}
-
-// denied is the refusal that a lease's answer leads to.
-func denied(p *wallet.Part, r *wallet.Result) Verdict {
-	d := r.Decision
-	if d == nil || d.Verdict != usage.Deny || d.PeriodStart != r.Start {
-		d = cited(&p.Draw, r.Start) // the answer came without its decision, which follows
-	}
-	code := d.Code
-	if code.Status() == 0 {
-		code = p.Limit.RefusalCode()
-	}
-	return Verdict{Code: code, Decision: d, Requested: p.Units}
-}
-
-// cited makes a decision's terms out of a limit; it has no id.
-func cited(d *table.Draw, start usage.Micros) *usage.Decision {
-	l := d.Limit
-	out := &usage.Decision{
-		Account: d.Account(), LimitID: d.LimitID(), Meter: l.Meter, Verdict: usage.Deny, Code: l.RefusalCode(), Shard: d.Shard(), Used: l.Amount, Amount: l.Amount,
-		Window: l.Window, Filter: l.Filter, ActionURL: l.ActionURL, WarnPercent: l.WarnPercent, Tier: l.Tier,
-	}
-	if start != 0 {
-		out.PeriodStart, out.PeriodEnd = window.Bounds(l.Window, start)
-	}
-	return out
 }
 
 // openWallet makes the purses of this run.

@@ -1,21 +1,17 @@
 package gate
 
 import (
-	"bufio"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
-	"github.com/segmentio/ksuid"
-
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/answer"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/ids"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -219,7 +215,7 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handl
 		return
 	}
 	x.ticket = ticket
-	if x.g.full.refuses(x.began) {
+	if x.g.full.Refuses(x.began) {
 		x.ticket.Void()
 		x.refuseUnmetered(w, r, unmetered, &refusal.Refusal{Code: refusal.MeteringUnavailable, RequestID: id})
 		return
@@ -286,15 +282,15 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 	report := &Report{account: x.call.Account, keyID: x.call.KeyID}
 	r = r.WithContext(context.WithValue(r.Context(), reportKey{}, report))
 	r.Header.Set(RequestIDHeader, x.call.RequestID)
-	out := &answer{ResponseWriter: w, id: x.call.RequestID, length: -1, bodyless: r.Method == http.MethodHead}
+	out := answer.New(w, RequestIDHeader, x.call.RequestID, r.Method == http.MethodHead)
 	returned := false
 	defer func() {
 		// Also when the handler panics, as httputil.ReverseProxy does when the
 		// upstream breaks off: the call took place.
-		x.call.Status = uint16(out.finalStatus(returned))
+		x.call.Status = uint16(out.Status(returned))
 		x.call.Quantities = report.quantities
 		if _, reported := report.quantities.BuiltIn(usage.BytesIndex); !reported {
-			x.call.Quantities.SetBuiltIn(usage.BytesIndex, out.bytes)
+			x.call.Quantities.SetBuiltIn(usage.BytesIndex, out.Bytes())
 		}
 		x.release()
 		err := x.settle(r.Context())
@@ -303,7 +299,7 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 		case err != nil && x.g.o.AbortUnsettled:
 			panic(http.ErrAbortHandler)
 		default:
-			out.release()
+			out.Release()
 		}
 	}()
 	next.ServeHTTP(out, r)
@@ -331,7 +327,7 @@ func (x *exchange) refuse(w http.ResponseWriter, r *http.Request, req Request, v
 	if v.Decision != nil {
 		x.call.DecisionID = v.Decision.ID
 	}
-	if x.g.full.refuses(x.began) {
+	if x.g.full.Refuses(x.began) {
 		x.g.metrics.unsettled.Inc() // an answer that is held waits for no room
 	} else {
 		_ = x.settle(r.Context()) // told already; there is no answer to hold back
@@ -381,7 +377,7 @@ func (x *exchange) settle(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
 	defer cancel()
 	err := x.g.SettleShard(ctx, x.shard, &x.call)
-	if err != nil && x.g.logs.allow(x.g.now()) {
+	if err != nil && x.g.logs.Allow(x.g.now()) {
 		x.g.o.Logger.Error().Err(err).Str("account", x.call.Account).Str("request_id", x.call.RequestID).
 			Msg("a call could not be metered (tollkeeper_gate_unsettled_total counts all of them)")
 	}
@@ -400,147 +396,12 @@ func asRefusal(err error, requestID string) *refusal.Refusal {
 
 // RequestID returns a client's own id of its request when it is fit for logs and
 // events, else a new one.
-func RequestID(given string) string {
-	if given == "" || len(given) > 128 {
-		return ksuid.New().String()
-	}
-	for i := range len(given) {
-		c := given[i]
-		switch {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', strings.IndexByte("-_.~:/+=@", c) >= 0:
-		default:
-			return ksuid.New().String()
-		}
-	}
-	return given
-}
+func RequestID(given string) string { return ids.Request(given) }
 
 // ParseTraceparent reads a W3C traceparent header; what is not one is no trace.
 func ParseTraceparent(s string) (trace [16]byte, span [8]byte, flags byte, ok bool) {
-	// 00-<32 hex>-<16 hex>-<2 hex>; later versions may append "-…".
-	if len(s) < 55 || s[2] != '-' || s[35] != '-' || s[52] != '-' || strings.ToLower(s[:55]) != s[:55] {
-		return trace, span, 0, false
-	}
-	version := s[:2]
-	var v, f [1]byte
-	_, errV := hex.Decode(v[:], []byte(version))
-	_, errT := hex.Decode(trace[:], []byte(s[3:35]))
-	_, errS := hex.Decode(span[:], []byte(s[36:52]))
-	_, errF := hex.Decode(f[:], []byte(s[53:55]))
-	bad := errV != nil || errT != nil || errS != nil || errF != nil || version == "ff" ||
-		version == "00" && len(s) != 55 || len(s) > 55 && s[55] != '-' || trace == [16]byte{} || span == [8]byte{}
-	if bad {
-		return [16]byte{}, [8]byte{}, 0, false
-	}
-	return trace, span, f[0], true
-}
-
-// answer sees what is answered, and holds the last byte of an answer of announced
-// length back until the call is recorded.
-type answer struct {
-	http.ResponseWriter
-	id       string
-	status   int
-	bytes    int64
-	length   int64 // announced; -1: not known
-	bodyless bool
-	hijacked bool
-	held     [1]byte
-	holds    bool
-}
-
-// Unwrap is for http.ResponseController.
-func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
-
-func (a *answer) WriteHeader(status int) {
-	if status >= 100 && status < 200 && status != http.StatusSwitchingProtocols {
-		a.ResponseWriter.WriteHeader(status)
-		return
-	}
-	if a.status == 0 {
-		a.status = status
-		if h := a.Header(); h.Get(RequestIDHeader) == "" {
-			// httputil.ReverseProxy clears the header after a 1xx.
-			h.Set(RequestIDHeader, a.id)
-		}
-		if n, err := strconv.ParseInt(a.Header().Get("Content-Length"), 10, 64); err == nil && n >= 0 {
-			a.length = n
-		}
-	}
-	a.ResponseWriter.WriteHeader(status)
-}
-
-func (a *answer) Write(p []byte) (int, error) {
-	if a.status == 0 {
-		a.WriteHeader(http.StatusOK)
-	}
-	left := a.length - a.bytes
-	if a.bodyless || a.length < 0 || int64(len(p)) < left || len(p) == 0 {
-		n, err := a.ResponseWriter.Write(p)
-		if !a.bodyless {
-			a.bytes += int64(n)
-		}
-		return n, err
-	}
-	if left == 0 {
-		return 0, http.ErrContentLength // the byte that is held is the last one
-	}
-	n, err := a.ResponseWriter.Write(p[:left-1])
-	a.bytes += int64(n)
-	if err != nil {
-		return n, err
-	}
-	a.held[0], a.holds = p[left-1], true
-	a.bytes++
-	if int64(len(p)) > left {
-		return int(left), http.ErrContentLength
-	}
-	return len(p), nil
-}
-
-// release sends the byte that was held back. Its error is the client's having
-// gone.
-func (a *answer) release() {
-	if a.holds {
-		a.holds = false
-		_, _ = a.ResponseWriter.Write(a.held[:])
-	}
-}
-
-// Flush implements http.Flusher.
-func (a *answer) Flush() {
-	// Who wants to know uses http.ResponseController.
-	_ = a.FlushError()
-}
-
-// FlushError is what http.ResponseController looks for.
-func (a *answer) FlushError() error {
-	if a.status == 0 {
-		a.WriteHeader(http.StatusOK)
-	}
-	return http.NewResponseController(a.ResponseWriter).Flush()
-}
-
-// Hijack implements http.Hijacker.
-func (a *answer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	conn, rw, err := http.NewResponseController(a.ResponseWriter).Hijack()
-	if err == nil {
-		a.hijacked = true
-	}
-	return conn, rw, err
+	return ids.Traceparent(s)
 }
 
 // StatusClientGone is recorded when nobody was there to be answered.
 const StatusClientGone = 499
-
-func (a *answer) finalStatus(returned bool) int {
-	switch {
-	case a.status != 0:
-		return a.status
-	case a.hijacked:
-		return http.StatusSwitchingProtocols
-	case returned:
-		return http.StatusOK
-	}
-	return http.StatusInternalServerError
-}

@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/pace"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -145,7 +146,7 @@ func TestAFullOutboxThatNobodyTriesIsReadyAgain(t *testing.T) {
 		if g.Ready() == nil {
 			t.Error("it is ready although the outbox is full")
 		}
-		time.Sleep(fullFor + time.Second)
+		time.Sleep(pace.ToldFor + time.Second)
 		g.beacons(1)
 		g.refresh()
 		if err := g.Ready(); err != nil {

@@ -27,6 +27,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/inflight"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/intake"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/run"
@@ -129,7 +130,7 @@ type service struct {
 	proxy     *proxy
 	admin     http.Handler
 	slow      atomic.Int64 // when an unmetered refusal was last logged, unix seconds
-	inFlight  inFlight
+	inFlight  inflight.Calls
 }
 
 func newService(o Options) (*service, error) {
@@ -265,14 +266,14 @@ func (s *service) serve(ctx context.Context, listener, adminListener net.Listene
 	errs := make(chan error, 2)
 	n := 1
 	go func() {
-		errs <- telemetry.Serve(ctx, telemetry.ServeOptions{Flag: s.o.ListenFlag, Listener: listener, Handler: s.inFlight.count(s.proxy), Authenticates: true, Grace: grace})
+		errs <- telemetry.Serve(ctx, telemetry.ServeOptions{Flag: s.o.ListenFlag, Listener: listener, Handler: s.inFlight.Count(s.proxy), Authenticates: true, Grace: grace})
 	}()
 	var adminAddr net.Addr
 	if adminListener != nil {
 		n++
 		adminAddr = adminListener.Addr()
 		go func() {
-			errs <- telemetry.Serve(ctx, telemetry.ServeOptions{Flag: s.o.AdminFlag, Listener: adminListener, Handler: s.inFlight.count(s.admin), Authenticates: true, Grace: grace})
+			errs <- telemetry.Serve(ctx, telemetry.ServeOptions{Flag: s.o.AdminFlag, Listener: adminListener, Handler: s.inFlight.Count(s.admin), Authenticates: true, Grace: grace})
 		}()
 	}
 	s.o.Logger.Info().Stringer("proxy", listener.Addr()).Msg("the gateway serves")
@@ -295,7 +296,7 @@ func (s *service) serve(ctx context.Context, listener, adminListener net.Listene
 	}
 	// Their contexts are done by now; what they have to record must be with the
 	// outbox before that is closed.
-	if n := s.inFlight.wait(grace / 2); n > 0 {
+	if n := s.inFlight.Wait(grace / 2); n > 0 {
 		s.o.Logger.Warn().Int("calls", n).Msg("calls did not end in time: they may not be recorded")
 	}
 	s.proxy.close()

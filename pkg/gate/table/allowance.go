@@ -1,11 +1,13 @@
 package table
 
 import (
+	"fmt"
 	"slices"
 	"sync/atomic"
 
 	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/pkg/window"
 )
 
 // Allowance is a limit of the tiers exact and leased of one account. It stays the
@@ -56,6 +58,53 @@ type Draw struct {
 // Concerns reports whether such a call counts towards the limit.
 func (d *Draw) Concerns(req Request) bool {
 	return d.plain || d.Limit.Filter.Match(req.Model, req.Route, req.Method)
+}
+
+// Cited makes a decision's terms out of the limit, for the window of start; it has no
+// id.
+func (d *Draw) Cited(start usage.Micros) *usage.Decision {
+	l := d.Limit
+	out := &usage.Decision{
+		Account: d.account, LimitID: d.limitID, Meter: l.Meter, Verdict: usage.Deny, Code: l.RefusalCode(), Shard: d.shard, Used: l.Amount, Amount: l.Amount,
+		Window: l.Window, Filter: l.Filter, ActionURL: l.ActionURL, WarnPercent: l.WarnPercent, Tier: l.Tier,
+	}
+	if start != 0 {
+		out.PeriodStart, out.PeriodEnd = window.Bounds(l.Window, start)
+	}
+	return out
+}
+
+// Units returns how many a call can need whose cost is bounded so; nil: it is one call.
+// A verdict that does not allow it says that it is not bounded, or above the limit.
+func (d *Draw) Units(bounds *usage.Quantities) (int64, Verdict) {
+	l := d.Limit
+	units, known := int64(0), false
+	if bounds != nil {
+		units, known = bounds.Get(l.Meter)
+	}
+	switch {
+	case !known && l.Meter == usage.Calls:
+		units = 1
+	case !known:
+		return 0, Verdict{Code: usage.CostExceedsLimit, Detail: fmt.Sprintf("How many %s this call can use is not bounded, and limit %s admits only calls that are: say the most it may use.", l.Meter, d.limitID)}
+	case units > l.Amount && l.Amount > 0 && l.Meter != usage.Calls:
+		return 0, Verdict{Code: usage.CostExceedsLimit, Decision: d.Cited(0), Requested: units, Detail: fmt.Sprintf(
+			"This call may use up to %d %s, and limit %s is %d in all: ask for less.", units, l.Meter, d.limitID, l.Amount)}
+	}
+	return units, Verdict{Allowed: true}
+}
+
+// Denied is the refusal of a call that needs these units; decision is what it rests on
+// if that is known, start the begin of its window.
+func (d *Draw) Denied(decision *usage.Decision, start usage.Micros, units int64) Verdict {
+	if decision == nil || decision.Verdict != usage.Deny || decision.PeriodStart != start {
+		decision = d.Cited(start) // the answer came without its decision, which follows
+	}
+	code := decision.Code
+	if code.Status() == 0 {
+		code = d.Limit.RefusalCode()
+	}
+	return Verdict{Code: code, Decision: decision, Requested: units}
 }
 
 // draw returns the account's allowance and makes it when there is none.

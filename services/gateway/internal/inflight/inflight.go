@@ -1,4 +1,5 @@
-package gateway
+// Package inflight counts calls that are under way.
+package inflight
 
 import (
 	"net/http"
@@ -6,15 +7,16 @@ import (
 	"time"
 )
 
-// inFlight counts calls until their handlers have returned. http.Server loses sight
+// Calls counts calls until their handlers have returned: http.Server loses sight
 // of connections that were upgraded, and of handlers that outlive its patience.
-type inFlight struct {
+type Calls struct {
 	mu   sync.Mutex
 	n    int
 	idle chan struct{} // closed when there is none; nil when nobody waits
 }
 
-func (f *inFlight) count(next http.Handler) http.Handler {
+// Count returns a handler whose calls are counted.
+func (f *Calls) Count(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		f.mu.Lock()
 		f.n++
@@ -31,9 +33,9 @@ func (f *inFlight) count(next http.Handler) http.Handler {
 	})
 }
 
-// wait returns when no call is in flight, or after d, and how many still are. It is
+// Wait returns when no call is in flight, or after d, and how many still are. It is
 // called once.
-func (f *inFlight) wait(d time.Duration) int {
+func (f *Calls) Wait(d time.Duration) int {
 	f.mu.Lock()
 	if f.n == 0 {
 		f.mu.Unlock()

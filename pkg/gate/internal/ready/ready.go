@@ -1,35 +1,42 @@
-package gate
+// Package ready turns freshness into sentences and tells of changes only.
+package ready
 
 import (
 	"errors"
 	"fmt"
 	"sync"
-	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 )
 
-// readiness turns freshness into sentences and tells of changes only.
-type readiness struct {
-	mu      *sync.Mutex
-	parts   map[string]Readiness
+// Part hears whether a part can do its work.
+type Part interface {
+	OK()
+	NotReady(reason string)
+}
+
+// Parts are the directory, the decisions and the outbox of a gate. Its methods are
+// safe for concurrent use.
+type Parts struct {
+	mu      sync.Mutex
+	parts   map[string]Part
 	said    map[string]string // "" is ready
 	reasons map[string]string // why a bucket's copy is not current
 }
 
 const outboxPart = "outbox"
 
-func newReadiness(o Options) readiness {
-	return readiness{
-		mu:      &sync.Mutex{},
-		parts:   map[string]Readiness{ledger.DirectoryBucket: o.DirectoryReadiness, ledger.DecisionsBucket: o.DecisionsReadiness, outboxPart: o.OutboxReadiness},
+// New returns parts of which nothing is known. Each of the three may be nil.
+func New(directory, decisions, outbox Part) *Parts {
+	return &Parts{
+		parts:   map[string]Part{ledger.DirectoryBucket: directory, ledger.DecisionsBucket: decisions, outboxPart: outbox},
 		said:    map[string]string{ledger.DirectoryBucket: "starting", ledger.DecisionsBucket: "starting", outboxPart: "starting"},
 		reasons: make(map[string]string),
 	}
 }
 
-func (r *readiness) say(part, reason string) {
+func (r *Parts) say(part, reason string) {
 	if r.said[part] == reason {
 		return
 	}
@@ -44,8 +51,8 @@ func (r *readiness) say(part, reason string) {
 	}
 }
 
-// waiting: nothing works before the ledger was reached.
-func (r *readiness) waiting(reason string) {
+// Waiting: nothing works before the ledger was reached.
+func (r *Parts) Waiting(reason string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, part := range []string{ledger.DirectoryBucket, ledger.DecisionsBucket, outboxPart} {
@@ -53,19 +60,22 @@ func (r *readiness) waiting(reason string) {
 	}
 }
 
-func (r *readiness) staleBucket(bucket string, reason error) {
+// Stale notes why the copy of a bucket may be behind.
+func (r *Parts) Stale(bucket string, reason error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.reasons[bucket] = reason.Error()
 }
 
-func (r *readiness) resync(bucket string) {
+// Resync notes that a bucket was read as a whole.
+func (r *Parts) Resync(bucket string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.reasons, bucket)
 }
 
-func (r *readiness) fresh(f table.Freshness, outboxFull bool) {
+// Fresh tells how current the table is, and whether the outbox is full.
+func (r *Parts) Fresh(f table.Freshness, outboxFull bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
@@ -93,14 +103,15 @@ func (r *readiness) fresh(f table.Freshness, outboxFull bool) {
 	}
 }
 
-func (r *readiness) because(what, bucket string) string {
+func (r *Parts) because(what, bucket string) string {
 	if why := r.reasons[bucket]; why != "" {
 		return what + " (" + why + ")"
 	}
 	return what
 }
 
-func (r *readiness) err() error {
+// Err says what is missing; nil: nothing.
+func (r *Parts) Err() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var errs []error
@@ -110,20 +121,4 @@ func (r *readiness) err() error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// limiter lets one line a second through.
-type limiter struct {
-	mu   sync.Mutex
-	last time.Time
-}
-
-func (l *limiter) allow(now time.Time) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if d := now.Sub(l.last); d >= 0 && d < time.Second && !l.last.IsZero() {
-		return false
-	}
-	l.last = now
-	return true
 }
