@@ -48,9 +48,8 @@ type Totals struct {
 	Refused  int64 `json:"refused_calls"`
 	// Meters: sums of what was reported, by meter; a meter nobody reported is absent.
 	Meters map[usage.Meter]int64 `json:"meters"`
-	// Adjusted is what of Meters stems from corrections; absent when nothing was
-	// corrected. That of the meter calls is by how much the use of calls differs
-	// from what was admitted: admitted and refused calls are not corrected.
+	// Adjusted is what of Meters stems from corrections; that of calls is beside
+	// Admitted, which is not corrected.
 	Adjusted map[usage.Meter]int64 `json:"adjusted,omitempty"`
 }
 

@@ -16,6 +16,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/conservation"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/corrected"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/explained"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
@@ -50,8 +51,8 @@ func (c *console) handler() http.Handler {
 	mux.HandleFunc("GET /v1/decisions", c.getDecisions)
 	mux.HandleFunc("GET /v1/decisions/history", c.getDecisionHistory)
 	mux.HandleFunc("GET /v1/decisions/{id}/explain", explained.Handler(c.explainer, c.log))
-	mux.HandleFunc("GET /v1/corrections", c.getCorrections)
-	mux.HandleFunc("POST /v1/corrections", c.postCorrection)
+	mux.HandleFunc("GET /v1/corrections", corrected.Get(c.o.History))
+	mux.HandleFunc("POST /v1/corrections", corrected.Post(c.corrector, c.log))
 	mux.HandleFunc("GET /v1/history/calls", c.getCallHistory)
 	mux.HandleFunc("GET /v1/alerts", c.getAlerts)
 	mux.HandleFunc("GET /v1/deadletters", c.getDeadLetters)

@@ -22,6 +22,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/late"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/tail"
 	"github.com/tollkeeper/tollkeeper/services/internal/corrections"
 	"github.com/tollkeeper/tollkeeper/services/internal/explain"
@@ -153,9 +154,9 @@ func Run(ctx context.Context, o Options) error {
 		if o.ClickHouse.Readiness == nil {
 			o.ClickHouse.Readiness = o.Readiness.Component("clickhouse")
 		}
-		late := &lateHistory{}
-		o.History = late
-		group.Go(func() error { return late.run(ctx, o.ClickHouse) })
+		opened := &late.History{}
+		o.History = opened
+		group.Go(func() error { return opened.Run(ctx, o.ClickHouse) })
 	}
 	gate := &front.LateHandler{}
 	_, _, loopback, err := telemetry.CheckAddr(listener.Addr().String())
@@ -251,7 +252,11 @@ func (c *console) run(ctx context.Context) error {
 	})
 	group.Go(func() error { return c.produce(ctx) })
 	group.Go(func() error { return c.watchParts(ctx) })
-	group.Go(func() error { return c.finishPlans(ctx) })
+	group.Go(func() error {
+		return c.applier.KeepFinished(ctx, time.Minute, func(err error) {
+			c.log.Warn().Err(err).Msg("plans that were left half applied could not be completed yet")
+		})
+	})
 	return group.Wait()
 }
 
@@ -300,34 +305,6 @@ func (c *console) startOf(ctx context.Context, name string, back uint64, next *u
 	}
 	*next = max(*next, from)
 	return nil
-}
-
-const (
-	// finishEvery is how often the console looks for plans that somebody began to
-	// apply and did not get done, finishTimeout how long completing them may take.
-	finishEvery   = time.Minute
-	finishTimeout = applyTimeout
-)
-
-// finishPlans completes, at the start and then regularly, what an applying of
-// plans that died has left half done: the gateways' directory must not stay behind
-// the ledger until somebody happens to apply something.
-func (c *console) finishPlans(ctx context.Context) error {
-	tick := time.NewTicker(finishEvery)
-	defer tick.Stop()
-	for {
-		bounded, cancel := context.WithTimeout(ctx, finishTimeout)
-		err := c.applier.Finish(bounded)
-		cancel()
-		if err != nil && ctx.Err() == nil {
-			c.log.Warn().Err(err).Msg("plans that somebody else began to apply could not be completed: trying again in a minute")
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return nil
-		}
-	}
 }
 
 func micros(t time.Time) usage.Micros { return usage.At(t) }

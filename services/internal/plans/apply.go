@@ -267,6 +267,30 @@ func (a *Applier) Finish(ctx context.Context) error {
 	return err
 }
 
+// finishTimeout bounds one completing of plans that were left half applied.
+const finishTimeout = 5 * time.Minute
+
+// KeepFinished calls Finish at once and then regularly until ctx is done, so that
+// the gateways' directory does not stay behind the ledger until somebody happens to
+// apply something. failed is told of what went wrong; the next time may do.
+func (a *Applier) KeepFinished(ctx context.Context, every time.Duration, failed func(error)) error {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		bounded, cancel := context.WithTimeout(ctx, finishTimeout)
+		err := a.Finish(bounded)
+		cancel()
+		if err != nil && ctx.Err() == nil {
+			failed(err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
 // finishOther completes or refuses to wait for another's act with another
 // document.
 func (a *Applier) finishOther(ctx context.Context, s *store, g ledger.Geometry, version string) error {

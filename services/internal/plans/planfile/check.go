@@ -7,12 +7,10 @@ import (
 	"fmt"
 	"net/url"
 	"strings"
-	"time"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -110,7 +108,9 @@ func checkLimits(p *Plan, i int, c *collector) {
 		if l.ActionURL != "" && !validActionURL(l.ActionURL) {
 			c.add(at("action_url"), "action_url is neither an http or https URL nor a path", "write it like https://example.com/billing or /billing")
 		}
-		checkLease(l, at("lease"), at("tier"), c)
+		l.Lease.Check(l.Tier, l.Amount, func(reason, do string, field ...any) {
+			c.add(append([]any{"plans", i, "limits", k}, field...), reason, do)
+		})
 		if f := l.Filter; f != nil {
 			for name, list := range map[string][]string{"models": f.Models, "routes": f.Routes, "methods": f.Methods} {
 				for _, v := range list {
@@ -119,72 +119,6 @@ func checkLimits(p *Plan, i int, c *collector) {
 					}
 				}
 			}
-		}
-	}
-}
-
-// Bounds of a lease's terms beside usage.MaxLeaseSpan. A term holds while asks
-// and answers pass several times, and patience while one does.
-const (
-	minLeaseTerm     = time.Second
-	minLeasePatience = 50 * time.Millisecond
-	minReleaseAfter  = time.Second
-	maxLeased        = lease.MaxUnits
-	maxLeaseSpan     = time.Duration(usage.MaxLeaseSpan) * time.Microsecond
-)
-
-func checkLease(l *Limit, place, tier []any, c *collector) {
-	terms := l.Lease
-	if !usage.Tier(l.Tier).Leased() {
-		if terms != nil {
-			c.add(place, "a limit of the tier eventual has no lease", "leave it out, or write tier: exact or tier: leased")
-		}
-		return
-	}
-	if terms == nil {
-		terms = &Lease{}
-	}
-	if l.Amount > maxLeased {
-		c.add(append(tier[:len(tier)-1:len(tier)-1], "amount"), fmt.Sprintf("an amount of %d can't be handed out in leases", l.Amount), fmt.Sprintf("write at most %d, or tier: eventual", maxLeased))
-	}
-	at := func(field string) []any { return append(place[:len(place):len(place)], field) }
-	read := func(field, text string, absent, least time.Duration) (time.Duration, bool) {
-		if text == "" {
-			return absent, true
-		}
-		d, err := time.ParseDuration(text)
-		switch {
-		case err != nil:
-			c.add(at(field), field+" is not a span of time", "write it like 5s, 400ms or 1m30s")
-		case d < least:
-			c.add(at(field), fmt.Sprintf("%s is %s", field, text), fmt.Sprintf("write at least %s", least))
-		case d > maxLeaseSpan:
-			c.add(at(field), fmt.Sprintf("%s is %s", field, text), fmt.Sprintf("write at most %s", maxLeaseSpan))
-		case d%time.Microsecond != 0:
-			c.add(at(field), fmt.Sprintf("%s is %s", field, text), "write whole microseconds")
-		default:
-			return d, true
-		}
-		return 0, false
-	}
-	term, ok := read("term", terms.Term, time.Duration(usage.DefaultLeaseTerm)*time.Microsecond, minLeaseTerm)
-	patience, ok2 := read("patience", terms.Patience, time.Duration(usage.DefaultLeasePatience)*time.Microsecond, minLeasePatience)
-	if ok && ok2 && patience >= term {
-		c.add(at("patience"), fmt.Sprintf("patience is %s and the term %s", patience, term), "write a patience below the term")
-	}
-	read("release_after", terms.ReleaseAfter, 0, minReleaseAfter)
-	if terms.MaxExposure < 0 {
-		c.add(at("max_exposure"), fmt.Sprintf("max_exposure is %d", terms.MaxExposure), "write a number from 1 on")
-	}
-	for _, f := range [...]struct {
-		name  string
-		given bool
-	}{{"release_after", terms.ReleaseAfter != ""}, {"max_exposure", terms.MaxExposure != 0}} {
-		switch {
-		case l.Tier == string(usage.TierLeased) && !f.given:
-			c.add(tier, fmt.Sprintf("the lease of the limit %q has no %s", l.ID, f.name), "add it, or write tier: exact: a silent gateway's share is then never handed out twice")
-		case l.Tier == string(usage.TierExact) && f.given:
-			c.add(at(f.name), f.name+" would let an exact limit be exceeded", "leave it out, or write tier: leased")
 		}
 	}
 }

@@ -9,9 +9,9 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans/planfile/terms"
 )
 
 // FormatVersion is the version of the file format.
@@ -50,44 +50,8 @@ type Limit struct {
 }
 
 // Lease says how gateways share the amount of a limit of the tiers exact and
-// leased; see usage.LeaseTerms. Spans of time are written as time.Duration
-// prints them.
-type Lease struct {
-	Term         string `json:"term,omitempty"`     // usage.DefaultLeaseTerm when empty
-	Patience     string `json:"patience,omitempty"` // usage.DefaultLeasePatience when empty
-	ReleaseAfter string `json:"release_after,omitempty"`
-	MaxExposure  int64  `json:"max_exposure,omitempty"`
-}
-
-// usage converts the terms of a checked limit; a nil receiver has the defaults.
-func (l *Lease) usage() usage.LeaseTerms {
-	t := usage.LeaseTerms{Term: usage.DefaultLeaseTerm, Patience: usage.DefaultLeasePatience}
-	if l == nil {
-		return t
-	}
-	t.MaxExposure = l.MaxExposure
-	for _, f := range [...]struct {
-		text string
-		into *usage.Micros
-	}{{l.Term, &t.Term}, {l.Patience, &t.Patience}, {l.ReleaseAfter, &t.ReleaseAfter}} {
-		if d, err := time.ParseDuration(f.text); err == nil {
-			*f.into = usage.Micros(d.Microseconds())
-		}
-	}
-	return t
-}
-
-// canonical writes the defaults out, and each span in one way.
-func (l *Lease) canonical() *Lease {
-	t := l.usage()
-	c := &Lease{Term: span(t.Term), Patience: span(t.Patience), MaxExposure: t.MaxExposure}
-	if t.ReleaseAfter != 0 {
-		c.ReleaseAfter = span(t.ReleaseAfter)
-	}
-	return c
-}
-
-func span(m usage.Micros) string { return (time.Duration(m) * time.Microsecond).String() }
+// leased.
+type Lease = terms.Lease
 
 // Filter restricts a limit to some calls; an empty list matches every call.
 type Filter struct {
@@ -129,7 +93,7 @@ func (l *Limit) Usage() usage.Limit {
 		u.Tier = usage.TierEventual
 	}
 	if u.Tier.Leased() {
-		u.Lease = l.Lease.usage()
+		u.Lease = l.Lease.Usage()
 	}
 	u.Code = u.RefusalCode()
 	if l.Filter != nil {
@@ -161,7 +125,7 @@ func (d *Document) Canonical() *Document {
 				l.Code = string(usage.QuotaExceeded)
 			}
 			if usage.Tier(l.Tier).Leased() {
-				l.Lease = l.Lease.canonical()
+				l.Lease = l.Lease.Canonical()
 			}
 			if f := l.Filter; f != nil {
 				l.Filter = &Filter{Models: sorted(f.Models), Routes: sorted(f.Routes), Methods: sorted(f.Methods)}

@@ -22,10 +22,10 @@ func TestALeaseIsOfTheTiersThatHaveOne(t *testing.T) {
 		"no tier with a lease": {"lease: {term: 5s}",
 			"a limit of the tier eventual has no lease: leave it out, or write tier: exact or tier: leased"},
 		"leased without its bound": {"tier: leased, lease: {term: 5s, release_after: 30s}",
-			`the lease of the limit "l" has no max_exposure: add it, or write tier: exact: a silent gateway's share is then never handed out twice`},
+			`the lease has no max_exposure: add it, or write tier: exact: a silent gateway's share is then never handed out twice`},
 		"leased without a lease": {"tier: leased",
-			`the lease of the limit "l" has no release_after: add it, or write tier: exact: a silent gateway's share is then never handed out twice` + "\n" +
-				`the lease of the limit "l" has no max_exposure: add it, or write tier: exact: a silent gateway's share is then never handed out twice`},
+			`the lease has no release_after: add it, or write tier: exact: a silent gateway's share is then never handed out twice` + "\n" +
+				`the lease has no max_exposure: add it, or write tier: exact: a silent gateway's share is then never handed out twice`},
 		"exact that is released": {"tier: exact, lease: {release_after: 30s}",
 			"release_after would let an exact limit be exceeded: leave it out, or write tier: leased"},
 		"exact with an exposure": {"tier: exact, lease: {max_exposure: 1}",

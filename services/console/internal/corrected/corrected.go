@@ -1,7 +1,9 @@
-package console
+// Package corrected answers what was corrected, and corrects.
+package corrected
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +12,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/rs/zerolog"
 	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -19,11 +22,20 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 )
 
-// correctionMaxBody is more than a correction's texts together.
-const correctionMaxBody = 64 << 10
+const (
+	// maxBody is more than a correction's texts together.
+	maxBody     = 64 << 10
+	defaultPage = 100
+	maxPage     = 1000
+)
 
-// correctionBody is what POST /v1/corrections takes.
-type correctionBody struct {
+// History is where past corrections are; *history.History answers.
+type History interface {
+	Corrections(ctx context.Context, q history.CorrectionsQuery) ([]history.PastCorrection, error)
+}
+
+// request is what POST /v1/corrections takes.
+type request struct {
 	ID          string           `json:"id"`
 	Author      string           `json:"author"`
 	Account     string           `json:"account"`
@@ -37,7 +49,7 @@ type correctionBody struct {
 }
 
 // act translates it. Its errors tell a person what to write.
-func (b *correctionBody) act() (corrections.Act, error) {
+func (b *request) act() (corrections.Act, error) {
 	a := corrections.Act{
 		Author: b.Author, Account: b.Account, Time: b.Time, Model: b.Model, Route: b.Route, Method: b.Method,
 		Adjustments: make(map[usage.Meter]int64, len(b.Adjustments)), Reason: b.Reason, Reference: b.Reference,
@@ -57,22 +69,27 @@ func (b *correctionBody) act() (corrections.Act, error) {
 	return a, nil
 }
 
-func (c *console) postCorrection(w http.ResponseWriter, r *http.Request) {
+// Post answers POST /v1/corrections.
+func Post(s *corrections.Submitter, log zerolog.Logger) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) { post(w, r, s, log) }
+}
+
+func post(w http.ResponseWriter, r *http.Request, s *corrections.Submitter, log zerolog.Logger) {
 	if front.MediaType(r) != "application/json" {
 		front.Problem{Status: http.StatusUnsupportedMediaType, Code: front.CodeMediaType, Detail: "send the correction with Content-Type application/json"}.Write(w)
 		return
 	}
-	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, correctionMaxBody))
+	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if err != nil {
 		var big *http.MaxBytesError
 		if errors.As(err, &big) {
-			front.Problem{Status: http.StatusRequestEntityTooLarge, Code: front.CodeTooLarge, Detail: fmt.Sprintf("the correction has more than %d bytes", correctionMaxBody)}.Write(w)
+			front.Problem{Status: http.StatusRequestEntityTooLarge, Code: front.CodeTooLarge, Detail: fmt.Sprintf("the correction has more than %d bytes", maxBody)}.Write(w)
 			return
 		}
 		front.BadRequest("the body could not be read").Write(w)
 		return
 	}
-	var body correctionBody
+	var body request
 	if err := strictJSON(data, &body); err != nil {
 		front.BadRequest(err.Error()).Write(w)
 		return
@@ -82,12 +99,12 @@ func (c *console) postCorrection(w http.ResponseWriter, r *http.Request) {
 		front.BadRequest(err.Error()).Write(w)
 		return
 	}
-	result, err := c.corrector.Submit(r.Context(), act)
+	result, err := s.Submit(r.Context(), act)
 	if err != nil {
-		correctionProblem(err).Write(w)
+		problem(err).Write(w)
 		return
 	}
-	c.log.Info().Str("author", act.Author).Str("id", result.ID).Str("account", result.Account).Bool("repeated", result.Repeated).Msg("usage corrected")
+	log.Info().Str("author", act.Author).Str("id", result.ID).Str("account", result.Account).Bool("repeated", result.Repeated).Msg("usage corrected")
 	front.WriteJSON(w, result)
 }
 
@@ -104,7 +121,7 @@ func strictJSON(data []byte, into any) error {
 	return nil
 }
 
-func correctionProblem(err error) front.Problem {
+func problem(err error) front.Problem {
 	var refused *corrections.Error
 	switch {
 	case errors.As(err, &refused):
@@ -122,11 +139,19 @@ func correctionProblem(err error) front.Problem {
 	return front.Unavailable(err.Error())
 }
 
-func (c *console) getCorrections(w http.ResponseWriter, r *http.Request) {
-	n, err := pageSize(r, defaultPage)
-	if err != nil {
-		front.BadRequest(err.Error()).Write(w)
-		return
+// Get answers GET /v1/corrections; without a history it says so.
+func Get(h History) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) { get(w, r, h) }
+}
+
+func get(w http.ResponseWriter, r *http.Request, h History) {
+	var err error
+	n := defaultPage
+	if s := r.URL.Query().Get("limit"); s != "" {
+		if n, err = strconv.Atoi(s); err != nil || n < 1 || n > maxPage {
+			front.BadRequest(fmt.Sprintf("limit must be a whole number from 1 to %d", maxPage)).Write(w)
+			return
+		}
 	}
 	var before uint64
 	if s := r.URL.Query().Get("cursor"); s != "" {
@@ -135,11 +160,11 @@ func (c *console) getCorrections(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	if c.o.History == nil {
+	if h == nil {
 		front.Unavailable("the console has no address of ClickHouse").Write(w)
 		return
 	}
-	found, err := c.o.History.Corrections(r.Context(), history.CorrectionsQuery{Account: r.URL.Query().Get("account"), Before: before, Limit: n})
+	found, err := h.Corrections(r.Context(), history.CorrectionsQuery{Account: r.URL.Query().Get("account"), Before: before, Limit: n})
 	if err != nil {
 		front.Unavailable("ClickHouse does not answer: " + health.FirstSentence(err.Error())).Write(w)
 		return
