@@ -89,7 +89,7 @@ func TestComposeLoadsWithTheGeneratedEnvironment(t *testing.T) {
 	t.Parallel()
 	p := project(t)
 	want := []string{
-		"aggregator", "alerter", "alertmanager", "clickhouse", "console", "gateway-1", "gateway-2", "grafana", "historian",
+		"aggregator", "alerter", "alertmanager", "auditor", "clickhouse", "console", "gateway-1", "gateway-2", "grafana", "historian",
 		"nats-1", "nats-1-exporter", "nats-2", "nats-2-exporter", "nats-3", "nats-3-exporter", "prometheus",
 	}
 	if got := p.ServiceNames(); !slices.Equal(got, want) {
@@ -241,7 +241,7 @@ func TestASpoolBelongsToOneGateway(t *testing.T) {
 // removes.
 var binaries = sync.OnceValues(func() (string, error) {
 	build := exec.Command("go", "build", "-o", binDir+"/")
-	for _, name := range []string{"gateway", "aggregator", "historian", "alerter", "console"} {
+	for _, name := range []string{"gateway", "aggregator", "historian", "alerter", "auditor", "console"} {
 		build.Args = append(build.Args, "./"+name+"/cmd/"+name)
 	}
 	build.Dir = filepath.Join(root, "services")

@@ -370,7 +370,7 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 		t.Logf("notice: %s", notice)
 		s, err := aggregator.js.Stream(ctx, ledger.Stream)
 		must(t, "stream", err)
-		// 94 GiB in a file store of 32 GB are a quarter each, and no less.
+		// 96 GiB in a file store of 32 GB are a quarter each, and no less.
 		if c := s.CachedInfo().Config; c.Replicas != 3 || c.MaxBytes != 16<<30 {
 			t.Errorf("the ledger has %d replicas and room for %d bytes", c.Replicas, c.MaxBytes)
 		}
@@ -623,6 +623,50 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 		}
 		object(ctx, t, snapshots, "historian/calls.0")
 		noViolations(t, historian)
+	})
+	auditor := c.connect(t, "auditor")
+	t.Run("auditor reads calls and claims, asks the counters, keeps books and findings", func(t *testing.T) {
+		_, err := ledger.Provision(ctx, auditor.js, ledger.ProvisionOptions{})
+		must(t, "find the streams", err)
+		_, err = gateway.js.Publish(ctx, ledger.ClaimSubject("p"), []byte("claim"))
+		must(t, "claim", err)
+		_, err = auditor.read(ctx, ledger.Stream, 1)
+		must(t, "read the ledger", err)
+		_, err = auditor.read(ctx, ledger.AuditStream, 1)
+		must(t, "read claims", err)
+		found := kv(t, auditor, ledger.AuditBucket)
+		_, err = found.Put(ctx, ledger.AuditStatusKey, []byte("{}"))
+		must(t, "write the status", err)
+		keys, err := found.Keys(ctx)
+		must(t, "list findings", err)
+		if len(keys) != 1 {
+			t.Errorf("keys %v", keys)
+		}
+		must(t, "forget a finding", found.Purge(ctx, ledger.AuditFindingPrefix+"x"))
+		if _, err := kv(t, auditor, ledger.HistorianBucket).Get(ctx, "calls"); err != nil && !errors.Is(err, jetstream.ErrKeyNotFound) {
+			t.Errorf("how far the history is: %v", err)
+		}
+		snapshots, err := auditor.js.ObjectStore(ctx, ledger.SnapshotsBucket)
+		must(t, "snapshots", err)
+		for range 2 {
+			_, err = snapshots.PutBytes(ctx, "auditor/books.0", make([]byte, 1<<20))
+			must(t, "write books", err)
+		}
+		object(ctx, t, snapshots, "auditor/books.0")
+		answer, err := auditor.RequestWithContext(ctx, ledger.UsageSubject(3), nil)
+		must(t, "ask the counters", err)
+		if string(answer.Data) != "used" {
+			t.Errorf("the counters answer %q", answer.Data)
+		}
+		noViolations(t, auditor)
+	})
+	t.Run("auditor may change nothing that it looks at", func(t *testing.T) {
+		for _, subject := range []string{
+			"calls.3", "control.3", "leases.3", "audit.gateway.p", "alerts.x", "$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.plans.applied", "$KV.historian.calls",
+			"$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.DELETE.AUDIT", "$JS.API.STREAM.PURGE.AUDIT",
+		} {
+			auditor.mayNot(t, subject)
+		}
 	})
 	t.Run("historian may write nothing that changes a verdict", func(t *testing.T) {
 		for _, subject := range []string{

@@ -142,13 +142,14 @@ func TestServicesComeUpAgainstTheCluster(t *testing.T) {
 		ready(aggregator)
 		historian := c.start(t, "historian", admin)
 		alerter := c.start(t, "alerter", admin)
+		auditor := c.start(t, "auditor", admin)
 		console := c.start(t, "console", map[string]string{"TOLLKEEPER_CONSOLE_LISTEN": "admin"})
 		gateways := []*process{}
 		for _, name := range []string{"gateway-1", "gateway-2"} {
 			gateways = append(gateways, c.start(t, name, map[string]string{"TOLLKEEPER_GATEWAY_ADMIN_LISTEN": "admin", "TOLLKEEPER_GATEWAY_LISTEN": "proxy"}))
 		}
 
-		all := append([]*process{historian, alerter, console, aggregator}, gateways...)
+		all := append([]*process{historian, alerter, auditor, console, aggregator}, gateways...)
 		for _, p := range all {
 			if p.token == "" {
 				t.Fatal("a service has no token")
@@ -162,7 +163,7 @@ func TestServicesComeUpAgainstTheCluster(t *testing.T) {
 			ready(p)
 		}
 		// Without ClickHouse they say so, and that is all they miss.
-		for _, p := range []*process{historian, console} {
+		for _, p := range []*process{historian, auditor, console} {
 			waitFor(t, "the service misses ClickHouse alone", func() bool {
 				_, body := p.get("/readyz", p.token)
 				return strings.Contains(body, "ClickHouse") && !strings.Contains(body, "waiting for NATS")
@@ -185,6 +186,7 @@ func TestServicesComeUpAgainstTheCluster(t *testing.T) {
 			aggregator:  {"tollkeeper_aggregator_skipped_frames_total", "tollkeeper_aggregator_shards_catching_up"},
 			alerter:     {"tollkeeper_alerter_heartbeat_timestamp_seconds"},
 			historian:   {"tollkeeper_component_ready"},
+			auditor:     {"tollkeeper_audit_findings_open", "tollkeeper_audit_comparing", "tollkeeper_component_ready"},
 			console:     {"tollkeeper_component_ready"},
 		} {
 			_, body := p.get("/metrics", p.token)
