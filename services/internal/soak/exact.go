@@ -69,8 +69,16 @@ func share(ctx context.Context, o Options, out *Outcome, x exactOptions) (err er
 		out.Rounds = round + 1
 		o.Say("%s: round %d of %d (%s, %d faults): limit %d, admitted %d, served %d, %d refused (%d early), %d unknown, %.1f s",
 			out.Scenario, round+1, x.rounds, q.Kind, q.Faults, q.Limit, q.Admitted, q.Served, q.Refused, q.Early, q.Unknown, q.Seconds)
-		if most := max(q.Admitted, q.Served); most > q.Limit {
-			out.breaks("round %d (%s): %d admitted of %d", round+1, q.Kind, most, q.Limit)
+		if q.Admitted > q.Limit {
+			out.breaks("round %d (%s): %d admitted of %d", round+1, q.Kind, q.Admitted, q.Limit)
+		}
+		// What a gateway had sent upstream when it was killed, and nobody was
+		// answered, is known to nobody.
+		switch over := q.Served - q.Limit; {
+		case over > q.Unanswered:
+			out.breaks("round %d (%s): the upstream served %d of %d, and only %d may have been answered by nobody", round+1, q.Kind, q.Served, q.Limit, q.Unanswered)
+		case over > 0:
+			out.Missed = append(out.Missed, fmt.Sprintf("round %d (%s): %d of a limit of %d reached the upstream: %d of them were in flight at gateways that were killed and answered nobody", round+1, q.Kind, q.Served, q.Limit, over))
 		}
 		if least := x.limit - leftover(q.Kind); q.Faults == 0 && q.Served < least {
 			out.Missed = append(out.Missed, fmt.Sprintf("round %d (%s): %d admitted of %d although nothing was killed, at least %d are expected", round+1, q.Kind, q.Served, q.Limit, least))
@@ -120,7 +128,7 @@ func (w *world) shareRound(ctx context.Context, x exactOptions, round int) (Quot
 
 	gateways := len(w.fleet.GatewayURLs())
 	id := w.accounts[round].ID
-	var admitted, refused, unknown, early atomic.Int64
+	var admitted, refused, unknown, early, unanswered atomic.Int64
 	seed := w.r.Uint64()
 	var clients sync.WaitGroup
 	for n := range gateways * x.clients {
@@ -149,6 +157,7 @@ func (w *world) shareRound(ctx context.Context, x exactOptions, round int) (Quot
 				case traffic.Unknown:
 					unknown.Add(1)
 				default:
+					unanswered.Add(units)
 				}
 				_ = pause(ctx, 30*time.Millisecond) // its end ends the loop
 			}
@@ -157,6 +166,7 @@ func (w *world) shareRound(ctx context.Context, x exactOptions, round int) (Quot
 	clients.Wait()
 	raging.Wait()
 	q.Admitted, q.Refused, q.Unknown, q.Early = admitted.Load(), refused.Load(), unknown.Load(), early.Load()
+	q.Unanswered = unanswered.Load()
 	q.Served, q.Seconds = w.served(q.Kind, id), time.Since(began).Seconds()
 	return q, nil
 }

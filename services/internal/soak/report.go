@@ -71,6 +71,8 @@ type Quota struct {
 	Served   int64 `json:"served"`
 	Refused  int64 `json:"refused"`
 	Unknown  int64 `json:"unknown_503"`
+	// Unanswered got another answer than these, or none.
+	Unanswered int64 `json:"unanswered"`
 	// Early are refusals before the limit was used up.
 	Early   int64   `json:"early_denials"`
 	Faults  int     `json:"faults"`

@@ -40,6 +40,9 @@ func Scenarios() []Scenario {
 				rounds: o.Rounds, limit: 10_000, clients: 64, faults: trouble, longest: time.Minute,
 			})
 		}},
+		{"failover", "two aggregators, the one that owns most is killed, frozen or cut off: the other decides within 2 s, and no decision is lost, doubled or reversed", 12, func(ctx context.Context, o Options, out *Outcome) error {
+			return takeOver(ctx, o, out, fleet.Options{Aggregators: 2, Gateways: 2, SpoolBeforeAnswer: true, Links: true, UnknownMaxCalls: 1 << 30}, []Act{Kill, Freeze, Cut})
+		}},
 		{"cluster", "three nodes of NATS with three replicas, one killed at a time: nothing lost, and the ledger stands still no longer than the election and 2 s", 9, func(ctx context.Context, o Options, out *Outcome) error {
 			return loseNodes(ctx, o, out, fleet.Options{Nodes: 3, Gateways: 2, SpoolBeforeAnswer: true, UnknownMaxCalls: 1 << 30})
 		}},

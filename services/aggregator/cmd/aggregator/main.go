@@ -17,6 +17,7 @@ type flags struct {
 	config.Admin     `embed:""`
 	config.Streams   `embed:""`
 	config.Log       `embed:""`
+	Member           string        `name:"member" env:"TOLLKEEPER_MEMBER" help:"Name among the aggregators that share the shards, the same at every start; made up when empty."`
 	SnapshotInterval time.Duration `name:"snapshot-interval" env:"TOLLKEEPER_SNAPSHOT_INTERVAL" default:"30s" help:"How often the state is kept, so that a restart reads less of the ledger."`
 	Horizon          time.Duration `name:"foreign-horizon" env:"TOLLKEEPER_FOREIGN_HORIZON" default:"24h" help:"How long events of foreign producers are remembered, so that a repetition is not counted."`
 }
@@ -35,7 +36,7 @@ func main() {
 		}
 		return aggregator.Run(ctx, aggregator.Options{
 			NATS: f.NATS.Options("aggregator", log), Logger: log, AdminListen: f.AdminListen, AdminToken: token,
-			Shards: f.Shards, Replicas: f.Replicas, SnapshotEvery: f.SnapshotInterval, Horizon: f.Horizon,
+			Shards: f.Shards, Replicas: f.Replicas, SnapshotEvery: f.SnapshotInterval, Horizon: f.Horizon, Member: f.Member,
 		})
 	})
 }

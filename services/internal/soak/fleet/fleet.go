@@ -254,6 +254,7 @@ func (f *Fleet) addServices() error {
 		}
 		f.add(Aggregator, i, f.secrets(), append([]string{
 			filepath.Join(f.o.Programs, "aggregator"), "--nats-url", url, "--admin-listen", "", "--replicas", replicas, "--snapshot-interval", "5s", "--log-format", "json",
+			"--member", fmt.Sprintf("%s-%d", Aggregator, i),
 		}, f.o.AggregatorArgs...)...)
 	}
 	if !f.o.NoHistory {
