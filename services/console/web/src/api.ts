@@ -148,6 +148,25 @@ export async function getAudit(signal: AbortSignal): Promise<Audit> {
   return (await res.json()) as Audit
 }
 
+export interface Correction {
+  ledger_sequence: number
+  stream_time_unix_micros: number
+  id: string
+  author: string
+  account: string
+  time_unix_micros: number
+  model?: string
+  adjustments: Record<string, number>
+  reason: string
+  reference?: string
+}
+
+export async function getCorrections(account: string, signal: AbortSignal): Promise<Correction[]> {
+  const res = await fetch(`/v1/corrections?limit=20${account ? `&account=${encodeURIComponent(account)}` : ''}`, { headers: headers(), signal })
+  if (!res.ok) throw await problemOf(res)
+  return ((await res.json()) as { corrections: Correction[] }).corrections
+}
+
 /** Problem is an answer that is not the one asked for. */
 export class Problem extends Error {
   readonly status: number

@@ -2,6 +2,7 @@ import { useEffect, useReducer, useRef, useState } from 'preact/hooks'
 import { setToken, type Part, type State } from './api'
 import { AuditCard } from './audit'
 import { AccountsCard, AlertsCard, CodesCard, DeadLettersCard, Figures, LiveCard, RefusalsCard } from './cards'
+import { CorrectionsCard } from './corrections'
 import { clock } from './format'
 import { HistoryCard } from './history'
 import { empty, reduce, type Connection } from './model'
@@ -49,6 +50,7 @@ export function App() {
         <AlertsCard live={m.live} />
         <DeadLettersCard live={m.live} />
         <AuditCard />
+        <CorrectionsCard />
       </main>
     </>
   )

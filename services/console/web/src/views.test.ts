@@ -2,6 +2,7 @@ import { describe, expect, it } from 'vitest'
 import type { History, TopLimit } from './api'
 import { stateOf } from './audit'
 import { tightest } from './cards'
+import { effectOf } from './corrections'
 import { areasOf } from './history'
 import { lookOfCode, lookOfSeries } from './palette'
 import { Parser } from './stream'
@@ -41,6 +42,10 @@ it('says of two points that disagree so, whether they can be asked or not', () =
   expect(stateOf(p)).toBe('ok')
   expect(stateOf({ ...p, ok: false })).toBe('waiting')
   expect(stateOf({ ...p, ok: false, open: 1 })).toBe('down')
+})
+
+it('says what a correction changes, with its sign', () => {
+  expect(effectOf({ adjustments: { calls: -3, output_tokens: 1200 } })).toBe('−3 calls, +1.2k tokens out')
 })
 
 it('tells everything apart by more than colour', () => {
