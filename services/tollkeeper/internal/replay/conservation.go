@@ -182,6 +182,9 @@ func ReadCounters(ctx context.Context, nc *nats.Conn, shards uint32, accounts []
 				out.Admitted += a.Own.Admitted
 				out.Refused += a.Own.Refused
 				for m, v := range a.Own.Meters {
+					if m != usage.Calls { // of those it is not in there
+						v -= a.Own.Adjusted[m] // corrections are in the counters alone
+					}
 					out.Meters[m] += v
 				}
 			}
