@@ -36,6 +36,8 @@ type Options struct {
 	Seed uint64
 	// Rounds; 0 is the scenario's own number.
 	Rounds int
+	// Short is for tests: few rounds, little load.
+	Short bool
 	// Rate bounds the load in calls a second; 0 is the scenario's own.
 	Rate float64
 	// Say gets a line for people now and then.

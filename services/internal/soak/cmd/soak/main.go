@@ -26,6 +26,7 @@ type flags struct {
 	Scenario []string      `help:"Which to run; all when none is given." sep:","`
 	List     bool          `help:"Say which scenarios there are."`
 	Rounds   int           `help:"Rounds of each; 0 is each scenario's own number."`
+	Short    bool          `help:"Few rounds and little load, as the tests do it."`
 	Rate     float64       `help:"Calls a second; 0 is each scenario's own."`
 	Seed     uint64        `help:"Seed of everything random; drawn and printed when 0."`
 	Programs string        `help:"Folder with the built programs; built when empty." type:"path"`
@@ -84,7 +85,7 @@ func run(ctx context.Context, f flags) (err error) {
 	var errs []error
 	for _, s := range chosen {
 		say("%s: %s", s.Name, s.About)
-		out, err := s.Run(ctx, soak.Options{Programs: f.Programs, Dir: f.Dir, Seed: f.Seed, Rounds: f.Rounds, Rate: f.Rate, Say: say})
+		out, err := s.Run(ctx, soak.Options{Programs: f.Programs, Dir: f.Dir, Seed: f.Seed, Rounds: f.Rounds, Short: f.Short, Rate: f.Rate, Say: say})
 		errs = append(errs, err)
 		report.Scenarios = append(report.Scenarios, out)
 		if ctx.Err() != nil {
