@@ -19,6 +19,7 @@ import (
 	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/chromedp"
 	"github.com/rs/zerolog"
+	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
@@ -197,7 +198,7 @@ func TestThePageShowsWhatHappens(t *testing.T) {
 		done := make(chan error, 1)
 		opened := make(chan struct{})
 		go func() {
-			done <- Run(ctx, Options{Listen: addr, NATS: natsconn.Options{URL: w.url}, History: &fakeHistory{calls: pastCalls(), position: 1 << 40}, Logger: zerolog.Nop(), Ready: func(net.Addr) { close(opened) }})
+			done <- Run(ctx, Options{Listen: addr, NATS: natsconn.Options{URL: w.url}, History: &fakeHistory{calls: pastCalls(), corrected: pastCorrections(), position: 1 << 40}, Logger: zerolog.Nop(), Ready: func(net.Addr) { close(opened) }})
 		}()
 		<-opened
 		return sync.OnceFunc(func() {
@@ -348,5 +349,15 @@ func shoot(t *testing.T, tab context.Context, file string) {
 	}
 	if err := os.WriteFile(file, png, 0o644); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func pastCorrections() []history.PastCorrection {
+	now := usage.At(time.Now())
+	return []history.PastCorrection{
+		{Sequence: 812, StreamTime: now - 60_000_000, ID: ksuid.New().String(), Author: "ada", Account: "acme/search", Time: now - 3600_000_000,
+			Adjustments: map[string]int64{"calls": -3, "output_tokens": -1200}, Reason: "the batch was sent twice", Reference: "batch/17"},
+		{Sequence: 640, StreamTime: now - 7200_000_000, ID: ksuid.New().String(), Author: "billing", Account: "hooli", Time: now - 86400_000_000,
+			Adjustments: map[string]int64{"cost": 2_500_000_000}, Reason: "the provider's invoice says more"},
 	}
 }
