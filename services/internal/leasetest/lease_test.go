@@ -148,7 +148,7 @@ func TestLeasesOutliveTheirOwner(t *testing.T) {
 			t.Fatalf("%+v", v)
 		}
 	}
-	own.leave(true)
+	own.Leave(true)
 	until(t, "the gateway finds that nobody speaks", func() bool { return n.Ready() != nil })
 	held := 0
 	for {
@@ -167,7 +167,7 @@ func TestLeasesOutliveTheirOwner(t *testing.T) {
 	if held == 0 {
 		t.Error("nothing was at hand when the owner went")
 	}
-	own.leave(false)
+	own.Leave(false)
 	until(t, "it goes on", func() bool { v, _ := n.Take(t.Context(), a, request, nil); return v.Allowed })
 	if n.metric("tollkeeper_gate_lease_takes_total", "standing=no_answer") == 0 {
 		t.Error("the metric does not tell")
@@ -195,7 +195,7 @@ func TestATurnOfTheWindowIsSharp(t *testing.T) {
 	// Now that all is there, time goes to shortly before a turn.
 	turn := time.Now().Truncate(time.Minute).Add(time.Minute)
 	shift := time.Until(turn) - 1500*time.Millisecond
-	own.shift(shift)
+	own.Shift(shift)
 	ahead.Store(int64(shift))
 	minute := func(t time.Time) int64 { return t.UnixMicro() / 60_000_000 }
 
@@ -514,5 +514,99 @@ func TestNATSRestartsUnderLoad(t *testing.T) {
 	w.restart()
 	if admitted := <-done; admitted > limit || admitted < limit-10 {
 		t.Errorf("%d are admitted of %d", admitted, limit)
+	}
+}
+
+// The directory tells of a limit before the ledger does, or its plan takes effect
+// later: calls are refused as unknown, and pass as soon as the shard knows it.
+func TestALimitThatTheShardDoesNotKnowYet(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	own := w.owner()
+	own.Leave(true) // so that what it says about nobody's limit comes late
+	limits := map[string][]usage.Limit{"acme": {exactly(1000, usage.Lifetime)}}
+	if err := tellDirectory(t.Context(), w.js, limits, nil); err != nil {
+		t.Fatal(err)
+	}
+	n := w.gate(func(o *gate.Options) { o.Leases.Wait = 100 * time.Millisecond })
+	a := n.find("acme")
+	own.Leave(false)
+	if v, _ := n.Take(t.Context(), a, request, nil); v.Allowed || v.Code != usage.BillingStateUnknown {
+		t.Errorf("%+v", v)
+	}
+	if err := tellLedger(t.Context(), w.js, shards, limits, nil); err != nil {
+		t.Fatal(err)
+	}
+	admitted := int64(0)
+	until(t, "calls are admitted", func() bool {
+		v, k := n.Take(t.Context(), a, request, nil)
+		if v.Allowed {
+			admitted++
+		}
+		return v.Allowed && k.Leased()
+	})
+	more, _ := storm(t, []*node{n}, "acme", nil)
+	if admitted+more != 1000 {
+		t.Errorf("%d are admitted", admitted+more)
+	}
+}
+
+// What a gateway keeps is bounded, and what is beyond is refused as unknown.
+func TestPursesAndReservationsAreBounded(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.owner()
+	w.tree(map[string][]usage.Limit{"one": {exactly(100, usage.Lifetime)}, "two": {exactly(100, usage.Lifetime)}}, nil)
+	n := w.gate(func(o *gate.Options) { o.Leases.MaxPurses, o.Leases.MaxReservations = 1, 1 })
+	one, two := n.find("one"), n.find("two")
+	if v, _ := n.Take(t.Context(), one, request, nil); !v.Allowed {
+		t.Fatalf("%+v", v)
+	}
+	if v, _ := n.Take(t.Context(), two, request, nil); v.Allowed || v.Code != usage.BillingStateUnknown {
+		t.Errorf("a purse too many: %+v", v)
+	}
+	var cost gate.Cost
+	cost.Bounds.SetBuiltIn(usage.CallsIndex, 2)
+	v, k := n.Take(t.Context(), one, request, &cost)
+	if !v.Allowed {
+		t.Fatalf("%+v", v)
+	}
+	if v, _ := n.Take(t.Context(), one, request, &cost); v.Allowed || v.Code != usage.BillingStateUnknown {
+		t.Errorf("a reservation too many: %+v", v)
+	}
+	k.Void()
+	if v, _ := n.Take(t.Context(), one, request, &cost); !v.Allowed {
+		t.Errorf("the reservation before it is void: %+v", v)
+	}
+	if busy := n.metric("tollkeeper_gate_lease_takes_total", "standing=busy"); busy != 2 {
+		t.Errorf("%v are counted", busy)
+	}
+}
+
+// In the tier leased a call may pass although nobody answers, up to a bound, if that
+// is asked for; it is then no lease's.
+func TestTheTierLeasedMayPassUnknown(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.owner().Leave(true)
+	w.account("acme", usage.Limit{
+		ID: "calls", Meter: usage.Calls, Window: usage.Lifetime, Amount: 100, Tier: usage.TierLeased, Lease: usage.LeaseTerms{ReleaseAfter: 1_000_000, MaxExposure: 10},
+	})
+	edit := func(o *gate.Options) {
+		o.Leases.Wait = 20 * time.Millisecond
+		o.Unknown = gate.Unknown{Mode: gate.PassUnknown, MaxCalls: 2}
+	}
+	strict, open := w.gate(edit), w.gate(edit, func(o *gate.Options) { o.Leases.PassUnknown = true })
+	if v, _ := strict.Take(t.Context(), strict.find("acme"), request, nil); v.Allowed {
+		t.Errorf("it was not asked for: %+v", v)
+	}
+	a := open.find("acme")
+	for range 2 {
+		if v, k := open.Take(t.Context(), a, request, nil); !v.Allowed || !v.Unknown || k.Leased() {
+			t.Errorf("%+v", v)
+		}
+	}
+	if v, _ := open.Take(t.Context(), a, request, nil); v.Allowed {
+		t.Error("there is no bound")
 	}
 }

@@ -1,5 +1,3 @@
-// Package leasetest checks how gateways share exact limits: gates of pkg/gate and an
-// owner that folds with the protocol's core, over a real NATS server.
 package leasetest
 
 import (
@@ -14,7 +12,6 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
-	"github.com/segmentio/ksuid"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
@@ -25,7 +22,6 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
-	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 )
 
 const shards = 2
@@ -37,7 +33,7 @@ type world struct {
 	nc  *nats.Conn
 	js  jetstream.JetStream
 	kv  jetstream.KeyValue
-	own *owner
+	own owner
 }
 
 func newWorld(t testing.TB) *world {
@@ -86,22 +82,8 @@ func (w *world) account(id string, limits ...usage.Limit) {
 // tree does so with accounts that nest.
 func (w *world) tree(limits map[string][]usage.Limit, parents map[string]string) {
 	w.t.Helper()
-	w.plans(limits, parents)
-	for id := range limits {
-		r := &tollkeeperv1.AccountRecord{Id: id, Plan: "of-" + id}
-		for at := id; at != ""; at = parents[at] {
-			r.Path = append(r.Path, at)
-			for i := range limits[at] {
-				r.Limits = append(r.Limits, &tollkeeperv1.AccountLimit{Account: at, Plan: "of-" + at, Limit: ledger.LimitToProto(&limits[at][i])})
-			}
-		}
-		data, err := proto.Marshal(r)
-		if err != nil {
-			w.t.Fatal(err)
-		}
-		if _, err := w.kv.Put(w.t.Context(), ledger.DirectoryAccount(id), data); err != nil {
-			w.t.Fatal(err)
-		}
+	if err := Tell(w.t.Context(), w.js, shards, limits, parents); err != nil {
+		w.t.Fatal(err)
 	}
 }
 
@@ -233,188 +215,34 @@ func until(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// owner folds the ledger with the core, and answers.
-type owner struct {
-	w      *world
-	mu     sync.Mutex
-	states []*quota.Shard
-	ahead  time.Duration // of its time
-	away   bool
-}
+// owner has all shards until the test ends.
+type owner struct{ *Owner }
 
-func (w *world) owner() *owner {
+func (w *world) owner() owner {
 	w.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	o := &owner{w: w}
-	for s := range uint32(shards) {
-		o.states = append(o.states, quota.New(quota.Options{Shard: s}))
-	}
-	var done sync.WaitGroup
-	done.Go(func() {
-		var d fold.Decoder
-		err := ledger.Read(ctx, w.js, ledger.ReadOptions{Stream: ledger.Stream}, func(m ledger.Message) error { return o.entry(&d, &m) })
-		if err != nil && ctx.Err() == nil {
+	w.own = owner{NewOwner(w.nc, w.js, shards, func(err error) { w.t.Error(err) })}
+	done := make(chan error, 1)
+	go func() { done <- w.own.Run(ctx) }()
+	w.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
 			w.t.Error(err)
 		}
 	})
-	done.Go(func() {
-		tick := time.NewTicker(25 * time.Millisecond)
-		defer tick.Stop()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-tick.C:
-				o.tick()
-			}
-		}
-	})
-	w.t.Cleanup(func() {
-		cancel()
-		done.Wait()
-	})
-	w.own = o
-	return o
+	return w.own
 }
 
-// plans puts the limits that accounts have into the ledger.
-func (w *world) plans(limits map[string][]usage.Limit, parents map[string]string) {
-	w.t.Helper()
-	var set tollkeeperv1.PlanSet
-	var accounts [shards]tollkeeperv1.AccountSet
-	for account, l := range limits {
-		plan := usage.Plan{ID: "of-" + account, Limits: l}
-		set.Plans = append(set.Plans, ledger.PlanToProto(&plan))
-		root := account
-		for parents[root] != "" {
-			root = parents[root]
-		}
-		of := &accounts[ledger.ShardOf(root, shards)]
-		of.Accounts = append(of.Accounts, &tollkeeperv1.Account{Id: account, Parent: parents[account], Plan: plan.ID})
+// limit is how an account's limit stands, and state what is out of it.
+func (o owner) limit(account, id string) (quota.LimitUse, lease.State) {
+	l := o.Limit(account, "of-"+account+"/"+id)
+	if l.Lease == nil {
+		return l, lease.State{}
 	}
-	set.Version = ksuid.New().String()
-	for s := range uint32(shards) {
-		for _, e := range []*tollkeeperv1.ControlEntry{
-			{Id: ksuid.New().String(), Body: &tollkeeperv1.ControlEntry_PlanSet{PlanSet: &set}},
-			{Id: ksuid.New().String(), Body: &tollkeeperv1.ControlEntry_AccountSet{AccountSet: &accounts[s]}},
-		} {
-			w.control(s, e)
-		}
-	}
+	return l, *l.Lease
 }
 
-func (w *world) control(shard uint32, e *tollkeeperv1.ControlEntry) {
-	w.t.Helper()
-	m, err := ledger.ControlMessage(shard, e)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	if _, err := w.js.PublishMsg(w.t.Context(), m); err != nil {
-		w.t.Fatal(err)
-	}
-}
-
-func (o *owner) leave(away bool) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.away = away
-}
-
-// shift moves the ledger's time.
-func (o *owner) shift(by time.Duration) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.ahead = by
-}
-
-func (o *owner) entry(d *fold.Decoder, m *ledger.Message) error {
-	_, shard, err := ledger.ParseSubject(m.Subject)
-	if err != nil {
-		return err
-	}
-	e, _, err := d.Decode(m)
-	if err != nil {
-		o.w.t.Errorf("%s: %v", m.Subject, err)
-	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	e.Time += usage.Micros(o.ahead.Microseconds())
-	fx := o.states[shard].Apply(e)
-	if fx.Invalid != nil {
-		o.w.t.Errorf("%s: %v", m.Subject, fx.Invalid)
-	}
-	if o.away {
-		return nil
-	}
-	for i := range fx.Answers {
-		a := &fx.Answers[i]
-		p := &tollkeeperv1.LeaseAnswer{
-			Account: a.Account, Limit: a.LimitID, WindowStartUnixMicros: int64(a.WindowStart), WindowEndUnixMicros: int64(a.WindowEnd), Revision: a.Revision, Seq: a.Seq,
-			Granted: a.Granted, ExpiryUnixMicros: int64(a.Expiry), Standing: tollkeeperv1.LeaseAnswer_Standing(a.Verdict), Room: a.Room, Recall: a.Recall,
-		}
-		if a.Decision != nil {
-			if p.Decision, err = ledger.MarshalDecision(a.Decision); err != nil {
-				return err
-			}
-		}
-		data, err := proto.Marshal(&tollkeeperv1.LeaseAnswers{Shard: shard, Epoch: 1, Answers: []*tollkeeperv1.LeaseAnswer{p}})
-		if err != nil {
-			return err
-		}
-		_ = o.w.nc.Publish(ledger.AnswersSubject(ksuid.KSUID(a.Gateway)), data) // NATS may be away
-	}
-	return nil
-}
-
-// tick lets time pass in the shards where something is due, and beacons.
-func (o *owner) tick() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.away {
-		return
-	}
-	now := time.Now().Add(o.ahead).UnixMicro()
-	for s, state := range o.states {
-		if due, ok := state.NextTimer(); ok && due <= usage.Micros(now) {
-			m, err := ledger.ControlMessage(uint32(s), &tollkeeperv1.ControlEntry{Id: ksuid.New().String(), Body: &tollkeeperv1.ControlEntry_Tick{Tick: &tollkeeperv1.Tick{Epoch: 1}}})
-			if err != nil {
-				o.w.t.Error(err)
-				return
-			}
-			_ = o.w.nc.PublishMsg(m)
-		}
-		data, err := proto.Marshal(&tollkeeperv1.Beacon{Shard: uint32(s), Epoch: 1, StreamTimeUnixMicros: now, SentAtUnixMicros: now})
-		if err != nil {
-			o.w.t.Error(err)
-			return
-		}
-		_ = o.w.nc.Publish(ledger.BeaconSubject(uint32(s)), data)
-	}
-}
-
-// limit is how an account's limit stands.
-func (o *owner) limit(account, id string) (quota.LimitUse, lease.State) {
-	o.w.t.Helper()
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for _, s := range o.states {
-		use, ok := s.Account(account)
-		if !ok {
-			continue
-		}
-		for _, l := range use.Limits {
-			if l.LimitID == "of-"+account+"/"+id {
-				if l.Lease != nil {
-					return l, *l.Lease
-				}
-				return l, lease.State{}
-			}
-		}
-	}
-	return quota.LimitUse{}, lease.State{}
-}
-
-func (o *owner) state(account, id string) lease.State {
+func (o owner) state(account, id string) lease.State {
 	_, s := o.limit(account, id)
 	return s
 }

@@ -1,0 +1,146 @@
+package gateway
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/leasetest"
+)
+
+// exact gives the world an owner that hands out leases, and account tight these limits.
+func (w *world) exact(limits ...usage.Limit) *leasetest.Owner {
+	w.t.Helper()
+	o := leasetest.NewOwner(w.nc, w.js, shards, func(err error) { w.t.Error(err) })
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- o.Run(ctx) }()
+	w.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			w.t.Error(err)
+		}
+	})
+	if err := leasetest.Tell(w.t.Context(), w.js, shards, map[string][]usage.Limit{"tight": limits}, nil); err != nil {
+		w.t.Fatal(err)
+	}
+	w.key("sk-tight", "k-tight", "tight")
+	return o
+}
+
+func TestAnExactLimitOnCallsThroughTheProxyAndForThoseWhoAsk(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	own := w.exact(usage.Limit{ID: "calls", Meter: usage.Calls, Window: usage.Month, Amount: 10, Tier: usage.TierExact, ActionURL: "https://pay.example"})
+	r := startGateway(t, w.srv.ClientURL())
+	r.ready()
+	within(t, 5*time.Second, "the key is known", func() bool {
+		return do(t, http.MethodPost, r.proxy+"/x", "sk-tight", `{"model":"m"}`).status == 200
+	})
+	for range 4 {
+		if got := do(t, http.MethodPost, r.proxy+"/x", "sk-tight", `{"model":"m"}`); got.status != 200 {
+			t.Fatalf("%+v", got)
+		}
+	}
+	for range 5 {
+		if got := do(t, http.MethodGet, r.admin+"/v1/admit", "sk-tight", ""); got.status != 200 || got.header.Get(RecordedHeader) != "1" {
+			t.Fatalf("%+v", got)
+		}
+	}
+	for _, got := range []reply{do(t, http.MethodPost, r.proxy+"/x", "sk-tight", `{"model":"m"}`), do(t, http.MethodGet, r.admin+"/v1/admit", "sk-tight", "")} {
+		if got.status != 402 || !strings.Contains(got.body, `"decision_id":"`) || !strings.Contains(got.body, `"requested":1`) || got.header.Get(RecordedHeader) != "" {
+			t.Errorf("%+v", got)
+		}
+	}
+	// Each once in the ledger, those who asked included.
+	calls := w.callsUntil(func(all []usage.Call) bool { return len(all) == 12 })
+	leased, refused := 0, 0
+	for _, c := range calls {
+		switch {
+		case c.Code == "" && c.Flags&usage.FromLease != 0:
+			leased++
+		case c.Code == usage.QuotaExceeded && c.Flags&usage.FromLease == 0 && c.DecisionID != "":
+			refused++
+		}
+	}
+	if leased != 10 || refused != 2 {
+		t.Errorf("%d from leases, %d refused: %+v", leased, refused, calls)
+	}
+	within(t, 5*time.Second, "all is counted once", func() bool {
+		l := own.Limit("tight", "of-tight/calls")
+		return l.Used == 10 && l.Lease != nil && l.Lease.Settled == 10 && l.Lease.Counts.Outside == 0
+	})
+	// An answer that is not about exact limits does not say that it recorded anything.
+	if got := do(t, http.MethodGet, r.admin+"/v1/admit", "sk-acme", ""); got.status != 200 || got.header.Get(RecordedHeader) != "" {
+		t.Errorf("%+v", got)
+	}
+}
+
+func TestAnExactLimitOnTokensBoundsEveryCall(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	own := w.exact(
+		usage.Limit{ID: "out", Meter: usage.OutputTokens, Window: usage.Month, Amount: 1000, Tier: usage.TierExact},
+		usage.Limit{ID: "in", Meter: usage.InputTokens, Window: usage.Month, Amount: 10_000, Tier: usage.TierExact},
+	)
+	seen := make(chan string, 16)
+	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		if err != nil || int64(len(body)) != r.ContentLength {
+			t.Errorf("%d bytes of %d: %v", len(body), r.ContentLength, err)
+		}
+		seen <- string(body)
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = io.WriteString(w, modelAnswer) // 11 tokens in, 7 out
+	}))
+	t.Cleanup(up.Close)
+	r := startGateway(t, w.srv.ClientURL(), func(o *Options) {
+		o.Config = Config{Routes: []RouteConfig{
+			{Name: "clamped", Prefix: "/clamped", Upstream: up.URL, Profile: refusal.OpenAI, Model: ModelConfig{JSON: "model"}, Clamp: ClampConfig{Member: "max_tokens", Tokens: 100}},
+			{Name: "plain", Prefix: "/plain", Upstream: up.URL, Model: ModelConfig{JSON: "model"}},
+		}}
+	})
+	r.ready()
+	call := func(path, body string) reply {
+		return do(t, http.MethodPost, r.proxy+path, "sk-tight", body, "Content-Type", "application/json")
+	}
+	within(t, 5*time.Second, "the key is known", func() bool { return call("/plain", `{"model":"m","max_tokens":5}`).status == 200 })
+	<-seen
+	if got := call("/clamped", `{"model":"m"}`); got.status != 200 {
+		t.Fatalf("%+v", got)
+	}
+	if body := <-seen; body != `{"max_tokens":100,"model":"m"}` {
+		t.Errorf("the upstream was asked for %s", body)
+	}
+	settled := func(out, in int64) {
+		t.Helper()
+		within(t, 5*time.Second, "what was reported is settled, and no more", func() bool {
+			o, i := own.Limit("tight", "of-tight/out"), own.Limit("tight", "of-tight/in")
+			return o.Lease != nil && o.Lease.Settled == out && o.Used == out && i.Lease.Settled == in && i.Used == in
+		})
+	}
+	settled(14, 22)
+	for body, status := range map[string]int{
+		`{"model":"m"}`:                   400,
+		`{"model":"m","max_tokens":1001}`: 403,
+		`{"model":"m","max_tokens":990}`:  402,
+		`{"model":"m","max_tokens":10,"messages":[{"content":[{"type":"image_url"}]}]}`: 403,
+	} {
+		if got := call("/plain", body); got.status != status {
+			t.Errorf("%s: %+v", body, got)
+		}
+	}
+	if got := call("/plain", `{"model":"m","max_tokens":980}`); got.status != 200 {
+		t.Errorf("what is left: %+v", got)
+	}
+	settled(21, 33)
+	if got := do(t, http.MethodGet, r.admin+"/v1/admit", "sk-tight", ""); got.status != 403 {
+		t.Errorf("a call that nobody here will see the end of: %+v", got)
+	}
+}
