@@ -29,6 +29,8 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/anchor"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/meter"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/ownership"
 	"github.com/tollkeeper/tollkeeper/services/internal/ownership/fleet"
@@ -101,16 +103,16 @@ type service struct {
 	nc      *nats.Conn
 	js      jetstream.JetStream
 	objects jetstream.ObjectStore
-	m       *metrics
+	m       *meter.Metrics
 	ready   *telemetry.Component
-	name    string // of this owner
+	stores  *anchor.Stores
 
 	shards  int
 	owners  []*owner
 	alive   context.Context // ends when no shard is counted any more
 	stop    <-chan struct{} // closed when the process is to end
 	fatal   chan error
-	unswept chan taking
+	unswept chan anchor.Taking
 	g       *errgroup.Group
 	status  status
 	head    atomic.Uint64 // the newest entry that was read, of any shard
@@ -123,13 +125,12 @@ type service struct {
 // waits. It returns an error wrapping ledger.ErrPurged when the ledger no longer
 // holds what must be counted, ledger.ErrRewound when it has lost what was counted.
 func Run(ctx context.Context, o Options) error {
-	s := &service{o: withDefaults(o), abandon: o.abandon, log: o.Logger, stop: ctx.Done(), fatal: make(chan error, 1), unswept: make(chan taking, 64)}
-	s.name = readable(s.o.Member) + "/" + ksuid.New().String()
+	s := &service{o: withDefaults(o), abandon: o.abandon, log: o.Logger, stop: ctx.Done(), fatal: make(chan error, 1), unswept: make(chan anchor.Taking, 64)}
 	var err error
-	if s.m, err = newMetrics(s.o.Registerer); err != nil {
+	if s.m, err = meter.New(s.o.Registerer); err != nil {
 		return fmt.Errorf("aggregator: %w", err)
 	}
-	defer s.m.unregister(s.o.Registerer)
+	defer s.m.Unregister(s.o.Registerer)
 	if s.o.ownReadiness {
 		if err := s.o.Registerer.Register(s.o.Readiness); err != nil {
 			return fmt.Errorf("aggregator: %w", err)
@@ -223,6 +224,9 @@ func (s *service) count(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
+	s.stores = &anchor.Stores{
+		NC: nc, JS: s.js, Objects: s.objects, Log: s.log, Owner: readable(s.o.Member) + "/" + ksuid.New().String(), Horizon: s.horizon(),
+	}
 	for shard := range s.shards {
 		s.owners = append(s.owners, newOwner(s, uint32(shard)))
 	}
@@ -292,7 +296,7 @@ func (t *status) set(s *service, change func(*status)) {
 	defer t.mu.Unlock()
 	change(t)
 	left := t.unowned + t.held - t.counted
-	s.m.notCaughtUp.Set(float64(left))
+	s.m.NotCaughtUp.Set(float64(left))
 	switch {
 	case t.unowned > 0:
 		s.ready.NotReady(fmt.Sprintf("%d shards have no owner", t.unowned))
@@ -316,7 +320,7 @@ func (s *service) persist(ctx context.Context, what string, try func(context.Con
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if errors.Is(err, ledger.ErrPurged) || errors.Is(err, ledger.ErrRewound) || errors.Is(err, ledger.ErrStale) || errors.Is(err, errForGood) {
+		if errors.Is(err, ledger.ErrPurged) || errors.Is(err, ledger.ErrRewound) || errors.Is(err, ledger.ErrStale) || errors.Is(err, anchor.ErrForGood) {
 			return err
 		}
 		s.ready.NotReady(what + ": " + err.Error())
@@ -329,8 +333,6 @@ func (s *service) persist(ctx context.Context, what string, try func(context.Con
 		}
 	}
 }
-
-var errForGood = errors.New("waiting does not help")
 
 // streamTime is what the stream's clock shows when ours shows now.
 func (s *service) streamTime(now time.Time) time.Time {
@@ -361,7 +363,7 @@ func (s *service) keepClock(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		s.m.slowest.turn()
+		s.m.Slowest.Turn()
 		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
 		if err := s.readClock(ask); err != nil && ctx.Err() == nil {
 			s.log.Debug().Err(err).Msg("the stream's clock could not be read")

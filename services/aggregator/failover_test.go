@@ -30,6 +30,8 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/anchor"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/meter"
 	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 )
@@ -499,7 +501,7 @@ func (w *world) start(o Options) *running {
 func TestADeadLetterThatTheOwnerLeftIsKeptByTheNext(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, 1, time.Minute)
-	m, err := newMetrics(prometheus.NewRegistry())
+	m, err := meter.New(prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -580,24 +582,24 @@ func TestWithoutStandbyAShardIsTakenOverFromItsSnapshot(t *testing.T) {
 func TestAnOldClaimDoesNotTakeAShardFromANewerOwner(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, 1, time.Minute)
-	s := &service{js: w.js, nc: w.nc, name: "a", log: zerolog.Nop()}
-	at, err := s.fence(t.Context(), 0, 7)
+	s := &anchor.Stores{JS: w.js, NC: w.nc, Owner: "a", Log: zerolog.Nop()}
+	at, err := s.Fence(t.Context(), 0, 7)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if again, err := s.fence(t.Context(), 0, 7); err != nil || again != at {
+	if again, err := s.Fence(t.Context(), 0, 7); err != nil || again != at {
 		t.Errorf("tried again: %+v, %v", again, err)
 	}
-	newer := &service{js: w.js, nc: w.nc, name: "b", log: zerolog.Nop()}
+	newer := &anchor.Stores{JS: w.js, NC: w.nc, Owner: "b", Log: zerolog.Nop()}
 	for _, token := range []uint64{6, 7} {
-		if _, err := newer.fence(t.Context(), 0, token); !errors.Is(err, ledger.ErrStale) {
+		if _, err := newer.Fence(t.Context(), 0, token); !errors.Is(err, ledger.ErrStale) {
 			t.Errorf("claim %d: %v", token, err)
 		}
 	}
-	if _, err := newer.fence(t.Context(), 0, 8); err != nil {
+	if _, err := newer.Fence(t.Context(), 0, 8); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.fence(t.Context(), 0, 7); !errors.Is(err, ledger.ErrStale) {
+	if _, err := s.Fence(t.Context(), 0, 7); !errors.Is(err, ledger.ErrStale) {
 		t.Errorf("the old owner fences again: %v", err)
 	}
 	if c := w.checkpoint(0); c.Epoch != 8 || c.Owner != "b" {

@@ -21,6 +21,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/anchor"
 	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 	"github.com/tollkeeper/tollkeeper/services/internal/publish"
 )
@@ -175,7 +176,7 @@ func (o *owner) run(ctx context.Context) error {
 		case m := <-in:
 			o.apply(m)
 		case m := <-strays:
-			o.m.strays.Inc()
+			o.m.Strays.Inc()
 			o.deadLetter(m, &usage.InvalidError{Reason: usage.ReasonWrongShard, Message: fmt.Sprintf("%q is a subject of no shard: the ledger has %d", m.Subject, o.shards)})
 		case finish := <-o.results:
 			o.running--
@@ -239,10 +240,10 @@ func (o *owner) begin(ctx context.Context, t *tenure) {
 	}
 	o.do(t.ctx, time.Hour, func(io context.Context) func() error {
 		var at publish.Position
-		var end ending
+		var end anchor.Ending
 		err := o.persist(io, fmt.Sprintf("take over shard %d", o.shard), func(once context.Context) (err error) {
-			if at, err = o.fence(once, o.shard, t.claim.Token); err == nil {
-				end, err = o.ends(once, o.shard, max(folded, snapshotAt(at.Found.Snapshot)), at)
+			if at, err = o.stores.Fence(once, o.shard, t.claim.Token); err == nil {
+				end, err = o.stores.Ends(once, o.shard, max(folded, anchor.SnapshotAt(at.Found.Snapshot)), at)
 			}
 			return err
 		})
@@ -250,7 +251,7 @@ func (o *owner) begin(ctx context.Context, t *tenure) {
 			if err != nil {
 				return ignoreEnd(io, err)
 			}
-			if o.state != nil && o.unkept <= snapshotAt(at.Found.Snapshot) {
+			if o.state != nil && o.unkept <= anchor.SnapshotAt(at.Found.Snapshot) {
 				pub, ok := o.backlog.Resume(o.shard, at.Revision, at.Found, at.Newest, o.state.Sequence())
 				if ok {
 					o.adopt(at, end, pub)
@@ -272,12 +273,12 @@ func ignoreEnd(ctx context.Context, err error) error {
 }
 
 // reload begins from the snapshot: nothing was folded, or not all is known of it.
-func (o *owner) reload(ctx context.Context, t *tenure, at publish.Position, end ending) {
+func (o *owner) reload(ctx context.Context, t *tenure, at publish.Position, end anchor.Ending) {
 	o.cool()
 	o.do(t.ctx, time.Hour, func(io context.Context) func() error {
-		var w warmed
+		var w anchor.Warmed
 		err := o.persist(io, fmt.Sprintf("load shard %d", o.shard), func(once context.Context) (err error) {
-			w, err = o.warm(once, o.shard)
+			w, err = o.stores.Warm(once, o.shard)
 			return err
 		})
 		return func() error {
@@ -301,18 +302,18 @@ func (o *owner) cool() {
 }
 
 // take folds on from a state that was loaded.
-func (o *owner) take(ctx context.Context, w warmed) {
-	o.state, o.backlog = w.state, publish.Backlog{}
+func (o *owner) take(ctx context.Context, w anchor.Warmed) {
+	o.state, o.backlog = w.State, publish.Backlog{}
 	from := newIntake(&reader{service: o.service, one: o})
 	o.intake.Store(from)
-	o.readApart(ctx, from, w.from)
+	o.readApart(ctx, from, w.From)
 	o.status.set(o.service, func(*status) {}) // loading may have said that it failed
 }
 
 // adopt begins to publish.
-func (o *owner) adopt(at publish.Position, end ending, pub publish.Publisher) {
+func (o *owner) adopt(at publish.Position, end anchor.Ending, pub publish.Publisher) {
 	o.pub, o.owns, o.backlog = pub, true, publish.Backlog{}
-	o.target, o.lastControl = end.shard, max(o.lastControl, end.control)
+	o.target, o.lastControl = end.Shard, max(o.lastControl, end.Control)
 	now := time.Now()
 	o.lastBeacon.Store(now.UnixNano())
 	o.lastSnapshot = now
@@ -322,7 +323,7 @@ func (o *owner) adopt(at publish.Position, end ending, pub publish.Publisher) {
 		Dur("took_ms", now.Sub(o.tenure.begun)).Msg("owns the shard")
 	o.checkReady()
 	select {
-	case o.unswept <- taking{o, at.Found.Epoch, at.Found.Snapshot}:
+	case o.unswept <- anchor.Taking{Shard: o.shard, Epoch: at.Found.Epoch, Snapshot: at.Found.Snapshot}:
 	default: // the next one sweeps
 	}
 }
@@ -420,9 +421,9 @@ func (o *owner) standBy(ctx context.Context, now time.Time) (wake time.Duration)
 	case tail && o.state == nil && !o.warming:
 		o.warming = true
 		o.do(ctx, time.Hour, func(io context.Context) func() error {
-			var w warmed
+			var w anchor.Warmed
 			err := o.persist(io, fmt.Sprintf("load shard %d", o.shard), func(once context.Context) (err error) {
-				w, err = o.warm(once, o.shard)
+				w, err = o.stores.Warm(once, o.shard)
 				return err
 			})
 			return func() error {
@@ -441,7 +442,7 @@ func (o *owner) standBy(ctx context.Context, now time.Time) (wake time.Duration)
 		}
 		o.looking, o.lookedAt = true, now
 		o.do(ctx, ioTimeout, func(ask context.Context) func() error {
-			at, err := o.readPosition(ask, o.shard)
+			at, err := o.stores.Position(ask, o.shard)
 			return func() error {
 				o.looking = false
 				if err != nil {
@@ -449,7 +450,7 @@ func (o *owner) standBy(ctx context.Context, now time.Time) (wake time.Duration)
 					return nil
 				}
 				o.backlog.Saw(at)
-				kept := snapshotAt(at.Found.Snapshot)
+				kept := anchor.SnapshotAt(at.Found.Snapshot)
 				o.dead = slices.DeleteFunc(o.dead, func(l letter) bool { return l.sequence <= kept })
 				if o.unkept <= kept {
 					o.unkept = 0
@@ -530,11 +531,11 @@ func (o *owner) apply(m ledger.Message) {
 	case ledger.KindControl:
 		o.lastControl = m.Sequence
 		if o.owns {
-			o.m.controls.Inc()
+			o.m.Controls.Inc()
 		}
 	case ledger.KindLease:
 		if o.owns {
-			o.m.asks.Add(float64(len(e.Asks)))
+			o.m.Asks.Add(float64(len(e.Asks)))
 		}
 	}
 	fx := o.state.Apply(e)
@@ -546,7 +547,7 @@ func (o *owner) apply(m ledger.Message) {
 		o.deadLetter(m, err)
 	}
 	if fx.Lost > 0 && o.owns {
-		o.m.skipped.Add(float64(fx.Lost))
+		o.m.Skipped.Add(float64(fx.Lost))
 		o.log.Error().Hex("producer", e.Control.Closed[:]).Uint64("last", e.Control.ClosedAt).Uint64("missing", fx.Lost).
 			Msg("the last frames of a producer that has ended never came: calls are lost")
 	}
@@ -565,7 +566,7 @@ func (o *owner) apply(m ledger.Message) {
 func (o *owner) observe(fx *quota.Effects, counted bool) {
 	for i, n := range [...]int64{fx.Leases.Grants, fx.Leases.Recalls, fx.Leases.DeniedEarly, fx.Leases.DeniedFinal} {
 		if n > 0 {
-			o.m.leaseEvents[i].Add(float64(n))
+			o.m.LeaseEvents[i].Add(float64(n))
 		}
 	}
 	o.allowances.Store(int64(o.state.Allowances()))
@@ -575,40 +576,40 @@ func (o *owner) observe(fx *quota.Effects, counted bool) {
 	frame := &o.decoder.Frame
 	switch fx.Frame {
 	case dedup.Fresh:
-		o.m.frames.WithLabelValues("fresh").Inc()
+		o.m.Frames.WithLabelValues("fresh").Inc()
 	case dedup.Duplicate:
-		o.m.frames.WithLabelValues("duplicate").Inc()
-		o.m.events.WithLabelValues("duplicate").Add(float64(frame.N))
+		o.m.Frames.WithLabelValues("duplicate").Inc()
+		o.m.Events.WithLabelValues("duplicate").Add(float64(frame.N))
 	case dedup.Gap:
-		o.m.frames.WithLabelValues("gap").Inc()
-		o.m.skipped.Add(float64(fx.Skipped))
+		o.m.Frames.WithLabelValues("gap").Inc()
+		o.m.Skipped.Add(float64(fx.Skipped))
 		o.log.Error().Stringer("producer", frame.Producer).Uint64("number", frame.Number).Uint64("missing", fx.Skipped).
 			Str("gateway", frame.Gateway).Msg("frames are missing before this one: calls may be lost")
 	}
-	o.m.events.WithLabelValues("admitted").Add(float64(fx.Admitted))
-	o.m.events.WithLabelValues("refused").Add(float64(fx.Refused))
+	o.m.Events.WithLabelValues("admitted").Add(float64(fx.Admitted))
+	o.m.Events.WithLabelValues("refused").Add(float64(fx.Refused))
 	if fx.Duplicates > 0 {
-		o.m.events.WithLabelValues("duplicate").Add(float64(fx.Duplicates))
+		o.m.Events.WithLabelValues("duplicate").Add(float64(fx.Duplicates))
 	}
-	o.m.late.Add(float64(fx.Late))
-	o.m.future.Add(float64(fx.Future))
+	o.m.Late.Add(float64(fx.Late))
+	o.m.Future.Add(float64(fx.Future))
 	if fx.Overflows > 0 {
-		o.m.overflows.Add(float64(fx.Overflows))
+		o.m.Overflows.Add(float64(fx.Overflows))
 		o.log.Error().Uint64("sequence", o.state.Sequence()).Int("sums", fx.Overflows).Msg("sums reached the end of 64 bits and stay there")
 	}
 	if fx.Unplaced > 0 {
-		o.m.unplaced.Add(float64(fx.Unplaced))
+		o.m.Unplaced.Add(float64(fx.Unplaced))
 	}
 	if fx.Unmetered > 0 {
-		o.m.unmetered.Add(float64(fx.Unmetered))
+		o.m.Unmetered.Add(float64(fx.Unmetered))
 	}
 	if fx.NewAccounts > 0 {
-		o.m.newAccounts.Add(float64(fx.NewAccounts))
+		o.m.NewAccounts.Add(float64(fx.NewAccounts))
 	}
 	if o.ready {
 		lag := max(time.Since(frame.SealedAt.Time()), 0)
-		o.m.countLatency.Observe(lag.Seconds())
-		o.m.slowest.note(lag)
+		o.m.CountLatency.Observe(lag.Seconds())
+		o.m.Slowest.Note(lag)
 	}
 }
 
@@ -638,9 +639,9 @@ func (o *owner) publish(io context.Context, b *publish.Batch) {
 		// Stored or not: the stream knows.
 		ask, cancel := context.WithTimeout(io, ioTimeout)
 		defer cancel()
-		stands, askErr := o.readPosition(ask, o.shard)
+		stands, askErr := o.stores.Position(ask, o.shard)
 		return func() error {
-			o.m.batches.WithLabelValues("unclear").Inc()
+			o.m.Batches.WithLabelValues("unclear").Inc()
 			if askErr != nil {
 				o.later(errors.Join(err, askErr))
 				return nil
@@ -682,13 +683,13 @@ func (o *owner) send(ctx context.Context, b *publish.Batch, msgs []*nats.Msg) (u
 func (o *owner) stored(io context.Context, b *publish.Batch, obsolete string, at time.Time) {
 	o.publishing = false
 	o.retry.reset()
-	o.m.batches.WithLabelValues("stored").Inc()
+	o.m.Batches.WithLabelValues("stored").Inc()
 	for i := range b.Decisions {
 		d := &b.Decisions[i]
-		o.m.decisions.WithLabelValues(d.Verdict.String()).Inc()
+		o.m.Decisions.WithLabelValues(d.Verdict.String()).Inc()
 		// A trace that is replayed with its own times says nothing of latency.
 		if lag := at.Sub(d.Cause.Time()); d.Cause != 0 && lag < time.Hour {
-			o.m.decisionLatency.Observe(max(lag.Seconds(), 0))
+			o.m.DecisionLatency.Observe(max(lag.Seconds(), 0))
 		}
 	}
 	if obsolete != "" {
@@ -713,7 +714,7 @@ func (o *owner) deadLetter(m ledger.Message, cause error) {
 		o.dead = append(o.dead, l)
 		return
 	}
-	o.m.deadLetters.WithLabelValues(l.reason).Inc()
+	o.m.DeadLetters.WithLabelValues(l.reason).Inc()
 	o.log.Error().Err(cause).Str("reason", l.reason).Uint64("sequence", m.Sequence).Msg("an entry of the ledger cannot be counted: it is kept in the dead letters")
 	l.message = o.write(&l, m.Header, m.Data)
 	o.dead = append(o.dead, l)
@@ -812,7 +813,7 @@ func refusedWith(err error, codes ...jetstream.ErrorCode) bool {
 func (o *owner) tick(io context.Context) {
 	o.appendControl(io, &tollkeeperv1.ControlEntry{
 		Body: &tollkeeperv1.ControlEntry_Tick{Tick: &tollkeeperv1.Tick{Epoch: o.pub.Last().Epoch}},
-	}, "a tick", o.m.ticks.Inc)
+	}, "a tick", o.m.Ticks.Inc)
 }
 
 // rules by which we want the shard to be folded from here on.

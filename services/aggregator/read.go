@@ -36,7 +36,7 @@ type reader struct {
 // reader of its own.
 func (r *reader) read(ctx context.Context, from uint64) error {
 	opts := ledger.ReadOptions{Stream: ledger.Stream, From: from, OnError: func(err error) {
-		r.m.interruptions.Inc()
+		r.m.Interruptions.Inc()
 		r.log.Warn().Err(err).Msg("reading the ledger was interrupted")
 	}}
 	if !r.all {
@@ -46,7 +46,7 @@ func (r *reader) read(ctx context.Context, from uint64) error {
 	defer blocked.Stop()
 	return ledger.Read(ctx, r.js, opts, func(m ledger.Message) error {
 		if r.all {
-			r.m.pending.Set(float64(m.Pending))
+			r.m.Pending.Set(float64(m.Pending))
 			r.head.Store(m.Sequence)
 		}
 		_, shard, err := ledger.ParseSubject(m.Subject)
@@ -94,7 +94,7 @@ func (r *reader) read(ctx context.Context, from uint64) error {
 // readApart lets a shard have a reader of its own, for as long as it takes from
 // it.
 func (o *owner) readApart(ctx context.Context, from *intake, sequence uint64) {
-	o.m.apart.Inc()
+	o.m.Apart.Inc()
 	ctx, cancel := context.WithCancel(ctx)
 	o.g.Go(func() error {
 		defer cancel()

@@ -19,13 +19,14 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/meter"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 )
 
 func TestAShardThatDoesNotTakeItsEntriesDoesNotHoldUpTheOthers(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, 2, time.Minute)
-	m, err := newMetrics(prometheus.NewRegistry())
+	m, err := meter.New(prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +71,7 @@ func TestAShardThatDoesNotTakeItsEntriesDoesNotHoldUpTheOthers(t *testing.T) {
 	if err := g.Wait(); err != nil {
 		t.Error(err)
 	}
-	if n := testutil.ToFloat64(m.apart); n != 1 {
+	if n := testutil.ToFloat64(m.Apart); n != 1 {
 		t.Errorf("%v shards were put apart", n)
 	}
 }

@@ -27,6 +27,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/anchor"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/ownership/fleet"
 	"github.com/tollkeeper/tollkeeper/services/internal/publish"
@@ -63,8 +64,7 @@ func (w *world) published() map[string]int {
 
 func (w *world) checkpoint(shard uint32) publish.Checkpoint {
 	w.t.Helper()
-	s := &service{js: w.js}
-	at, err := s.readPosition(w.t.Context(), shard)
+	at, err := (&anchor.Stores{JS: w.js, Log: zerolog.Nop()}).Position(w.t.Context(), shard)
 	if err != nil {
 		w.t.Fatal(err)
 	}
