@@ -58,7 +58,7 @@ type Options struct {
 	Overdue, Unclaimed time.Duration
 	// Keep is for how long a finding that nothing heals stays open; 7 days when 0.
 	Keep time.Duration
-	// SaveEvery is how often the books are stored; 30 s when 0.
+	// SaveEvery is how often the books are stored; a minute when 0.
 	SaveEvery time.Duration
 	// Cells bounds the accounts and minutes that are told apart at once, Accounts
 	// those whose lifetime is held against the counters; 500,000 and 1,000,000
@@ -79,11 +79,14 @@ func (o *Options) check() error {
 		d     *time.Duration
 		value time.Duration
 	}{
-		{&o.Every, 10 * time.Second}, {&o.Again, 10 * time.Minute}, {&o.Keep, 7 * 24 * time.Hour}, {&o.SaveEvery, 30 * time.Second},
+		{&o.Every, 10 * time.Second}, {&o.Again, 10 * time.Minute}, {&o.Keep, 7 * 24 * time.Hour}, {&o.SaveEvery, time.Minute},
 	} {
 		if *d.d == 0 {
 			*d.d = d.value
 		}
+	}
+	if o.Cells <= 0 {
+		o.Cells = 500_000
 	}
 	if o.Readiness == nil {
 		o.Readiness = telemetry.NewReadiness()
@@ -97,8 +100,7 @@ func (o *Options) books() books.Options {
 
 // Run audits until ctx is done and returns nil then. While NATS or ClickHouse is
 // away it waits and says so on /readyz. What it knew when it stopped is known to
-// the next run. It returns an error for wrong options, refused credentials, and
-// when entries are gone that it has not read.
+// the next run. It returns an error for wrong options and refused credentials.
 func Run(ctx context.Context, o Options) error {
 	if err := o.check(); err != nil {
 		return err
@@ -136,26 +138,41 @@ func work(ctx context.Context, o Options, m *metrics, ready *telemetry.Component
 	if err != nil {
 		return fmt.Errorf("auditor: %w", err)
 	}
-	a := &auditor{o: o, nc: nc, js: js, metrics: m, ready: ready, log: o.Logger, store: store{js: js},
-		entries: make(chan ledger.Message, 256), claims: make(chan ledger.Message, 64), pending: map[uint32]answer{}}
-	if err := a.retry(ctx, "can't begin yet", a.begin); err != nil {
-		return stopped(ctx, err)
+	a := &auditor{o: o, nc: nc, js: js, metrics: m, ready: ready, log: o.Logger, store: store{js: js}}
+	for {
+		err := a.session(ctx)
+		switch {
+		case ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)):
+			return nil
+		case errors.Is(err, ledger.ErrPurged), errors.Is(err, ledger.ErrRewound):
+			// What the books have is not in the ledger any more, or the other way
+			// round. They are begun anew from what there is: where the others know
+			// more, that is found.
+			a.anew = true
+			a.log.Error().Err(err).Msg("the ledger is not what the books are of: they are begun anew")
+		default:
+			return fmt.Errorf("auditor: %w", err)
+		}
 	}
-	ready.OK()
+}
+
+// session audits until something ends it.
+func (a *auditor) session(ctx context.Context) error {
+	a.entries, a.claims, a.pending = make(chan ledger.Message, 256), make(chan ledger.Message, 64), map[uint32]answer{}
+	a.checker, a.busy, a.committed = nil, false, 0
+	if err := a.retry(ctx, "can't begin yet", a.begin); err != nil {
+		return err
+	}
+	a.ready.OK()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return a.readLedger(ctx, a.books.Position+1) })
 	group.Go(func() error { return a.readClaims(ctx, a.books.ClaimsPosition+1) })
-	if len(o.ClickHouse.Addrs) > 0 {
-		a.checker = newChecker(o, js)
+	if len(a.o.ClickHouse.Addrs) > 0 {
+		a.checker = newChecker(a.o, a.js)
 		group.Go(func() error { return a.checker.run(ctx) })
 	}
 	group.Go(func() error { return a.loop(ctx) })
-	if err := group.Wait(); err != nil && ctx.Err() == nil {
-		return fmt.Errorf("auditor: %w", err)
-	} else if err != nil && !errors.Is(err, context.Canceled) {
-		return fmt.Errorf("auditor: %w", err)
-	}
-	return nil
+	return group.Wait()
 }
 
 // stopped turns what a stop interrupted into a clean end.
@@ -216,6 +233,9 @@ func (a *auditor) begin(ctx context.Context) error {
 		return err
 	}
 	a.books, a.rounds = books.New(a.o.books()), nil
+	if a.anew {
+		stored = nil
+	}
 	for _, data := range stored {
 		b, rounds, err := books.Unmarshal(a.o.books(), a.ledgerID, data)
 		if err != nil {
@@ -236,10 +256,7 @@ func (a *auditor) readLedger(ctx context.Context, from uint64) error {
 	err := ledger.Read(ctx, a.js, ledger.ReadOptions{Stream: ledger.Stream, From: from, OnError: func(err error) {
 		a.log.Warn().Err(err).Msg("reading the ledger was interrupted")
 	}}, func(m ledger.Message) error { return hand(ctx, a.entries, m) })
-	if err != nil && ctx.Err() == nil {
-		return fmt.Errorf("%w: to audit what there is, delete the objects %s and %s of bucket %s and start again", err, bookNames[0], bookNames[1], ledger.SnapshotsBucket)
-	}
-	return ctx.Err()
+	return errors.Join(err, ctx.Err())
 }
 
 func hand(ctx context.Context, to chan<- ledger.Message, m ledger.Message) error {

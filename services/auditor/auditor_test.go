@@ -313,3 +313,30 @@ func TestFramesThatNobodyClaimsAreToldAndNoFinding(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 }
+
+// The ledger is made anew, and grows again: the books are too.
+func TestALedgerThatIsMadeAnewIsAuditedFromItsBeginning(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	box, end := w.outbox("")
+	w.call(box, 0, "acme", "acme", "globex")
+	w.start()
+	w.until("it is audited", func(s *Status) bool { return s.CheckedAccounts >= 2 })
+	end()
+	if err := w.js.DeleteStream(t.Context(), ledger.Stream); err != nil {
+		t.Fatal(err)
+	}
+	w.mu.Lock()
+	w.counters = map[uint32]map[string]*ledger.Totals{}
+	w.mu.Unlock()
+	if _, err := ledger.Provision(t.Context(), w.js, ledger.ProvisionOptions{Shards: testShards}); err != nil {
+		t.Fatal(err)
+	}
+	box, end = w.outbox("")
+	defer end()
+	w.call(box, 0, "initech")
+	s := w.until("the new one is audited", func(s *Status) bool { return s.Calls == 1 && s.Claimed == 1 && s.CheckedAccounts >= 1 })
+	if !s.Whole || s.Position == 0 {
+		t.Errorf("%+v", s)
+	}
+}

@@ -31,13 +31,13 @@ type auditor struct {
 	checker *checker // nil: the history is not audited
 
 	ledgerID        string
+	anew            bool // what was stored is of no use
 	entries, claims chan ledger.Message
 
 	books    *books.Books
 	findings *findings.Book
 	rounds   []*round // cut, oldest first
-	cutAt    time.Time
-	behind   uint64 // entries of the ledger that are not folded yet
+	behind   uint64   // entries of the ledger that are not folded yet
 	frame    ledger.Frame
 
 	pending    map[uint32]answer // of counters that are ahead of the books
@@ -175,8 +175,21 @@ func (a *auditor) cut() {
 		a.books.Cut()
 		return
 	}
-	if len(a.rounds) >= maxRounds || a.historyErr != nil && len(a.rounds) > 0 {
-		return
+	// Memory first: a second look at what agreed is given up before a first one.
+	cells := 0
+	for _, r := range a.rounds {
+		cells += r.Cells.Len()
+	}
+	for i := 0; i < len(a.rounds) && (cells > a.o.Cells || len(a.rounds) >= maxRounds); {
+		if a.rounds[i].checked.IsZero() {
+			i++
+			continue
+		}
+		cells -= a.rounds[i].Cells.Len()
+		a.rounds = slices.Delete(a.rounds, i, i+1)
+	}
+	if cells > a.o.Cells || len(a.rounds) >= maxRounds || a.historyErr != nil && len(a.rounds) > 0 {
+		return // the open one grows instead, within its bounds
 	}
 	if r := a.books.Cut(); r != nil {
 		a.rounds = append(a.rounds, &round{Round: r, cut: time.Now()})
