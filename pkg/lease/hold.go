@@ -67,9 +67,10 @@ func NewHolds(max int) *Holds { return &Holds{max: max} }
 // expired: whoever uses this must end calls before it. It keeps parts. The
 // index is that of the part that decided when it fails.
 func (hs *Holds) Reserve(parts []Part, now, deadline Micros) (*Hold, Outcome, int) {
-	if i := takeParts(parts, now); i < len(parts) {
-		out, at := why(parts, i, now)
-		return nil, out, at
+	for i := takeParts(parts, now); i < len(parts); i = takeParts(parts, now) {
+		if out, at := why(parts, i, now); !out.OK() {
+			return nil, out, at
+		} // else what was missing has come back meanwhile
 	}
 	h := &Hold{holds: hs, parts: parts, deadline: deadline}
 	if !hs.add(h) {

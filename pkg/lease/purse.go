@@ -128,8 +128,10 @@ type Part struct {
 // Take takes every part or none; the index is that of the part that decided
 // when it fails. now is the ledger's time as the gateway estimates it.
 func Take(parts []Part, now Micros) (Outcome, int) {
-	if i := takeParts(parts, now); i < len(parts) {
-		return why(parts, i, now)
+	for i := takeParts(parts, now); i < len(parts); i = takeParts(parts, now) {
+		if out, at := why(parts, i, now); !out.OK() {
+			return out, at
+		} // else what was missing has come back meanwhile
 	}
 	out := Admitted
 	for i := range parts {
