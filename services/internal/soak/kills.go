@@ -11,6 +11,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/points"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/traffic"
 )
 
@@ -102,6 +103,9 @@ func endure(ctx context.Context, o Options, out *Outcome, k killsOptions) (err e
 			return nil // what comes after would only repeat it
 		}
 	}
+	if err := w.audited(ctx); err != nil {
+		return err
+	}
 	if !w.safe {
 		w.loss()
 	}
@@ -125,6 +129,25 @@ func (w *world) drive(ctx context.Context, workers int, rate float64) {
 		r := dice[worker]
 		return traffic.Shape{Account: r.IntN(w.load), Gateway: r.IntN(gateways), Output: 1 + r.IntN(50)}, true
 	})
+}
+
+// audited asks Tollkeeper's own audit: it must have found nothing that is wrong, or,
+// where gateways may lose calls, at least have come to the end.
+func (w *world) audited(ctx context.Context) error {
+	if w.fleet.Process(fleet.Auditor) == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("the audit did not come to an end in time"))
+	defer cancel()
+	a, err := points.ReadAudit(ctx, w.js, w.ledger.LastOurs)
+	if err != nil {
+		return err
+	}
+	w.out.Audit = &a
+	if a.Open > 0 && w.safe {
+		w.out.breaks("the audit has %d open findings: %s", a.Open, a.Findings)
+	}
+	return nil
 }
 
 // loss holds the lost calls against the kills of their gateways: only what a

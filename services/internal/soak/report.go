@@ -36,6 +36,8 @@ type Outcome struct {
 	ByItself map[string]int `json:"ended_by_itself,omitempty"`
 	// Check compares all points at the end.
 	Check *points.Check `json:"check,omitempty"`
+	// Audit is what Tollkeeper's own audit says at the end.
+	Audit *points.Audit `json:"audit,omitempty"`
 	// Loss is what killed gateways took with them, without spool-before-answer.
 	Loss *Loss `json:"loss,omitempty"`
 	// Quotas are the rounds of a shared quota.
@@ -167,6 +169,9 @@ func (o *Outcome) text(b *strings.Builder) {
 		fmt.Fprintf(b, "  clients: %d sent, %d passed, %d refused, %d unknown (503), %d other, %d without an answer\n", c.Sent, c.Passed, c.Refused, c.Unknown, c.Other, c.Nothing)
 		fmt.Fprintf(b, "  calls in: ledger %d, counters %d, ClickHouse %d, its rollup %d; %d frames came twice\n", c.Ledger, c.Counters, c.History, c.Rollups, c.Redelivered)
 		fmt.Fprintf(b, "  lost %d, lost refusals %d, doubled %d, misjudged %d\n", c.Lost, c.LostRefusals, c.Doubled, c.Misjudged)
+	}
+	if a := o.Audit; a != nil {
+		fmt.Fprintf(b, "  the audit: %d calls, %d claimed by gateways, %d not, %d findings open\n", a.Calls, a.Claimed, a.Unclaimed, a.Open)
 	}
 	if l := o.Loss; l != nil {
 		fmt.Fprintf(b, "  killed gateways took %d answered calls with them in %d kills, at most %d in one, answered at most %.1f ms before\n", l.Calls, l.Kills, l.Most, l.Oldest)

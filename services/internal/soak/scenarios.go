@@ -35,7 +35,7 @@ func Scenarios() []Scenario {
 func kills(safe bool) func(ctx context.Context, o Options, out *Outcome) error {
 	return func(ctx context.Context, o Options, out *Outcome) error {
 		k := killsOptions{
-			fleet: fleet.Options{Gateways: 2, Aggregators: 2, SpoolBeforeAnswer: safe, Links: true, UnknownMaxCalls: 1 << 30},
+			fleet: fleet.Options{Gateways: 2, Aggregators: 2, Auditor: true, SpoolBeforeAnswer: safe, Links: true, UnknownMaxCalls: 1 << 30},
 			kills: 10, rounds: o.Rounds, rate: o.rate(1500), workers: 48, pause: 1200 * time.Millisecond, last: 1200 * time.Millisecond, accounts: 24,
 		}
 		if o.Short {

@@ -33,7 +33,7 @@ var programs = sync.OnceValues(func() (string, error) {
 	}
 	const services = "github.com/tollkeeper/tollkeeper/services/"
 	build := exec.Command("go", "build", "-o", dir+string(filepath.Separator), services+"tollkeeper/cmd/tollkeeper",
-		services+"aggregator/cmd/aggregator", services+"historian/cmd/historian", services+"gateway/cmd/gateway")
+		services+"aggregator/cmd/aggregator", services+"historian/cmd/historian", services+"gateway/cmd/gateway", services+"auditor/cmd/auditor")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the programs: %w\n%s", err, out)

@@ -338,12 +338,20 @@ const (
 func (w *world) settle(ctx context.Context) (points.Check, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, errors.New("the points did not catch up in time"))
 	defer cancel()
+	began := time.Now()
 	if err := w.fleet.AwaitReady(ctx); err != nil {
 		return points.Check{}, err
 	}
+	ready := time.Since(began)
 	if err := w.drain(ctx); err != nil {
 		return points.Check{}, err
 	}
+	drained := time.Since(began)
+	defer func() {
+		if all := time.Since(began); all > 15*time.Second {
+			w.o.Say("%s: the gateways were ready after %.1f s, the ledger had everything after %.1f s, the other points after %.1f s", w.out.Scenario, ready.Seconds(), drained.Seconds(), all.Seconds())
+		}
+	}()
 	p := points.Points{Seen: w.traffic.Seen(), Ledger: w.ledger}
 	ids := make([]string, len(w.accounts))
 	for i, a := range w.accounts {
@@ -383,6 +391,7 @@ func (w *world) drain(ctx context.Context) error {
 		}
 		switch age := time.Since(since); {
 		case age >= quiet:
+			w.o.Say("%s: nothing has come for %s: %d answered calls are missing; the gateways say %v", w.out.Scenario, quiet, w.missing(), w.sent(ctx))
 			return nil
 		case age >= still && w.missing() == 0 && w.sentAll(ctx):
 			return nil
@@ -417,17 +426,33 @@ func (w *world) missing() int {
 	return n
 }
 
-// sentAll asks the gateways whether all they took is acknowledged.
-func (w *world) sentAll(ctx context.Context) bool {
-	for g := range w.fleet.GatewayURLs() {
-		var s struct{ Added, Acked int64 }
+// sent is what a gateway says it has taken and what of it is acknowledged.
+type sent struct{ Added, Acked, Invalid, Dropped, Refused, Rejected int64 }
+
+// sent asks the gateways what they have sent; one that does not say has a negative
+// number.
+func (w *world) sent(ctx context.Context) []sent {
+	all := make([]sent, len(w.fleet.GatewayURLs()))
+	for g := range all {
+		all[g].Added = -1
 		resp, err := w.fleet.AdminGet(ctx, g, "/v1/sent")
 		if err != nil {
-			return false
+			continue
 		}
+		var s sent
 		err = json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&s)
 		_ = resp.Body.Close() // it is read
-		if err != nil || s.Acked < s.Added {
+		if err == nil {
+			all[g] = s
+		}
+	}
+	return all
+}
+
+// sentAll says whether all that the gateways took is acknowledged.
+func (w *world) sentAll(ctx context.Context) bool {
+	for _, s := range w.sent(ctx) {
+		if s.Added < 0 || s.Acked < s.Added {
 			return false
 		}
 	}

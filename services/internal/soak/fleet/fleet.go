@@ -28,14 +28,15 @@ const (
 	Aggregator = "aggregator"
 	Historian  = "historian"
 	Gateway    = "gateway"
+	Auditor    = "auditor"
 )
 
 // Options of a fleet.
 type Options struct {
 	// Dir holds everything, logs included.
 	Dir string
-	// Programs is the folder with the programs tollkeeper, aggregator, historian
-	// and gateway.
+	// Programs is the folder with the programs tollkeeper, aggregator, historian,
+	// gateway and auditor.
 	Programs string
 	// Nodes of NATS: 1, or 3 as a cluster in which every stream has 3 replicas.
 	Nodes int
@@ -43,6 +44,8 @@ type Options struct {
 	Aggregators, Gateways int
 	// NoHistory leaves ClickHouse and the historian out.
 	NoHistory bool
+	// Auditor holds all points against each other as well; it needs the history.
+	Auditor bool
 	// SpoolBeforeAnswer of the gateways.
 	SpoolBeforeAnswer bool
 	// UnknownMaxCalls passes for an account whose verdict can't be known.
@@ -260,6 +263,11 @@ func (f *Fleet) addServices() error {
 	if !f.o.NoHistory {
 		f.add(Historian, 0, append(f.secrets(), "TOLLKEEPER_CLICKHOUSE_PASSWORD="+f.password),
 			filepath.Join(f.o.Programs, "historian"), "--nats-url", f.urls(), "--clickhouse-addr", f.native, "--admin-listen", "", "--replicas", replicas, "--log-format", "json")
+	}
+	if f.o.Auditor && !f.o.NoHistory {
+		f.add(Auditor, 0, append(f.secrets(), "TOLLKEEPER_CLICKHOUSE_PASSWORD="+f.password),
+			filepath.Join(f.o.Programs, "auditor"), "--nats-url", f.urls(), "--clickhouse-addr", f.native, "--admin-listen", "", "--replicas", replicas, "--log-format", "json",
+			"--every", "2s", "--overdue", "30s")
 	}
 	for i := 1; i <= f.o.Gateways; i++ {
 		url, err := f.natsURL(Gateway, i)

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
@@ -219,4 +220,48 @@ func Rollups(ctx context.Context, o history.Options, accounts []string) (map[str
 		}
 	}
 	return out, nil
+}
+
+// Audit is how Tollkeeper's own audit stands.
+type Audit struct {
+	Position  uint64          `json:"ledger_position"`
+	Calls     int64           `json:"calls"`
+	Claimed   int64           `json:"claimed_calls"`
+	Unclaimed int64           `json:"unclaimed_calls"`
+	Open      int             `json:"open"`
+	Findings  json.RawMessage `json:"findings,omitempty"`
+}
+
+// ReadAudit returns what the auditor says once it has read up to a sequence of the
+// ledger. What it finds open then it is given time to see healed, until ctx is
+// done: then it is the answer.
+func ReadAudit(ctx context.Context, js jetstream.JetStream, upTo uint64) (Audit, error) {
+	var last Audit
+	for {
+		a, err := readAudit(ctx, js)
+		if err == nil {
+			if last = a; a.Position >= upTo && a.Open == 0 {
+				return a, nil
+			}
+			err = fmt.Errorf("it has read up to %d of %d", a.Position, upTo)
+		}
+		if waited := wait(ctx, 4*again); waited != nil {
+			if last.Position >= upTo {
+				return last, nil
+			}
+			return last, errors.Join(waited, fmt.Errorf("the audit: %w", err))
+		}
+	}
+}
+
+func readAudit(ctx context.Context, js jetstream.JetStream) (a Audit, err error) {
+	kv, err := js.KeyValue(ctx, ledger.AuditBucket)
+	if err != nil {
+		return a, err
+	}
+	e, err := kv.Get(ctx, ledger.AuditStatusKey)
+	if err != nil {
+		return a, err
+	}
+	return a, json.Unmarshal(e.Value(), &a)
 }

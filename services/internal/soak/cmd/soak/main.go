@@ -144,7 +144,7 @@ func write(r *soak.Report, file string) (err error) {
 func build(ctx context.Context, dir string) error {
 	const services = "github.com/tollkeeper/tollkeeper/services/"
 	c := exec.CommandContext(ctx, "go", "build", "-o", dir+string(filepath.Separator), services+"tollkeeper/cmd/tollkeeper",
-		services+"aggregator/cmd/aggregator", services+"historian/cmd/historian", services+"gateway/cmd/gateway")
+		services+"aggregator/cmd/aggregator", services+"historian/cmd/historian", services+"gateway/cmd/gateway", services+"auditor/cmd/auditor")
 	c.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := c.CombinedOutput(); err != nil {
 		return fmt.Errorf("build the programs (or name a folder that has them with --programs): %w\n%s", err, out)
