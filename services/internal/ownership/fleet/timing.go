@@ -15,8 +15,8 @@ type Instant = time.Duration
 // fleet must have the same TTL; zero fields take their defaults.
 type Timing struct {
 	// TTL is how long a session lives after its last renewal: whoever has not
-	// seen it renewed for that long may end it. Default 1.5 s, with which a
-	// killed member's shards are owned again after 1.3 to 1.75 s.
+	// seen it renewed for that long may end it. Default 1.2 s, with which a
+	// killed member's shards are owned again after 1 to 1.5 s.
 	TTL time.Duration
 	// Renew is how often a session is renewed. Default TTL/5; at most TTL/3.
 	Renew time.Duration
@@ -40,7 +40,7 @@ type Timing struct {
 }
 
 const (
-	defaultTTL  = 1500 * time.Millisecond
+	defaultTTL  = 1200 * time.Millisecond
 	maxSettle   = 5 * time.Minute
 	minCooldown = time.Second
 	maxCooldown = time.Minute
