@@ -100,6 +100,11 @@ func NewPurse(g Gateway, end Micros, h Habits) *Purse {
 	return &Purse{gateway: g, habits: h, end: end, pause: h.RetryAfter}
 }
 
+// After numbers the purse's messages after seq, where another purse of the same
+// allowance and gateway was before it: what that one said and is still on its way
+// must not be taken for this one's. It is called before anything else.
+func (p *Purse) After(seq uint64) { p.seq, p.answered = seq, seq }
+
 // take takes n units if they are there and the lease is good at now.
 func (p *Purse) take(n int64, now Micros) bool {
 	if n == 0 {

@@ -110,8 +110,11 @@ func (d *desk) pocket(l *table.Draw, now lease.Micros) *pocket {
 	}
 	if p.again != 0 && now >= p.again {
 		delete(d.byPurse, p.purse)
-		p.again, p.sent, p.heard = 0, lease.Ask{}, 0
+		seq := p.sent.Seq
+		d.w.metrics.sent(p.meter, &p.sent, &lease.Ask{})
+		p.again, p.sent, p.said = 0, lease.Ask{}, false
 		d.fill(p, l.Limit)
+		p.purse.After(seq)
 	}
 	if p.of != l.Allowance {
 		p.of = l.Allowance // the table was made anew
@@ -218,11 +221,6 @@ func (d *desk) receive(p *pocket, a lease.Answer, now lease.Micros) {
 	}
 	p.heard = max(p.heard, a.Seq)
 	p.purse.Receive(a, now)
-	if a.Verdict == lease.Ended && a.Granted == 0 && p.sent.Known == 0 && p.again == 0 && (p.end == 0 || now < p.end-d.w.skew) {
-		// The shard does not know the limit as one that has leases, or not yet: a
-		// plan can take effect after the directory told of it.
-		p.again = now + unknownPause
-	}
 	p.of.Told()
 	d.serve(p, now)
 }
@@ -331,8 +329,16 @@ func (d *desk) gather() (*tollkeeperv1.LeaseEntry, []*pocket) {
 			continue
 		}
 		m, ok := p.purse.Next(now)
-		if p.purse.Done() && now >= p.again {
-			d.forget(p)
+		if p.purse.Done() {
+			switch {
+			case d.w.closing.Load() || p.end != 0 && now >= p.end || p.sent.Seq == 0:
+				d.forget(p)
+			case p.again == 0:
+				// It ended before its window did: the shard does not know the limit as
+				// one that has leases, or not yet (a plan can take effect after the
+				// directory told of it). Another purse may be tried in a while.
+				p.again = now + unknownPause
+			}
 			continue
 		}
 		if ok {
