@@ -59,6 +59,8 @@ type gateway struct {
 	order    []*purse
 	holds    *lease.Holds
 	waiting  []*waiter
+	underWay int
+	ending   bool
 	denies   map[string]usage.Decision
 
 	written usage.Micros // when what is being written will be
@@ -77,7 +79,7 @@ type spooled struct {
 // run is a producer that the disk knows of.
 type run struct {
 	producer ksuid.KSUID
-	careful  bool
+	ended    bool // in order: no call was under way, and all are on the disk
 }
 
 type waiter struct {
@@ -106,7 +108,7 @@ func (g *gateway) begin() {
 	g.purses, g.order, g.waiting = make(map[leaseKey]*purse), nil, nil
 	g.holds = lease.NewHolds(1000)
 	g.denies = make(map[string]usage.Decision)
-	g.old = nil
+	g.old, g.underWay, g.ending = nil, 0, false
 	// What the runs before have left: all of it, then their closing entries.
 	for _, r := range g.runs {
 		for s := range uint32(shards) {
@@ -117,11 +119,13 @@ func (g *gateway) begin() {
 					l.Loaded(&f)
 				}
 			}
-			l.Retire(w.closing(r.producer, l.Last(), r.careful))
+			// Calls may have been under way that nobody has a record of: only a run
+			// that ended in order has used no more than the ledger says.
+			l.Retire(w.closing(r.producer, l.Last(), r.ended))
 			g.old = append(g.old, l)
 		}
 	}
-	g.runs = append(g.runs, run{g.producer, g.careful})
+	g.runs = append(g.runs, run{producer: g.producer})
 	g.feed = g.proc.read(&w.nats.decisions, 1, 200, g.follow)
 	g.beat()
 }
@@ -165,9 +169,52 @@ func (g *gateway) beat() {
 	g.proc.after(g.w.between(10_000, 40_000), g.beat)
 }
 
+// end is an orderly one: nothing is admitted any more, what is under way comes to
+// its end, the leases are given back, and what is not sent is left on the disk.
+func (g *gateway) end() {
+	if !g.proc.up || g.ending {
+		return
+	}
+	g.w.trace("%s ends", g.proc.name)
+	g.ending = true
+	for _, p := range g.order {
+		p.lease.Close()
+	}
+	var look func()
+	look = func() {
+		g.speak()
+		busy := g.underWay > 0 || len(g.waiting) > 0
+		for s := range g.lanes {
+			if l := g.lanes[s]; !busy {
+				l.Seal(g.w.now)
+				if frames := l.Handout(nil, 1<<20); len(frames) > 0 {
+					for _, f := range frames {
+						g.disk = append(g.disk, spooled{g.producer, uint32(s), *f})
+						l.Spooled(f.Number, lane.Position{Segment: 1, Offset: int64(len(g.disk))})
+					}
+				}
+				g.safe(uint32(s))
+				busy = !l.Safe()
+			}
+		}
+		if busy {
+			g.proc.after(10_000, look)
+			return
+		}
+		g.runs[len(g.runs)-1].ended = true
+		g.w.report.Ends++
+		g.proc.exit()
+		g.w.after(g.w.between(50_000, 500_000), g.proc.rise)
+	}
+	look()
+}
+
 // call lets a client call.
 func (g *gateway) call(a *account) {
 	w := g.w
+	if g.ending {
+		return
+	}
 	c := &call{id: w.callID(), account: a, at: g.now(), gateway: g, life: g.proc.life}
 	w.report.Calls++
 	w.calls = append(w.calls, c)
@@ -241,7 +288,9 @@ func (g *gateway) admit(c *call) bool {
 		return true
 	}
 	// The upstream takes its time.
+	g.underWay++
 	g.proc.after(w.between(1_000, 2_000_000), func() {
+		g.underWay--
 		actual := make([]int64, len(parts))
 		for i := range parts {
 			actual[i] = c.cost

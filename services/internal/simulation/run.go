@@ -59,7 +59,7 @@ func plans(scale int64) []usage.Plan {
 //     each account's and limit's in their order
 //   - whoever has folded the ledger has the same state, bit for bit
 //   - of no exact allowance more was admitted than there is, of a leased one at
-//     most its exposure more, as the clients saw it
+//     most its exposure more, whether or not the calls were answered or recorded
 func Run(o Options) (Report, error) {
 	w := &world{o: o, r: rand.New(rand.NewPCG(o.Seed, 0x70110)), now: begin, byID: make(map[string]*call)}
 	w.report.Seed = o.Seed
@@ -249,6 +249,7 @@ func (w *world) faults(trouble usage.Micros) {
 			w.after(w.between(50_000, 1_500_000), p.rise)
 		}
 	})
+	every(w.o.Ends, func() { w.gateways[w.r.IntN(len(w.gateways))].end() })
 	every(w.o.Stops, func() {
 		p := w.procs[w.r.IntN(len(w.procs))]
 		p.stop()
@@ -486,7 +487,7 @@ func (w *world) checkAllowances() {
 		if c.code == usage.QuotaExceeded {
 			refused[c.account.id]++
 		}
-		if !c.admitted || !c.answered {
+		if !c.admitted {
 			continue
 		}
 		for _, k := range c.windows {
@@ -530,7 +531,7 @@ func (w *world) checkAllowances() {
 
 // quiet reports whether nothing went wrong, and nothing was changed.
 func (w *world) quiet() bool {
-	return w.o.Kills+w.o.Stops+w.o.Cuts+w.o.Takeovers+w.o.Loss == 0 && !w.changed
+	return w.o.Kills+w.o.Ends+w.o.Stops+w.o.Cuts+w.o.Takeovers+w.o.Loss == 0 && !w.changed
 }
 
 // credited is how much corrections may have given back to an allowance.

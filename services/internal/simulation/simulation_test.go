@@ -33,8 +33,10 @@ func options(seed uint64) Options {
 		o.Loss = 0.08
 	case 5:
 		o.Takeovers = 1
+	case 6:
+		o.Ends, o.Takeovers = 0.4, 0.2
 	default:
-		o.Kills, o.Stops, o.Cuts, o.Takeovers, o.Loss = 0.4, 0.3, 0.3, 0.2, 0.03
+		o.Ends, o.Kills, o.Stops, o.Cuts, o.Takeovers, o.Loss = 0.1, 0.4, 0.3, 0.3, 0.2, 0.03
 	}
 	return o
 }
@@ -71,7 +73,7 @@ func TestTheLawsHoldInEveryWorld(t *testing.T) {
 		t.Logf("%d worlds from seed %d on: %s", *worlds, first, total.String())
 	}
 	// A run in which nothing happens proves nothing.
-	if *worlds >= 100 && (total.Grants == 0 || total.Denials == 0 || total.Decisions == 0 || total.Kills == 0 || total.DuplicateFrames == 0 || total.RepeatedRows == 0 || total.Answered == 0) {
+	if *worlds >= 100 && (total.Grants == 0 || total.Denials == 0 || total.Decisions == 0 || total.Kills == 0 || total.Ends == 0 || total.DuplicateFrames == 0 || total.RepeatedRows == 0 || total.Answered == 0) {
 		t.Errorf("too little happened: %s", total.String())
 	}
 }

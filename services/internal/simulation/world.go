@@ -15,9 +15,9 @@ type Options struct {
 	Seed uint64
 	// Trouble lasts so long before everything works.
 	Trouble time.Duration
-	// Kills, Stops, Cuts and Takeovers are how often, on average, a second of
-	// trouble sees one.
-	Kills, Stops, Cuts, Takeovers float64
+	// Kills, Ends (of gateways, in order), Stops, Cuts and Takeovers are how often,
+	// on average, a second of trouble sees one.
+	Kills, Ends, Stops, Cuts, Takeovers float64
 	// Loss is the part of the messages that are lost, and as many are doubled.
 	Loss float64
 	// Trace takes a line for whatever happens; nil: nobody looks.
@@ -30,7 +30,7 @@ type Report struct {
 	Seed                                  uint64
 	Calls, Answered, Refused, Unknown     int // as the clients saw them
 	Entries, Decisions, Grants, Denials   int
-	Kills, Stops, Cuts, Takeovers         int
+	Kills, Ends, Stops, Cuts, Takeovers   int
 	DuplicateFrames, Blocks, RepeatedRows int
 	// Unsent calls were answered by gateways that did not spool before, and died.
 	Unsent int
@@ -47,6 +47,7 @@ func (r *Report) Add(o *Report) {
 	r.Grants += o.Grants
 	r.Denials += o.Denials
 	r.Kills += o.Kills
+	r.Ends += o.Ends
 	r.Stops += o.Stops
 	r.Cuts += o.Cuts
 	r.Takeovers += o.Takeovers
@@ -57,8 +58,8 @@ func (r *Report) Add(o *Report) {
 }
 
 func (r *Report) String() string {
-	return fmt.Sprintf("%d calls: %d answered, %d refused, %d unknown, %d never sent; %d entries, %d frames twice, %d decisions, %d grants, %d denials; %d blocks, %d of them sent again; %d kills, %d stops, %d cuts, %d takeovers",
-		r.Calls, r.Answered, r.Refused, r.Unknown, r.Unsent, r.Entries, r.DuplicateFrames, r.Decisions, r.Grants, r.Denials, r.Blocks, r.RepeatedRows, r.Kills, r.Stops, r.Cuts, r.Takeovers)
+	return fmt.Sprintf("%d calls: %d answered, %d refused, %d unknown, %d never sent; %d entries, %d frames twice, %d decisions, %d grants, %d denials; %d blocks, %d of them sent again; %d kills, %d ends, %d stops, %d cuts, %d takeovers",
+		r.Calls, r.Answered, r.Refused, r.Unknown, r.Unsent, r.Entries, r.DuplicateFrames, r.Decisions, r.Grants, r.Denials, r.Blocks, r.RepeatedRows, r.Kills, r.Ends, r.Stops, r.Cuts, r.Takeovers)
 }
 
 // event is something that happens at a moment.
@@ -187,6 +188,16 @@ func (p *proc) kill() {
 	}
 	p.w.trace("%s is killed", p.name)
 	p.w.report.Kills++
+	p.up, p.stopped, p.frozen = false, false, nil
+	p.life++
+	if p.killed != nil {
+		p.killed()
+	}
+}
+
+// exit is a process's own end.
+func (p *proc) exit() {
+	p.w.trace("%s has ended", p.name)
 	p.up, p.stopped, p.frozen = false, false, nil
 	p.life++
 	if p.killed != nil {
