@@ -11,7 +11,10 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/faults"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/report"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/watch"
 )
 
 // stopBeyondElection is how much longer than the election the ledger may stand
@@ -20,7 +23,7 @@ const stopBeyondElection = 2 * time.Second
 
 // loseNodes kills one node of a cluster after the other under load, each when the
 // one before has caught up again, and compares the points.
-func loseNodes(ctx context.Context, o Options, out *Outcome, f fleet.Options) (err error) {
+func loseNodes(ctx context.Context, o Options, out *report.Outcome, f fleet.Options) (err error) {
 	doc, accounts := people("cluster", 12, "")
 	w, err := begin(ctx, o, out, f, o.Rounds+1, &plans.Document{Version: plans.FormatVersion, Accounts: doc}, accounts)
 	if err != nil {
@@ -37,7 +40,7 @@ func loseNodes(ctx context.Context, o Options, out *Outcome, f fleet.Options) (e
 	load.Go(func() { w.drive(loading, 16, o.rate(300)) })
 	defer func() { over(); load.Wait() }()
 
-	seen, watched, err := w.startWatch(life, w.shardOf(0))
+	seen, watched, err := watch.Start(life, w.fleet.NATSOptions(), ledger.ShardOf(w.accounts[0].ID, w.shards))
 	if err != nil {
 		return err
 	}
@@ -54,7 +57,7 @@ func loseNodes(ctx context.Context, o Options, out *Outcome, f fleet.Options) (e
 			return err
 		}
 		victim := fmt.Sprintf("%s-%d", fleet.NATS, 1+(leaderNumber(leader)-1+round)%f.Nodes)
-		w.count(Fault{Act: Kill, Victims: []string{victim}})
+		w.count(faults.Fault{Act: faults.Kill, Victims: []string{victim}})
 		killed := time.Now()
 		if err := w.fleet.Process(victim).Kill(); err != nil {
 			return err
@@ -64,7 +67,7 @@ func loseNodes(ctx context.Context, o Options, out *Outcome, f fleet.Options) (e
 		if err != nil {
 			return err
 		}
-		if err := seen.counted(ctx, killed.Add(election+500*time.Millisecond)); err != nil {
+		if err := seen.Counted(ctx, killed.Add(election+500*time.Millisecond)); err != nil {
 			return err
 		}
 		if err := w.readLedger(ctx); err != nil {
@@ -73,7 +76,7 @@ func loseNodes(ctx context.Context, o Options, out *Outcome, f fleet.Options) (e
 		// The longest silence that began or ended after the kill.
 		gap := w.ledger.Silence(killed.Add(-100 * time.Millisecond))
 		stops = append(stops, gap)
-		uncounted := seen.silence(killed)
+		uncounted := seen.Silence(killed)
 		counting = append(counting, uncounted)
 		if led {
 			elections = append(elections, election)
@@ -103,14 +106,14 @@ func loseNodes(ctx context.Context, o Options, out *Outcome, f fleet.Options) (e
 	}
 	out.Check = &check
 	for _, b := range check.Broken(!w.safe) {
-		out.breaks("%s", b)
+		out.Breaks("%s", b)
 	}
 	out.NoAnswers = w.traffic.Errors()
-	out.measure(figure("election of the ledger's leader", 0, elections))
-	out.measure(figure("ledger stood still, a node killed", 0, stops))
-	out.measure(figure("counters stood still, a node killed", 0, counting))
-	out.measure(figure("a limit crossed with a node missing: refused elsewhere", 0, decisions))
-	out.measure(figure("either stood still beyond the election", stopBeyondElection, beyond))
+	out.Measure(report.Durations("election of the ledger's leader", 0, elections))
+	out.Measure(report.Durations("ledger stood still, a node killed", 0, stops))
+	out.Measure(report.Durations("counters stood still, a node killed", 0, counting))
+	out.Measure(report.Durations("a limit crossed with a node missing: refused elsewhere", 0, decisions))
+	out.Measure(report.Durations("either stood still beyond the election", stopBeyondElection, beyond))
 	return nil
 }
 

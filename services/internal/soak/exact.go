@@ -11,7 +11,9 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/faults"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/report"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/traffic"
 )
 
@@ -22,7 +24,7 @@ type exactOptions struct {
 	limit   int64
 	clients int // per gateway
 	// faults of a round, counted from 0; nil: nothing happens in it.
-	faults func(round int, r *rand.Rand, f *fleet.Fleet) []Fault
+	faults func(round int, r *rand.Rand, f *fleet.Fleet) []faults.Fault
 	// longest a round may last.
 	longest time.Duration
 }
@@ -37,7 +39,7 @@ const (
 
 // share lets every client of every gateway use up one account's limit, round after
 // round with a fresh account, in turn one of calls and one of tokens.
-func share(ctx context.Context, o Options, out *Outcome, x exactOptions) (err error) {
+func share(ctx context.Context, o Options, out *report.Outcome, x exactOptions) (err error) {
 	doc, accounts := people("exact", x.rounds, "")
 	for i := range doc {
 		doc[i].Plan = "soak-" + kindOf(i)
@@ -70,13 +72,13 @@ func share(ctx context.Context, o Options, out *Outcome, x exactOptions) (err er
 		o.Say("%s: round %d of %d (%s, %d faults): limit %d, admitted %d, served %d, %d refused (%d early), %d unknown, %.1f s",
 			out.Scenario, round+1, x.rounds, q.Kind, q.Faults, q.Limit, q.Admitted, q.Served, q.Refused, q.Early, q.Unknown, q.Seconds)
 		if q.Admitted > q.Limit {
-			out.breaks("round %d (%s): %d admitted of %d", round+1, q.Kind, q.Admitted, q.Limit)
+			out.Breaks("round %d (%s): %d admitted of %d", round+1, q.Kind, q.Admitted, q.Limit)
 		}
 		// What a gateway had sent upstream when it was killed, and nobody was
 		// answered, is known to nobody.
 		switch over := q.Served - q.Limit; {
 		case over > q.Unanswered:
-			out.breaks("round %d (%s): the upstream served %d of %d, and only %d may have been answered by nobody", round+1, q.Kind, q.Served, q.Limit, q.Unanswered)
+			out.Breaks("round %d (%s): the upstream served %d of %d, and only %d may have been answered by nobody", round+1, q.Kind, q.Served, q.Limit, q.Unanswered)
 		case over > 0:
 			out.Missed = append(out.Missed, fmt.Sprintf("round %d (%s): %d of a limit of %d reached the upstream: %d of them were in flight at gateways that were killed and answered nobody", round+1, q.Kind, q.Served, q.Limit, over))
 		}
@@ -90,7 +92,7 @@ func share(ctx context.Context, o Options, out *Outcome, x exactOptions) (err er
 	}
 	out.Check = &check
 	for _, b := range check.Broken(!w.safe) {
-		out.breaks("%s", b)
+		out.Breaks("%s", b)
 	}
 	out.NoAnswers = w.traffic.Errors()
 	return nil
@@ -112,18 +114,18 @@ func leftover(kind string) int64 {
 	return leftCalls
 }
 
-func (w *world) shareRound(ctx context.Context, x exactOptions, round int) (Quota, error) {
-	q := Quota{Kind: kindOf(round), Limit: x.limit}
+func (w *world) shareRound(ctx context.Context, x exactOptions, round int) (report.Quota, error) {
+	q := report.Quota{Kind: kindOf(round), Limit: x.limit}
 	ctx, cancel := context.WithTimeout(ctx, x.longest)
 	defer cancel()
-	var faults []Fault
+	var trouble []faults.Fault
 	if x.faults != nil {
-		faults = x.faults(round, w.r, w.fleet)
+		trouble = x.faults(round, w.r, w.fleet)
 	}
-	q.Faults = len(faults)
+	q.Faults = len(trouble)
 	began := time.Now()
 	var raging sync.WaitGroup
-	raging.Go(func() { w.rage(ctx, faults) })
+	raging.Go(func() { w.rage(ctx, trouble) })
 	defer raging.Wait()
 
 	gateways := len(w.fleet.GatewayURLs())
@@ -182,7 +184,7 @@ func (w *world) served(kind, account string) int64 {
 
 // trouble is what befalls the odd pairs of rounds: kills of anything, one of
 // everything now and then, and a cut cable.
-func trouble(round int, r *rand.Rand, f *fleet.Fleet) []Fault {
+func trouble(round int, r *rand.Rand, f *fleet.Fleet) []faults.Fault {
 	if round%4 < 2 {
 		return nil // a round of each kind in peace
 	}
@@ -193,10 +195,10 @@ func trouble(round int, r *rand.Rand, f *fleet.Fleet) []Fault {
 			cables = append(cables, p.Name)
 		}
 	}
-	faults := Schedule(r, Plan{Kills: 3, Victims: names, Cables: cables, Pause: 700 * time.Millisecond, Last: 800 * time.Millisecond})
+	list := faults.Schedule(r, faults.Plan{Kills: 3, Victims: names, Cables: cables, Pause: 700 * time.Millisecond, Last: 800 * time.Millisecond})
 	if len(cables) > 0 {
-		faults = append(faults, Fault{After: span(r, 300*time.Millisecond), Act: Cut, Victims: []string{cables[r.IntN(len(cables))]}, For: time.Second + span(r, 4*time.Second)})
+		list = append(list, faults.Fault{After: faults.Span(r, 300*time.Millisecond), Act: faults.Cut, Victims: []string{cables[r.IntN(len(cables))]}, For: time.Second + faults.Span(r, 4*time.Second)})
 	}
-	r.Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
-	return faults
+	r.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
+	return list
 }

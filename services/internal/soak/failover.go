@@ -2,19 +2,18 @@ package soak
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 	"sync"
 	"time"
 
-	"github.com/nats-io/nats.go/jetstream"
-
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
-	"github.com/tollkeeper/tollkeeper/services/internal/ownership"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/faults"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/points"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/report"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/traffic"
 )
 
@@ -36,7 +35,7 @@ func idsByShard(prefix string, shards uint32, n int) [][]string {
 
 // takeOver kills, stops and cuts off owners of shards, one after the other, and
 // crosses a limit in each shard of the victim at that moment.
-func takeOver(ctx context.Context, o Options, out *Outcome, f fleet.Options, acts []Act) (err error) {
+func takeOver(ctx context.Context, o Options, out *report.Outcome, f fleet.Options, acts []faults.Act) (err error) {
 	doc, accounts := people("failover", 16, "")
 	ids := idsByShard("crossing", ledger.DefaultLocalShards, o.Rounds)
 	first := len(accounts) // of the crossings, shard by shard
@@ -62,14 +61,14 @@ func takeOver(ctx context.Context, o Options, out *Outcome, f fleet.Options, act
 	beside.Go(func() { w.supervise(life) })
 	beside.Go(func() { w.drive(life, 12, o.rate(300)) })
 
-	took := map[Act][]time.Duration{}
+	took := map[faults.Act][]time.Duration{}
 	var calm []time.Duration
 	for round := range o.Rounds {
 		victim, shards, err := w.someOwner(ctx, f.Aggregators)
 		if err != nil {
 			return err
 		}
-		fault := Fault{Act: acts[round%len(acts)], Victims: []string{victim}, For: 5 * time.Second}
+		fault := faults.Fault{Act: acts[round%len(acts)], Victims: []string{victim}, For: 5 * time.Second}
 		w.count(fault)
 		var lasting sync.WaitGroup
 		lasting.Go(func() { w.strike(ctx, fault) })
@@ -92,16 +91,21 @@ func takeOver(ctx context.Context, o Options, out *Outcome, f fleet.Options, act
 	}
 	out.Check = &check
 	for _, b := range check.Broken(!w.safe) {
-		out.breaks("%s", b)
+		out.Breaks("%s", b)
 	}
 	out.NoAnswers = w.traffic.Errors()
-	for _, act := range []Act{Kill, Freeze, Cut, Terminate} {
+	for _, act := range []faults.Act{faults.Kill, faults.Freeze, faults.Cut, faults.Terminate} {
 		if len(took[act]) > 0 {
-			out.measure(figure(fmt.Sprintf("%s of an owner: all its shards decide again", act), takeoverWithin, took[act]))
+			out.Measure(report.Durations(fmt.Sprintf("%s of an owner: all its shards decide again", act), takeoverWithin, took[act]))
 		}
 	}
-	out.measure(figure("meanwhile in the others' shards: limit crossed to refused", 0, calm))
-	return w.compareDecisions(ctx)
+	out.Measure(report.Durations("meanwhile in the others' shards: limit crossed to refused", 0, calm))
+	decisions, wrong, err := points.Decisions(ctx, w.js)
+	for _, text := range wrong {
+		out.Breaks("%s", text)
+	}
+	o.Say("%s: %d decisions were published", out.Scenario, decisions)
+	return err
 }
 
 // someOwner returns who owns the most shards, once every shard has an owner and
@@ -109,7 +113,7 @@ func takeOver(ctx context.Context, o Options, out *Outcome, f fleet.Options, act
 func (w *world) someOwner(ctx context.Context, members int) (string, []uint32, error) {
 	began := time.Now()
 	for {
-		owned, free := w.claims(ctx)
+		owned, free := points.Claims(ctx, w.js, w.shards, w.names(fleet.Aggregator))
 		if free == 0 && (len(owned) == members || time.Since(began) > 20*time.Second) {
 			var most string
 			for _, name := range w.names(fleet.Aggregator) {
@@ -133,28 +137,6 @@ func (w *world) names(kind string) []string {
 		}
 	}
 	return out
-}
-
-// claims returns which member says to own which shards, and how many nobody does.
-func (w *world) claims(ctx context.Context) (owned map[string][]uint32, free int) {
-	owned = map[string][]uint32{}
-	kv, err := w.js.KeyValue(ctx, ownership.DefaultBucket)
-	if err != nil {
-		return owned, int(w.shards)
-	}
-	for shard := range w.shards {
-		var claim struct {
-			Member   string `json:"member"`
-			Released bool   `json:"released"`
-		}
-		e, err := kv.Get(ctx, fmt.Sprintf("shard.%d", shard))
-		if err != nil || json.Unmarshal(e.Value(), &claim) != nil || claim.Released || !slices.Contains(w.names(fleet.Aggregator), claim.Member) {
-			free++
-			continue
-		}
-		owned[claim.Member] = append(owned[claim.Member], shard)
-	}
-	return owned, free
 }
 
 // crossShards crosses a limit in every shard at once. It returns how long after
@@ -188,47 +170,4 @@ func (w *world) crossShards(ctx context.Context, victims []uint32, account func(
 		}
 	}
 	return worst, others, errors.Join(errs...)
-}
-
-// compareDecisions looks at every decision that was ever published: none twice,
-// none behind one that was published before it, and no crossing without its own.
-func (w *world) compareDecisions(ctx context.Context) error {
-	stream, err := w.js.Stream(ctx, "KV_"+ledger.DecisionsBucket)
-	if err != nil {
-		return fmt.Errorf("decisions: %w", err)
-	}
-	state := stream.CachedInfo().State
-	ids := map[string]uint64{}
-	newest := map[string]uint64{}
-	for seq := state.FirstSeq; seq <= state.LastSeq; seq++ {
-		m, err := stream.GetMsg(ctx, seq)
-		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("decision %d: %w", seq, err)
-		}
-		if len(m.Data) == 0 || isCheckpoint(m.Subject) {
-			continue
-		}
-		d, err := ledger.UnmarshalDecision(m.Data)
-		if err != nil {
-			return fmt.Errorf("decision %d: %w", seq, err)
-		}
-		if before, twice := ids[d.ID]; twice {
-			w.out.breaks("decision %s was published as %d and as %d", d.ID, before, seq)
-		}
-		ids[d.ID] = seq
-		if d.Revision < newest[m.Subject] {
-			w.out.breaks("%s: revision %d was published after %d", m.Subject, d.Revision, newest[m.Subject])
-		}
-		newest[m.Subject] = d.Revision
-	}
-	w.o.Say("%s: %d decisions, each once and in order", w.out.Scenario, len(ids))
-	return nil
-}
-
-func isCheckpoint(subject string) bool {
-	const prefix = "$KV." + ledger.DecisionsBucket + ".checkpoint."
-	return len(subject) > len(prefix) && subject[:len(prefix)] == prefix
 }

@@ -5,13 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"time"
 
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/faults"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/points"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/report"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/traffic"
 )
 
@@ -43,7 +44,7 @@ type killsOptions struct {
 }
 
 // endure runs rounds of load and faults, and compares the points after each.
-func endure(ctx context.Context, o Options, out *Outcome, k killsOptions) (err error) {
+func endure(ctx context.Context, o Options, out *report.Outcome, k killsOptions) (err error) {
 	// Under full load an account runs into its limit after some seconds of a
 	// minute, so that there are decisions and refusals to be lost.
 	quota := plans.Plan{ID: "soak", Limits: []plans.Limit{{ID: "minute", Meter: "calls", Window: "minute", Amount: max(int64(k.rate*8)/int64(k.accounts), 1)}}}
@@ -71,7 +72,7 @@ func endure(ctx context.Context, o Options, out *Outcome, k killsOptions) (err e
 	}
 	var blocks []time.Duration
 	for round := range k.rounds {
-		faults := Schedule(w.r, Plan{Kills: k.kills, Victims: all, Cables: cables, Pause: k.pause, Last: k.last})
+		list := faults.Schedule(w.r, faults.Plan{Kills: k.kills, Victims: all, Cables: cables, Pause: k.pause, Last: k.last})
 		raging, over := context.WithCancel(ctx)
 		var load sync.WaitGroup
 		load.Go(func() { w.drive(raging, k.workers, k.rate) })
@@ -80,7 +81,7 @@ func endure(ctx context.Context, o Options, out *Outcome, k killsOptions) (err e
 			load.Wait()
 			return err
 		}
-		w.rage(ctx, faults)
+		w.rage(ctx, list)
 		_ = pause(ctx, 300*time.Millisecond) // under load after the last fault; the end of ctx is seen below
 		over()
 		load.Wait()
@@ -98,7 +99,7 @@ func endure(ctx context.Context, o Options, out *Outcome, k killsOptions) (err e
 			out.Scenario, round+1, k.rounds, out.Kills, check.Sent, check.Passed, check.Refused, check.Nothing+check.Other+check.Unknown, check.Lost+check.LostRefusals, check.Doubled)
 		if broken := check.Broken(!w.safe); len(broken) > 0 {
 			for _, b := range broken {
-				out.breaks("round %d: %s", round+1, b)
+				out.Breaks("round %d: %s", round+1, b)
 			}
 			return nil // what comes after would only repeat it
 		}
@@ -109,7 +110,7 @@ func endure(ctx context.Context, o Options, out *Outcome, k killsOptions) (err e
 	if !w.safe {
 		w.loss()
 	}
-	out.measure(figure("a limit crossed right after the faults: refused at another gateway", 0, blocks))
+	out.Measure(report.Durations("a limit crossed right after the faults: refused at another gateway", 0, blocks))
 	out.NoAnswers = w.traffic.Errors()
 	if k.figures != nil {
 		k.figures(w)
@@ -145,47 +146,24 @@ func (w *world) audited(ctx context.Context) error {
 	}
 	w.out.Audit = &a
 	if a.Open > 0 && w.safe {
-		w.out.breaks("the audit has %d open findings: %s", a.Open, a.Findings)
+		w.out.Breaks("the audit has %d open findings: %s", a.Open, a.Findings)
 	}
 	return nil
 }
 
-// loss holds the lost calls against the kills of their gateways: only what a
-// gateway had answered shortly before its end may be missing.
+// loss holds the lost calls against the kills of their gateways.
 func (w *world) loss() {
-	l := &Loss{}
 	w.mu.Lock()
-	ends := w.ends
-	w.mu.Unlock()
-	byKill := map[string]int64{}
-	for g := range w.fleet.GatewayURLs() {
-		l.Kills += len(ends[gatewayName(g)])
+	defer w.mu.Unlock()
+	ends := make([][]int64, len(w.fleet.GatewayURLs()))
+	for g := range ends {
+		ends[g] = w.ends[gatewayName(g)]
 	}
-	seen := w.traffic.Seen()
-	oldest := int64(0)
-	for _, n := range w.out.Check.LostCalls {
-		s := seen[n]
-		name := gatewayName(int(s.Gateway))
-		// The first kill after the answer.
-		i, _ := slices.BinarySearch(ends[name], s.Ended)
-		if i == len(ends[name]) {
-			w.out.breaks("call %d was answered by %s, which was not killed after, and is lost", n, name)
-			continue
-		}
-		l.Calls++
-		byKill[fmt.Sprint(name, i)]++
-		l.Most = max(l.Most, byKill[fmt.Sprint(name, i)])
-		oldest = max(oldest, ends[name][i]-s.Ended)
+	l, wrong := points.Losses(w.traffic.Seen(), w.out.Check.LostCalls, ends)
+	w.out.Loss = &l
+	for _, text := range wrong {
+		w.out.Breaks("%s", text)
 	}
-	l.Oldest = float64(oldest) / 1000
-	if l.Oldest > ms(unsealedFor) {
-		w.out.breaks("a lost call had been answered %.0f ms before its gateway was killed: frames are sealed and sent or spooled within %s", l.Oldest, unsealedFor)
-	}
-	w.out.Loss = l
 }
-
-// unsealedFor is how long an answered call may be in its gateway's memory alone
-// at most: an acknowledgement is waited for 5 s before the frame goes to disk.
-const unsealedFor = 6 * time.Second
 
 func gatewayName(i int) string { return fmt.Sprintf("%s-%d", fleet.Gateway, i+1) }

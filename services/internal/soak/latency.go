@@ -8,6 +8,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/report"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/traffic"
 )
 
@@ -16,7 +17,7 @@ const decisionTarget = 5 * time.Millisecond
 
 // latency measures blocks and their ends at another gateway than the one through
 // which they came about.
-func latency(ctx context.Context, o Options, out *Outcome) (err error) {
+func latency(ctx context.Context, o Options, out *report.Outcome) (err error) {
 	// Every account has a plan of its own, which is raised to end its block.
 	var doc []plans.Account
 	var own []plans.Plan
@@ -61,7 +62,7 @@ func latency(ctx context.Context, o Options, out *Outcome) (err error) {
 		unblocks = append(unblocks, time.Since(applied))
 		out.Rounds = round + 1
 	}
-	out.measure(figure("limit crossed at one gateway, refused at another", decisionTarget, blocks))
-	out.measure(figure("limit raised and stored, admitted again", decisionTarget, unblocks))
+	out.Measure(report.Durations("limit crossed at one gateway, refused at another", decisionTarget, blocks))
+	out.Measure(report.Durations("limit raised and stored, admitted again", decisionTarget, unblocks))
 	return nil
 }

@@ -8,13 +8,15 @@ import (
 	"os"
 	"time"
 
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/faults"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/report"
 )
 
 // partition lets gateways share exact limits in network namespaces while others
 // are really cut off: of three nodes of NATS the one that stands alone, an owner,
 // a gateway.
-func partition(ctx context.Context, o Options, out *Outcome) error {
+func partition(ctx context.Context, o Options, out *report.Outcome) error {
 	r := rand.New(rand.NewPCG(o.Seed, uint64(os.Getpid())))
 	network, err := fleet.NewNamespaces(ctx, fmt.Sprintf("%03x", r.IntN(1<<12)), r.IntN(128))
 	if err != nil {
@@ -24,7 +26,7 @@ func partition(ctx context.Context, o Options, out *Outcome) error {
 	err = share(ctx, o, out, exactOptions{
 		fleet:  fleet.Options{Nodes: 3, Gateways: 3, Aggregators: 2, SpoolBeforeAnswer: true, NoHistory: o.Short, Net: network},
 		rounds: o.Rounds, limit: 10_000, clients: 16, longest: time.Minute,
-		faults: func(round int, r *rand.Rand, f *fleet.Fleet) []Fault {
+		faults: func(round int, r *rand.Rand, f *fleet.Fleet) []faults.Fault {
 			rounds++
 			kind := []string{fleet.NATS, fleet.Aggregator, fleet.Gateway}[round%3]
 			var names []string
@@ -33,7 +35,7 @@ func partition(ctx context.Context, o Options, out *Outcome) error {
 					names = append(names, p.Name)
 				}
 			}
-			return []Fault{{After: 100 * time.Millisecond, Act: Cut, Victims: []string{names[r.IntN(len(names))]}, For: 4*time.Second + span(r, 4*time.Second)}}
+			return []faults.Fault{{After: 100 * time.Millisecond, Act: faults.Cut, Victims: []string{names[r.IntN(len(names))]}, For: 4*time.Second + faults.Span(r, 4*time.Second)}}
 		},
 	})
 	if err == nil && rounds == 0 {

@@ -8,7 +8,9 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/faults"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/report"
 )
 
 // Scenario is one way to try Tollkeeper.
@@ -16,7 +18,7 @@ type Scenario struct {
 	Name, About string
 	// Rounds of a long run, and of a short one.
 	Rounds, Short int
-	run           func(ctx context.Context, o Options, out *Outcome) error
+	run           func(ctx context.Context, o Options, out *report.Outcome) error
 }
 
 // Scenarios are all there are, in the order in which they are best run.
@@ -32,8 +34,8 @@ func Scenarios() []Scenario {
 	}
 }
 
-func kills(safe bool) func(ctx context.Context, o Options, out *Outcome) error {
-	return func(ctx context.Context, o Options, out *Outcome) error {
+func kills(safe bool) func(ctx context.Context, o Options, out *report.Outcome) error {
+	return func(ctx context.Context, o Options, out *report.Outcome) error {
 		k := killsOptions{
 			fleet: fleet.Options{Gateways: 2, Aggregators: 2, Auditor: true, SpoolBeforeAnswer: safe, Links: true, UnknownMaxCalls: 1 << 30},
 			kills: 10, rounds: o.Rounds, rate: o.rate(1500), workers: 48, pause: 1200 * time.Millisecond, last: 1200 * time.Millisecond, accounts: 24,
@@ -45,20 +47,20 @@ func kills(safe bool) func(ctx context.Context, o Options, out *Outcome) error {
 	}
 }
 
-func exact(ctx context.Context, o Options, out *Outcome) error {
+func exact(ctx context.Context, o Options, out *report.Outcome) error {
 	return share(ctx, o, out, exactOptions{
 		fleet:  fleet.Options{Gateways: 3, Aggregators: 2, SpoolBeforeAnswer: true, Links: true, NoHistory: o.Short},
 		rounds: o.Rounds, limit: 10_000, clients: 64, faults: trouble, longest: time.Minute,
 	})
 }
 
-func failover(ctx context.Context, o Options, out *Outcome) error {
+func failover(ctx context.Context, o Options, out *report.Outcome) error {
 	return takeOver(ctx, o, out, fleet.Options{
 		Aggregators: 2, Gateways: 2, SpoolBeforeAnswer: true, Links: true, UnknownMaxCalls: 1 << 30, NoHistory: o.Short,
-	}, []Act{Kill, Freeze, Cut})
+	}, []faults.Act{faults.Kill, faults.Freeze, faults.Cut})
 }
 
-func cluster(ctx context.Context, o Options, out *Outcome) error {
+func cluster(ctx context.Context, o Options, out *report.Outcome) error {
 	return loseNodes(ctx, o, out, fleet.Options{Nodes: 3, Aggregators: 2, Gateways: 2, SpoolBeforeAnswer: true, UnknownMaxCalls: 1 << 30, NoHistory: o.Short})
 }
 
@@ -71,8 +73,8 @@ func (o Options) rate(otherwise float64) float64 {
 
 // Run runs a scenario. Its error says that the scenario itself could not be run
 // to its end, which is as bad as a broken law; the outcome is never nil.
-func (s Scenario) Run(ctx context.Context, o Options) (*Outcome, error) {
-	out := &Outcome{Scenario: s.Name, Seed: o.Seed}
+func (s Scenario) Run(ctx context.Context, o Options) (*report.Outcome, error) {
+	out := &report.Outcome{Scenario: s.Name, Seed: o.Seed}
 	if o.Rounds <= 0 {
 		o.Rounds = s.Rounds
 		if o.Short {
@@ -98,7 +100,7 @@ func (s Scenario) Run(ctx context.Context, o Options) (*Outcome, error) {
 		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
 			err = errors.Join(err, cause)
 		}
-		out.breaks("%v", err)
+		out.Breaks("%v", err)
 	}
 	return out, err
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/report"
 )
 
 func TestMain(m *testing.M) {
@@ -43,7 +44,7 @@ var programs = sync.OnceValues(func() (string, error) {
 
 // short runs the bounded version of a scenario. The seed is always the same: what
 // chance can do is for the long run.
-func short(t *testing.T, name string) *Outcome {
+func short(t *testing.T, name string) *report.Outcome {
 	t.Helper()
 	dir, err := programs()
 	if err != nil {
@@ -58,7 +59,7 @@ func short(t *testing.T, name string) *Outcome {
 	defer cancel()
 	out, err := all[i].Run(ctx, Options{Programs: dir, Dir: t.TempDir(), Seed: 402, Short: true, Say: t.Logf})
 	var text strings.Builder
-	report := &Report{Seed: 402, Seconds: out.Seconds, Scenarios: []*Outcome{out}}
+	report := &report.Report{Seed: 402, Seconds: out.Seconds, Scenarios: []*report.Outcome{out}}
 	if err := report.WriteText(&text); err != nil {
 		t.Fatal(err)
 	}

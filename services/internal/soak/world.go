@@ -21,8 +21,10 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/faults"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/points"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/report"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/traffic"
 )
 
@@ -47,7 +49,7 @@ type Options struct {
 // world is a running fleet with traffic around it.
 type world struct {
 	o        Options
-	out      *Outcome
+	out      *report.Outcome
 	r        *rand.Rand
 	fleet    *fleet.Fleet
 	net      *fleet.Namespaces
@@ -68,7 +70,7 @@ type world struct {
 
 // begin starts a fleet with plans applied. The world must be closed.
 // probing is how many crossings there will be at most.
-func begin(ctx context.Context, o Options, out *Outcome, f fleet.Options, probing int, doc *plans.Document, accounts []traffic.Account) (w *world, err error) {
+func begin(ctx context.Context, o Options, out *report.Outcome, f fleet.Options, probing int, doc *plans.Document, accounts []traffic.Account) (w *world, err error) {
 	load := len(accounts)
 	if probing > 0 {
 		doc, accounts = probes(probing, doc, accounts)
@@ -170,7 +172,7 @@ func (w *world) close() error {
 		}
 		for _, p := range w.fleet.Processes() {
 			for _, line := range p.Complaints(3) {
-				w.out.breaks("%s", line)
+				w.out.Breaks("%s", line)
 			}
 			if n := p.EndedByItself(); n > 0 {
 				if w.out.ByItself == nil {
@@ -204,10 +206,10 @@ func (w *world) supervise(ctx context.Context) {
 
 // rage lets the faults loose, one after the other, while what each brings about
 // lasts on its own; it returns when all of it is over.
-func (w *world) rage(ctx context.Context, faults []Fault) {
+func (w *world) rage(ctx context.Context, list []faults.Fault) {
 	var lasting sync.WaitGroup
 	busy := &names{taken: map[string]bool{}}
-	for _, f := range faults {
+	for _, f := range list {
 		if pause(ctx, f.After) != nil {
 			break
 		}
@@ -231,14 +233,14 @@ func (w *world) rage(ctx context.Context, faults []Fault) {
 	lasting.Wait()
 }
 
-func (w *world) count(f Fault) {
+func (w *world) count(f faults.Fault) {
 	if w.out.Faults == nil {
 		w.out.Faults = map[string]int{}
 	}
 	for _, v := range f.Victims {
 		w.out.Faults[string(f.Act)+" "+v]++
 	}
-	if f.Act == Kill {
+	if f.Act == faults.Kill {
 		w.out.Kills++
 		if len(f.Victims) == len(w.fleet.Processes()) {
 			w.out.AtOnce++
@@ -247,7 +249,7 @@ func (w *world) count(f Fault) {
 }
 
 // strike does one fault and undoes it.
-func (w *world) strike(ctx context.Context, f Fault) {
+func (w *world) strike(ctx context.Context, f faults.Fault) {
 	each := func(what string, do func(name string, p *fleet.Process) error) {
 		var wg sync.WaitGroup
 		for _, name := range f.Victims {
@@ -260,7 +262,7 @@ func (w *world) strike(ctx context.Context, f Fault) {
 		wg.Wait()
 	}
 	switch f.Act {
-	case Kill:
+	case faults.Kill:
 		each("kill", func(name string, p *fleet.Process) error {
 			err := p.Kill()
 			w.ended(name)
@@ -268,7 +270,7 @@ func (w *world) strike(ctx context.Context, f Fault) {
 		})
 		_ = pause(ctx, f.For) // at the run's end it is not waited
 		each("start", func(_ string, p *fleet.Process) error { return p.Start() })
-	case Terminate:
+	case faults.Terminate:
 		each("end", func(name string, p *fleet.Process) error {
 			err := p.Stop(20 * time.Second)
 			if err != nil {
@@ -278,11 +280,11 @@ func (w *world) strike(ctx context.Context, f Fault) {
 		})
 		_ = pause(ctx, f.For) // as above
 		each("start", func(_ string, p *fleet.Process) error { return p.Start() })
-	case Freeze:
+	case faults.Freeze:
 		each("freeze", func(_ string, p *fleet.Process) error { return p.Freeze() })
 		_ = pause(ctx, f.For) // as above
 		each("thaw", func(_ string, p *fleet.Process) error { return p.Thaw() })
-	case Cut:
+	case faults.Cut:
 		each("cut", func(name string, _ *fleet.Process) error { return w.fleet.Cut(name) })
 		_ = pause(ctx, f.For) // as above
 		each("mend", func(name string, _ *fleet.Process) error { return w.fleet.Mend(name) })

@@ -89,3 +89,20 @@ func TestWithoutSpoolBeforeAnswerALossIsMeasuredAndNothingElseIsForgiven(t *test
 		t.Error("a doubled call was forgiven")
 	}
 }
+
+func TestOnlyWhatAGatewayHadJustAnsweredMayGoWithIt(t *testing.T) {
+	t.Parallel()
+	seen := []traffic.Seen{{Gateway: 0, Ended: 900_000}, {Gateway: 0, Ended: 950_000}, {Gateway: 0, Ended: 2_000_000}, {Gateway: 1, Ended: 900_000}, {Gateway: 0, Ended: 1_500_000}}
+	ends := [][]int64{{1_000_000, 1_600_000}, {}}
+	l, wrong := points.Losses(seen, []int{0, 1, 4}, ends)
+	if len(wrong) > 0 || l != (points.Loss{Calls: 3, Kills: 2, Most: 2, Oldest: 100_000_000}) {
+		t.Errorf("%+v, wrong: %v", l, wrong)
+	}
+	// After its last kill, and of a gateway that nobody killed.
+	if l, wrong = points.Losses(seen, []int{2, 3}, ends); len(wrong) != 2 || l.Calls != 0 {
+		t.Errorf("%+v, wrong: %v", l, wrong)
+	}
+	if _, wrong = points.Losses([]traffic.Seen{{Ended: 1}}, []int{0}, [][]int64{{60_000_000}}); len(wrong) != 1 {
+		t.Errorf("a minute before the kill: %v", wrong)
+	}
+}

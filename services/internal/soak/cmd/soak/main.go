@@ -20,6 +20,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/services/internal/soak"
 	"github.com/tollkeeper/tollkeeper/services/internal/soak/fleet"
+	"github.com/tollkeeper/tollkeeper/services/internal/soak/report"
 )
 
 type flags struct {
@@ -80,7 +81,7 @@ func run(ctx context.Context, f flags) (err error) {
 	say := func(format string, args ...any) {
 		fmt.Printf("%6.1f s  "+format+"\n", append([]any{time.Since(began).Seconds()}, args...)...)
 	}
-	report := &soak.Report{Seed: f.Seed, Started: began.UTC()}
+	report := &report.Report{Seed: f.Seed, Started: began.UTC()}
 	say("seed %d, data and logs in %s", f.Seed, f.Dir)
 	var errs []error
 	for _, s := range chosen {
@@ -122,7 +123,7 @@ func choose(names []string) ([]soak.Scenario, error) {
 	return out, nil
 }
 
-func write(r *soak.Report, file string) (err error) {
+func write(r *report.Report, file string) (err error) {
 	fmt.Println()
 	if err := r.WriteText(os.Stdout); err != nil {
 		return fmt.Errorf("write the report: %w", err)

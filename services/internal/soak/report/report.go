@@ -1,4 +1,6 @@
-package soak
+// Package report says what a run of soak did to Tollkeeper, and what came of it, to
+// machines and to people.
+package report
 
 import (
 	"encoding/json"
@@ -39,7 +41,7 @@ type Outcome struct {
 	// Audit is what Tollkeeper's own audit says at the end.
 	Audit *points.Audit `json:"audit,omitempty"`
 	// Loss is what killed gateways took with them, without spool-before-answer.
-	Loss *Loss `json:"loss,omitempty"`
+	Loss *points.Loss `json:"loss,omitempty"`
 	// Quotas are the rounds of a shared quota.
 	Quotas []Quota `json:"quotas,omitempty"`
 	// Figures are measured values, with a target where the design has one.
@@ -51,16 +53,6 @@ type Outcome struct {
 	Missed []string `json:"missed,omitempty"`
 	// Skipped says why the scenario could not be run here.
 	Skipped string `json:"skipped,omitempty"`
-}
-
-// Loss says what killed gateways took with them.
-type Loss struct {
-	Calls int64 `json:"calls"`
-	Kills int   `json:"gateway_kills"`
-	// Most of one kill, and how long before its gateway's end the oldest of them
-	// had been answered.
-	Most   int64   `json:"most_of_one_kill"`
-	Oldest float64 `json:"oldest_answered_before_ms"`
 }
 
 // Quota is a round in which gateways shared one limit.
@@ -91,27 +83,29 @@ type Figure struct {
 	Target float64 `json:"target_ms,omitempty"`
 }
 
-// figure sums durations up.
-func figure(name string, target time.Duration, all []time.Duration) Figure {
-	f := Figure{Name: name, N: len(all), Target: ms(target)}
+// Durations sums durations up; target 0 is none.
+func Durations(name string, target time.Duration, all []time.Duration) Figure {
+	f := Figure{Name: name, N: len(all), Target: Milliseconds(target)}
 	if len(all) == 0 {
 		return f
 	}
 	sorted := slices.Sorted(slices.Values(all))
-	f.P50, f.P99, f.Max = ms(sorted[len(sorted)/2]), ms(sorted[min(len(sorted)*99/100, len(sorted)-1)]), ms(sorted[len(sorted)-1])
+	f.P50, f.P99, f.Max = Milliseconds(sorted[len(sorted)/2]), Milliseconds(sorted[min(len(sorted)*99/100, len(sorted)-1)]), Milliseconds(sorted[len(sorted)-1])
 	return f
 }
 
-func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+// Milliseconds of a duration.
+func Milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-func (o *Outcome) breaks(format string, args ...any) {
+// Breaks notes that a law was broken.
+func (o *Outcome) Breaks(format string, args ...any) {
 	if len(o.Broken) < 50 {
 		o.Broken = append(o.Broken, fmt.Sprintf(format, args...))
 	}
 }
 
-// measure adds a figure; one whose worst is beyond the target is missed.
-func (o *Outcome) measure(f Figure) {
+// Measure adds a figure; one whose worst is beyond the target is missed.
+func (o *Outcome) Measure(f Figure) {
 	o.Figures = append(o.Figures, f)
 	if f.Target > 0 && f.P99 > f.Target {
 		o.Missed = append(o.Missed, fmt.Sprintf("%s: p99 %.1f ms, the target is %.0f ms", f.Name, f.P99, f.Target))
@@ -174,7 +168,7 @@ func (o *Outcome) text(b *strings.Builder) {
 		fmt.Fprintf(b, "  the audit: %d calls, %d claimed by gateways, %d not, %d findings open\n", a.Calls, a.Claimed, a.Unclaimed, a.Open)
 	}
 	if l := o.Loss; l != nil {
-		fmt.Fprintf(b, "  killed gateways took %d answered calls with them in %d kills, at most %d in one, answered at most %.1f ms before\n", l.Calls, l.Kills, l.Most, l.Oldest)
+		fmt.Fprintf(b, "  killed gateways took %d answered calls with them in %d kills, at most %d in one, answered at most %.1f ms before\n", l.Calls, l.Kills, l.Most, Milliseconds(l.Oldest))
 	}
 	o.quotas(b)
 	for _, f := range o.Figures {

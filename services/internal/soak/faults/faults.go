@@ -1,4 +1,5 @@
-package soak
+// Package faults draws what is done to whom, and when, from a seed. It is pure.
+package faults
 
 import (
 	"math/rand/v2"
@@ -49,7 +50,7 @@ func Schedule(r *rand.Rand, p Plan) []Fault {
 	var out []Fault
 	var turns [][]string
 	for kills := 0; kills < p.Kills; {
-		f := Fault{After: span(r, p.Pause), For: span(r, p.Last)}
+		f := Fault{After: Span(r, p.Pause), For: Span(r, p.Last)}
 		switch dice := r.IntN(100); {
 		case dice < 12:
 			f.Act, f.Victims = Freeze, []string{p.Victims[r.IntN(len(p.Victims))]}
@@ -78,7 +79,8 @@ func Schedule(r *rand.Rand, p Plan) []Fault {
 	return out
 }
 
-func span(r *rand.Rand, most time.Duration) time.Duration {
+// Span draws a duration below most.
+func Span(r *rand.Rand, most time.Duration) time.Duration {
 	if most <= 0 {
 		return 0
 	}
