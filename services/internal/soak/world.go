@@ -208,7 +208,7 @@ func (w *world) supervise(ctx context.Context) {
 // lasts on its own; it returns when all of it is over.
 func (w *world) rage(ctx context.Context, list []faults.Fault) {
 	var lasting sync.WaitGroup
-	busy := &names{taken: map[string]bool{}}
+	busy := faults.NewBusy()
 	for _, f := range list {
 		if pause(ctx, f.After) != nil {
 			break
@@ -216,7 +216,7 @@ func (w *world) rage(ctx context.Context, list []faults.Fault) {
 		if len(f.Victims) == len(w.fleet.Processes()) {
 			lasting.Wait() // everything at once needs everything
 		}
-		for !busy.take(f.Victims) {
+		for !busy.Take(f.Victims) {
 			if pause(ctx, 20*time.Millisecond) != nil {
 				break
 			}
@@ -226,7 +226,7 @@ func (w *world) rage(ctx context.Context, list []faults.Fault) {
 		}
 		w.count(f)
 		lasting.Go(func() {
-			defer busy.free(f.Victims)
+			defer busy.Free(f.Victims)
 			w.strike(ctx, f)
 		})
 	}
@@ -296,35 +296,6 @@ func (w *world) ended(name string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.ends[name] = append(w.ends[name], time.Since(w.traffic.Began()).Microseconds())
-}
-
-// names are the processes to which something is being done.
-type names struct {
-	mu    sync.Mutex
-	taken map[string]bool
-}
-
-// take takes all of them, or none when one is taken.
-func (n *names) take(want []string) bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	for _, v := range want {
-		if n.taken[v] {
-			return false
-		}
-	}
-	for _, v := range want {
-		n.taken[v] = true
-	}
-	return true
-}
-
-func (n *names) free(list []string) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	for _, v := range list {
-		delete(n.taken, v)
-	}
 }
 
 // How long the points may take to catch up, and for how long nothing must have

@@ -1,4 +1,4 @@
-// Package faults draws what is done to whom, and when, from a seed. It is pure.
+// Package faults draws what is done to whom, and when, from a seed.
 package faults
 
 import (
