@@ -30,10 +30,10 @@ type exactOptions struct {
 }
 
 // The bound of a call's output that its request names, and what of the limit may
-// be left when nothing is killed.
+// be left when nothing is killed: a call whose bound is larger is refused.
 const (
-	maxTokens  = 20
-	leftCalls  = 10
+	maxTokens  = 10
+	leftover   = 10
 	deniedEnds = 5 // denials in a row end a client
 )
 
@@ -82,7 +82,7 @@ func share(ctx context.Context, o Options, out *report.Outcome, x exactOptions) 
 		case over > 0:
 			out.Missed = append(out.Missed, fmt.Sprintf("round %d (%s): %d of a limit of %d reached the upstream: %d of them were in flight at gateways that were killed and answered nobody", round+1, q.Kind, q.Served, q.Limit, over))
 		}
-		if least := x.limit - leftover(q.Kind); q.Faults == 0 && q.Served < least {
+		if least := x.limit - leftover; q.Faults == 0 && q.Served < least {
 			out.Missed = append(out.Missed, fmt.Sprintf("round %d (%s): %d admitted of %d although nothing was killed, at least %d are expected", round+1, q.Kind, q.Served, q.Limit, least))
 		}
 	}
@@ -103,15 +103,6 @@ func kindOf(round int) string {
 		return "calls"
 	}
 	return "tokens"
-}
-
-// leftover is what may be unused: a call whose bound is larger than what is left
-// is refused.
-func leftover(kind string) int64 {
-	if kind == "tokens" {
-		return leftCalls + maxTokens
-	}
-	return leftCalls
 }
 
 func (w *world) shareRound(ctx context.Context, x exactOptions, round int) (report.Quota, error) {

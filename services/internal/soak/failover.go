@@ -100,6 +100,9 @@ func takeOver(ctx context.Context, o Options, out *report.Outcome, f fleet.Optio
 		}
 	}
 	out.Measure(report.Durations("meanwhile in the others' shards: limit crossed to refused", 0, calm))
+	if err := w.fleet.StateHashes(ctx); err != nil {
+		out.Breaks("the state is not that of the ledger: %v", err)
+	}
 	decisions, wrong, err := points.Decisions(ctx, w.js)
 	for _, text := range wrong {
 		out.Breaks("%s", text)

@@ -107,6 +107,9 @@ func endure(ctx context.Context, o Options, out *report.Outcome, k killsOptions)
 	if err := w.audited(ctx); err != nil {
 		return err
 	}
+	if err := w.fleet.StateHashes(ctx); err != nil {
+		out.Breaks("the state is not that of the ledger: %v", err)
+	}
 	if !w.safe {
 		w.loss()
 	}

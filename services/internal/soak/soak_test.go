@@ -99,7 +99,7 @@ func TestGatewaysThatShareAnExactLimitNeverAdmitMore(t *testing.T) {
 			continue
 		}
 		peaceful++
-		if q.Served < q.Limit-leftover(q.Kind) {
+		if q.Served < q.Limit-leftover {
 			t.Errorf("%d %s of %d were admitted, and nothing was killed", q.Served, q.Kind, q.Limit)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -441,6 +442,18 @@ func (f *Fleet) awaitReady(ctx context.Context, i int) error {
 		last = err
 		return false, nil
 	}, func() error { return fmt.Errorf("gateway-%d is not ready: %w", i+1, last) })
+}
+
+// StateHashes has the state of every shard recomputed from the ledger and compared
+// with snapshots and running aggregators, by the program's own command. Its error
+// says what differs.
+func (f *Fleet) StateHashes(ctx context.Context) error {
+	c := exec.CommandContext(ctx, filepath.Join(f.o.Programs, "tollkeeper"), "audit", "--nats-url", f.urls())
+	c.Env = append(os.Environ(), f.secrets()...)
+	if out, err := c.CombinedOutput(); err != nil {
+		return fmt.Errorf("tollkeeper audit: %w\n%s", err, out)
+	}
+	return nil
 }
 
 // Close ends everything in the reverse of its order, and returns what did not end
