@@ -14,12 +14,59 @@ import (
 )
 
 // member is an aggregator. It believes to own the shards it has taken until a
-// write of its is refused.
+// write of its is refused; what it does not own it may fold all the same, so that
+// it can go on where the owner stops.
 type member struct {
 	w      *world
 	proc   *proc
 	owners [shards]*owner
+	tails  [shards]*tail
 	taking [shards]bool
+}
+
+// tail is the state of a shard that another owns.
+type tail struct {
+	m       *member
+	shard   uint32
+	state   *quota.Shard
+	backlog publish.Backlog
+	reader  *reader
+	decoder fold.Decoder
+}
+
+// mostBacklog decisions are kept; it is small, so that it is passed sometimes.
+const mostBacklog = 6
+
+// fold takes an entry of another's shard.
+func (t *tail) fold(m ledger.Message, _ uint64) bool {
+	_, shard, err := ledger.ParseSubject(m.Subject)
+	if err != nil || shard != t.shard || m.Sequence <= t.state.Sequence() {
+		return true
+	}
+	e, _, err := t.decoder.Decode(&m)
+	if err != nil {
+		t.m.w.fail("entry %d: %v", m.Sequence, err)
+		return false
+	}
+	t.backlog.Add(t.state.Apply(e).Decisions)
+	if t.backlog.Len() > mostBacklog {
+		t.backlog.Drop()
+	}
+	return true
+}
+
+// look finds out what the owner has published.
+func (t *tail) look() {
+	if t.m.tails[t.shard] != t {
+		return
+	}
+	n := t.m.w.nats
+	t.m.proc.ask(func() any { return n.position(t.shard) }, func(result any, ok bool) {
+		if at, is := result.(publish.Position); ok && is && t.m.tails[t.shard] == t {
+			t.backlog.Saw(at)
+		}
+	})
+	t.m.proc.after(t.m.w.between(200_000, 1_500_000), t.look)
 }
 
 // owner is a member's hold on one shard.
@@ -49,6 +96,7 @@ func (w *world) newMember(name string) *member {
 			}
 		}
 		m.owners = [shards]*owner{}
+		m.tails = [shards]*tail{}
 		m.taking = [shards]bool{}
 	}}
 	return m
@@ -92,24 +140,27 @@ func (m *member) claim(shard uint32, before publish.Position) {
 	})
 }
 
+// open begins with what is folded already, if no decision can be missing, else
+// with the snapshot.
 func (m *member) open(shard uint32, at publish.Position) {
 	w := m.w
-	o := &owner{m: m, shard: shard, pub: publish.New(shard, at.Revision, at.Found, at.Newest)}
-	if at.Found.Snapshot == "" {
-		o.state = quota.New(quota.Options{Shard: shard})
-	} else {
-		data, found := w.nats.objects[at.Found.Snapshot]
-		if !found && w.nats.position(shard).Found != at.Found {
+	o := &owner{m: m, shard: shard}
+	from := "a snapshot"
+	if t := m.tails[shard]; t != nil {
+		m.tails[shard] = nil
+		t.reader.closed = true
+		if pub, ok := t.backlog.Resume(shard, at.Revision, at.Found, at.Newest, t.state.Sequence()); ok {
+			o.state, o.pub, from = t.state, pub, "what it had folded"
+			w.report.Warm++
+		}
+	}
+	if o.state == nil {
+		o.pub = publish.New(shard, at.Revision, at.Found, at.Newest)
+		if o.state = w.load(shard, at.Found); o.state == nil {
+			if w.nats.position(shard).Found == at.Found {
+				w.fail("shard %d: the checkpoint names snapshot %q, which is gone", shard, at.Found.Snapshot)
+			}
 			return // replaced already, and its successor has a newer one
-		}
-		if !found {
-			w.fail("shard %d: the checkpoint names snapshot %q, which is gone", shard, at.Found.Snapshot)
-			return
-		}
-		var err error
-		if o.state, err = quota.Read(data); err != nil {
-			w.fail("shard %d: %v", shard, err)
-			return
 		}
 	}
 	for _, subject := range ledger.ShardSubjects(shard) {
@@ -118,12 +169,52 @@ func (m *member) open(shard uint32, at publish.Position) {
 	o.lastControl = w.nats.ledger.last[ledger.ControlSubject(shard)]
 	m.owners[shard] = o
 	w.report.Takeovers++
-	w.trace("%s owns shard %d from %d, epoch %d", m.proc.name, shard, o.state.Sequence(), at.Found.Epoch)
+	w.trace("%s owns shard %d from %d by %s, epoch %d", m.proc.name, shard, o.state.Sequence(), from, at.Found.Epoch)
 	o.reader = m.proc.read(&w.nats.ledger, o.state.Sequence()+1, 16, o.apply)
 	if o.ready() {
 		o.resume()
 	}
 	o.beat()
+}
+
+// load returns the state that a checkpoint names; nil when it is gone.
+func (w *world) load(shard uint32, found publish.Checkpoint) *quota.Shard {
+	if found.Snapshot == "" {
+		return quota.New(quota.Options{Shard: shard})
+	}
+	data, ok := w.nats.objects[found.Snapshot]
+	if !ok {
+		return nil
+	}
+	state, err := quota.Read(data)
+	if err != nil {
+		w.fail("shard %d: %v", shard, err)
+		return nil
+	}
+	return state
+}
+
+// standBy lets a member fold a shard from a snapshot on.
+func (m *member) standBy(shard uint32) {
+	w := m.w
+	if !m.proc.up || m.owners[shard] != nil || m.tails[shard] != nil {
+		return
+	}
+	m.proc.ask(func() any { return w.nats.position(shard) }, func(result any, ok bool) {
+		at, is := result.(publish.Position)
+		if !ok || !is || m.owners[shard] != nil || m.tails[shard] != nil {
+			return
+		}
+		if state := w.load(shard, at.Found); state != nil {
+			m.tail(&tail{m: m, shard: shard, state: state})
+		}
+	})
+}
+
+func (m *member) tail(t *tail) {
+	m.tails[t.shard] = t
+	t.reader = m.proc.read(&m.w.nats.ledger, t.state.Sequence()+1, 16, t.fold)
+	t.look()
 }
 
 func (o *owner) ready() bool { return o.state.Sequence() >= o.target }
@@ -136,6 +227,9 @@ func (o *owner) lose(why string) {
 	o.gone = true
 	o.reader.closed = true
 	o.m.owners[o.shard] = nil
+	if o.m.w.chance(0.7) {
+		o.m.tail(&tail{m: o.m, shard: o.shard, state: o.state, backlog: o.pub.Resign()})
+	}
 }
 
 // beat is what time does to an owner.

@@ -25,8 +25,10 @@ type row struct {
 	id       string // of the request
 }
 
-// rememberedTokens is less than a server's, so that forgetting happens.
-const rememberedTokens = 3
+// rememberedTokens is less than a server's (10,000), so that forgetting happens; more
+// than are inserted while an insert of a historian that was killed is on its way,
+// which is what they must outlast.
+const rememberedTokens = 20
 
 // insert stores a block's rows, once a token. A kill may keep the token alone, or
 // the rows alone.

@@ -278,6 +278,9 @@ func (w *world) guard() {
 		if !owned {
 			w.members[w.r.IntN(len(w.members))].take(s)
 		}
+		if w.chance(0.3) {
+			w.members[w.r.IntN(len(w.members))].standBy(s)
+		}
 	}
 	w.after(400_000, w.guard)
 }

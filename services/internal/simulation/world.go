@@ -27,9 +27,11 @@ type Options struct {
 // Report says what a run has seen, so that nobody takes a run in which nothing
 // happened for a proof.
 type Report struct {
-	Seed                                  uint64
-	Calls, Answered, Refused, Unknown     int // as the clients saw them
-	Entries, Decisions, Grants, Denials   int
+	Seed                                uint64
+	Calls, Answered, Refused, Unknown   int // as the clients saw them
+	Entries, Decisions, Grants, Denials int
+	// Warm takeovers went on with what was folded already.
+	Warm                                  int
 	Kills, Ends, Stops, Cuts, Takeovers   int
 	DuplicateFrames, Blocks, RepeatedRows int
 	// Unsent calls were answered by gateways that did not spool before, and died.
@@ -51,6 +53,7 @@ func (r *Report) Add(o *Report) {
 	r.Stops += o.Stops
 	r.Cuts += o.Cuts
 	r.Takeovers += o.Takeovers
+	r.Warm += o.Warm
 	r.DuplicateFrames += o.DuplicateFrames
 	r.Blocks += o.Blocks
 	r.RepeatedRows += o.RepeatedRows
@@ -58,8 +61,8 @@ func (r *Report) Add(o *Report) {
 }
 
 func (r *Report) String() string {
-	return fmt.Sprintf("%d calls: %d answered, %d refused, %d unknown, %d never sent; %d entries, %d frames twice, %d decisions, %d grants, %d denials; %d blocks, %d of them sent again; %d kills, %d ends, %d stops, %d cuts, %d takeovers",
-		r.Calls, r.Answered, r.Refused, r.Unknown, r.Unsent, r.Entries, r.DuplicateFrames, r.Decisions, r.Grants, r.Denials, r.Blocks, r.RepeatedRows, r.Kills, r.Ends, r.Stops, r.Cuts, r.Takeovers)
+	return fmt.Sprintf("%d calls: %d answered, %d refused, %d unknown, %d never sent; %d entries, %d frames twice, %d decisions, %d grants, %d denials; %d blocks, %d of them sent again; %d kills, %d ends, %d stops, %d cuts, %d takeovers, %d of them warm",
+		r.Calls, r.Answered, r.Refused, r.Unknown, r.Unsent, r.Entries, r.DuplicateFrames, r.Decisions, r.Grants, r.Denials, r.Blocks, r.RepeatedRows, r.Kills, r.Ends, r.Stops, r.Cuts, r.Takeovers, r.Warm)
 }
 
 // event is something that happens at a moment.
