@@ -51,6 +51,30 @@ func plans(scale int64) []usage.Plan {
 	}
 }
 
+// Draw returns the world of a seed. There are eight kinds, so that one thing that
+// goes wrong is not always in the company of all others.
+func Draw(seed uint64) Options {
+	o := Options{Seed: seed, Trouble: 25 * time.Second}
+	switch seed % 8 {
+	case 0: // nothing goes wrong
+	case 1:
+		o.Kills = 0.8
+	case 2:
+		o.Stops, o.Takeovers = 0.6, 0.3
+	case 3:
+		o.Cuts = 0.6
+	case 4:
+		o.Loss = 0.08
+	case 5:
+		o.Takeovers = 1
+	case 6:
+		o.Ends, o.Takeovers = 0.4, 0.2
+	default:
+		o.Ends, o.Kills, o.Stops, o.Cuts, o.Takeovers, o.Loss = 0.1, 0.4, 0.3, 0.3, 0.2, 0.03
+	}
+	return o
+}
+
 // Run runs a world and returns an error when a law is broken:
 //
 //   - every call that was answered, or sent by a gateway that spools before it

@@ -6,7 +6,6 @@ import (
 	"runtime"
 	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -16,30 +15,6 @@ var (
 	worlds = flag.Int("simulation.worlds", 1000, "how many worlds are simulated")
 	trace  = flag.Bool("simulation.trace", false, "print what happens")
 )
-
-// kinds of worlds, by seed, so that one thing that goes wrong is not always in
-// the company of all others.
-func options(seed uint64) Options {
-	o := Options{Seed: seed, Trouble: 25 * time.Second}
-	switch seed % 8 {
-	case 0: // nothing goes wrong
-	case 1:
-		o.Kills = 0.8
-	case 2:
-		o.Stops, o.Takeovers = 0.6, 0.3
-	case 3:
-		o.Cuts = 0.6
-	case 4:
-		o.Loss = 0.08
-	case 5:
-		o.Takeovers = 1
-	case 6:
-		o.Ends, o.Takeovers = 0.4, 0.2
-	default:
-		o.Ends, o.Kills, o.Stops, o.Cuts, o.Takeovers, o.Loss = 0.1, 0.4, 0.3, 0.3, 0.2, 0.03
-	}
-	return o
-}
 
 func TestTheLawsHoldInEveryWorld(t *testing.T) {
 	t.Parallel()
@@ -55,7 +30,7 @@ func TestTheLawsHoldInEveryWorld(t *testing.T) {
 	group.SetLimit(runtime.GOMAXPROCS(0))
 	for i := range uint64(*worlds) {
 		group.Go(func() error {
-			o := options(first + i)
+			o := Draw(first + i)
 			if *trace {
 				o.Trace = func(line string) { t.Log(line) }
 			}
@@ -81,11 +56,11 @@ func TestTheLawsHoldInEveryWorld(t *testing.T) {
 func TestASeedGivesTheSameRun(t *testing.T) {
 	t.Parallel()
 	for s := range uint64(4) {
-		first, err := Run(options(s + 4))
+		first, err := Run(Draw(s + 4))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if second, _ := Run(options(s + 4)); first != second {
+		if second, _ := Run(Draw(s + 4)); first != second {
 			t.Errorf("seed %d: %s\nand then %s", s+4, first.String(), second.String())
 		}
 	}

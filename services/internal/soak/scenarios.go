@@ -24,6 +24,7 @@ type Scenario struct {
 // Scenarios are all there are, in the order in which they are best run.
 func Scenarios() []Scenario {
 	return []Scenario{
+		{"simulation", "worlds in which everything between the state machines misbehaves, a hundred in a round: the laws hold in each", 200, 1, worlds},
 		{"kills", "random kill -9 of any process and of everything at once, with spool-before-answer: nothing lost, nothing doubled", 10, 1, kills(true)},
 		{"kills-unsafe", "the same without spool-before-answer: what killed gateways take with them is measured", 3, 1, kills(false)},
 		{"exact", "three gateways with 64 clients each share limits of 10,000 calls or tokens, in peace and with kills and cut cables: never more is admitted", 100, 3, exact},

@@ -46,6 +46,8 @@ type Outcome struct {
 	Quotas []Quota `json:"quotas,omitempty"`
 	// Figures are measured values, with a target where the design has one.
 	Figures []Figure `json:"figures,omitempty"`
+	// Notes are what else there is to tell.
+	Notes []string `json:"notes,omitempty"`
 	// NoAnswers are the kinds of what clients heard instead of an answer.
 	NoAnswers map[string]int `json:"no_answers,omitempty"`
 	// Broken are laws that were broken, Missed figures that were missed.
@@ -177,6 +179,9 @@ func (o *Outcome) text(b *strings.Builder) {
 			fmt.Fprintf(b, " (target %.0f)", f.Target)
 		}
 		b.WriteString("\n")
+	}
+	for _, n := range o.Notes {
+		fmt.Fprintf(b, "  %s\n", n)
 	}
 	for _, k := range slices.Sorted(maps.Keys(o.NoAnswers)) {
 		fmt.Fprintf(b, "    no answer: %s: %d\n", k, o.NoAnswers[k])
