@@ -26,7 +26,7 @@ var large = map[string]struct {
 	"pkg/quota":                         {3400, "one state machine: counting, deciding, leases, corrections, snapshot and queries share a state without pointers; packages for them would export its innards to each other and to nobody else"},
 	"services/aggregator":               {1800, "the owner of a shard is one loop over one state: it reads, folds, publishes, keeps and hands over; what is pure or only asks NATS has rooms of its own"},
 	"services/internal/embedclickhouse": {2300, "installing, configuring and supervising one foreign process"},
-	"services/internal/simulation":      {2300, "one world: every part of it is written against all others, and nothing else may use them"},
+	"services/internal/simulation":      {2600, "one world: every part of it is written against all others, and nothing else may use them"},
 	"services/internal/history":         {1800, "the only room that knows a driver: what is asked of one server goes over one client with one set of bounds"},
 }
 
