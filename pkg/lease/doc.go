@@ -72,9 +72,8 @@
 //
 //	message lost, copied, late     made good by the next one                         exact
 //	gateway, orderly               last word when its reservations are resolved      exact
-//	gateway, spool speaks          dead until LastWord; all but the used come back   exact (spool before answer)
-//	gateway, all calls counted     dead until Ended; all but the counted come back   exact (spool before answer)
-//	gateway for ever               dead until the window ends                        exact
+//	gateway, orderly, unheard      dead until Ended; all but the counted come back   exact
+//	gateway, killed                dead until the window ends                        exact
 //	the same, ReleaseAfter > 0     handed out again, exposure counted                leased: + MaxExposure
 //	gateway cut off or paused      uses what it has until expiry, then Fetch (503)   exact
 //	call that never settles        its bound stays held                              exact; leased: + ReleaseHolds a gateway

@@ -140,7 +140,7 @@ type Entry struct {
 	// gateway's word. The gateway reports the same units in time: the larger of
 	// the two totals holds. Use of a lease that is not remembered is Outside.
 	Counted []Counted
-	// Ended gateway: every call that it answered has been counted. Its lease is
+	// Ended gateway: every call that it let through has been counted. Its lease is
 	// closed and what was not used comes back.
 	Ended *Gateway
 }

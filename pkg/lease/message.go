@@ -49,7 +49,7 @@ type Ask struct {
 const finalSeq = ^uint64(0)
 
 // LastWord is what a spool says for a gateway that died: used and over as the
-// spool has them, which must include every call that was answered and the whole
+// spool has them, which must include every call that was let through and the whole
 // bound of each reservation that was open.
 func LastWord(g Gateway, sent Micros, used, over int64) Ask {
 	return Ask{Gateway: g, Seq: finalSeq, Sent: sent, Seen: finalSeq, Used: used, Over: over, Closing: true}

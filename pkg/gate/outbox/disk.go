@@ -119,7 +119,7 @@ func newDisk(s *sender) (*disk, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open outbox: %w", err), store.Close())
 	}
-	log, err := store.Create(spool.Identity{Producer: s.b.producer, Gateway: o.Gateway, Shards: o.Shards, OpenedAt: s.b.now(), SpoolBeforeAnswer: o.SpoolBeforeAnswer && o.OnFull != Drop})
+	log, err := store.Create(spool.Identity{Producer: s.b.producer, Gateway: o.Gateway, Shards: o.Shards, OpenedAt: s.b.now()})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open outbox: %w", err), store.Close())
 	}

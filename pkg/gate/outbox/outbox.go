@@ -471,7 +471,8 @@ func (o *Outbox) Run(ctx context.Context) error {
 // ledger takes them and ctx lasts, else spooled. Where everything could be sent
 // the producer is retired with a closing entry on each shard it used; where not
 // the next Open sends it. It is complete when no call that Add was asked to take
-// is missing from the ledger. The error says how many calls are lost: none with a
+// is missing from the ledger; so whoever closes must have ended all calls before. A
+// producer that was killed is never complete. The error says how many calls are lost: none with a
 // spool directory that can be written.
 func (o *Outbox) Close(ctx context.Context) error {
 	if !o.closed.CompareAndSwap(false, true) {

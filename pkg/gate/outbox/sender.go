@@ -539,7 +539,7 @@ func (sl *slot) producer(b *Outbox) ksuid.KSUID {
 }
 
 // closing is the entry that retires a producer on a shard.
-// complete says that every call the producer answered is in the ledger.
+// complete says that every call the producer let through is in the ledger.
 func closing(producer ksuid.KSUID, last uint64, complete bool, now time.Time) []byte {
 	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(&tollkeeperv1.ControlEntry{
 		Id: producer.String(), Author: "gateway", CreatedAtUnixMicros: now.UnixMicro(),

@@ -740,8 +740,8 @@ type ProducerClosed struct {
 	Producer []byte                 `protobuf:"bytes,1,opt,name=producer,proto3" json:"producer,omitempty"`
 	// The last frame number it sent on this shard.
 	LastNumber uint64 `protobuf:"varint,2,opt,name=last_number,json=lastNumber,proto3" json:"last_number,omitempty"`
-	// Every call that it answered is in the ledger: it ended in order, or spooled
-	// each before its answer. What is left of its leases on call counts comes back.
+	// It ended in order: no call is under way, and every one that it let through is in
+	// the ledger. What is left of its leases on call counts comes back.
 	Complete      bool `protobuf:"varint,3,opt,name=complete,proto3" json:"complete,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

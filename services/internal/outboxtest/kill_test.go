@@ -163,7 +163,7 @@ func TestAKillLosesNoAnsweredCallWithSpoolBeforeAnswer(t *testing.T) {
 					t.Fatalf("call %s was answered and is in the ledger %d times", id, got.calls[id])
 				}
 			}
-			if got.gaps != 0 || len(got.closed) != shards || got.complete != shards || len(got.calls) < sent {
+			if got.gaps != 0 || len(got.closed) != shards || got.complete != 0 || len(got.calls) < sent {
 				t.Errorf("%d calls of %d sent, %d gaps, closed %v, %d complete", len(got.calls), sent, got.gaps, got.closed, got.complete)
 			}
 			t.Logf("%d answered, %d in the ledger, %d of them recovered from the spool, %d frames came twice, %d torn segments",
@@ -200,9 +200,9 @@ func TestAKillWithoutItLosesAtMostWhatWasInMemory(t *testing.T) {
 	}
 }
 
-// What a gateway held of leases comes back when its last word is complete. It has
-// to be said also for one that was killed before it had anything to send, and while
-// everything it had sent was acknowledged: it may have held leases.
+// The end is said also of one that was killed before it had anything to send: it may
+// have held leases. It is never complete, however calls were answered: some may have
+// been under way, at the upstream, that nobody had written down.
 func TestAKilledProducerIsClosedAlsoWithNothingInItsSpool(t *testing.T) {
 	t.Parallel()
 	for name, spoolFirst := range map[string]bool{"spooled before answering": true, "from memory": false} {
@@ -212,32 +212,10 @@ func TestAKilledProducerIsClosedAlsoWithNothingInItsSpool(t *testing.T) {
 			dir := t.TempDir()
 			kill(t, r, dir, spoolFirst, 1, nil, childIdle+"=true")
 			recovered(t, r, dir)
-			complete := 0
-			if spoolFirst {
-				complete = shards
-			}
-			if got := r.read(t); len(got.closed) != shards || got.complete != complete || len(got.calls) != 0 {
+			if got := r.read(t); len(got.closed) != shards || got.complete != 0 || len(got.calls) != 0 {
 				t.Errorf("closed %v, %d complete, %d calls", got.closed, got.complete, len(got.calls))
 			}
 		})
-	}
-}
-
-// A restart with another setting must not make a promise for the run before it.
-func TestWhatARunPromisedIsWhatItWasOpenedWith(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	dir := t.TempDir()
-	kill(t, r, dir, false, 500, nil)
-	b := open(t, outbox.Options{NATS: r.connect(), SpoolDir: dir, SpoolBeforeAnswer: true})
-	stop := run(t, b)
-	until(t, "only its own identity is left in the spool", func() bool { return len(files(t, dir)) == 2 })
-	stop()
-	if err := b.Close(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if got := r.read(t); len(got.closed) != shards || got.complete != 0 {
-		t.Errorf("closed %v, %d complete", got.closed, got.complete)
 	}
 }
 

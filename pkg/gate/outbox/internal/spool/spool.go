@@ -71,9 +71,6 @@ type Identity struct {
 	Gateway  string       `json:"gateway"`
 	Shards   uint32       `json:"shards"`
 	OpenedAt usage.Micros `json:"opened_at_unix_micros"`
-	// SpoolBeforeAnswer: every call that the producer answered is here or in the
-	// ledger, however it ended.
-	SpoolBeforeAnswer bool `json:"spool_before_answer,omitempty"`
 }
 
 // file is what a segment is written through.
@@ -538,16 +535,14 @@ func (l *Log) Remove(before uint64) error {
 	return syncDir(l.dir)
 }
 
-// MarkWhole notes, on disk, that the producer has ended in order, and that every call
-// it answered is in the log or in the ledger.
+// MarkWhole notes, on disk, that the producer has ended in order: no call is under
+// way, and every one it let through is in the log or in the ledger.
 func (l *Log) MarkWhole() error { return l.store.write(filepath.Join(l.dir, wholeFile), nil) }
 
-// Whole reports whether every call that the producer answered is in the log or in
-// the ledger.
+// Whole reports whether every call that the producer let through is in the log or in
+// the ledger. Of one that was killed nobody knows: calls may have been under way
+// that it had answered nobody, and written nowhere.
 func (l *Log) Whole() bool {
-	if l.identity.SpoolBeforeAnswer {
-		return true
-	}
 	_, err := os.Stat(filepath.Join(l.dir, wholeFile))
 	return err == nil // what can't be read is not promised
 }
