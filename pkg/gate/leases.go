@@ -132,7 +132,7 @@ func (g *Gate) Take(ctx context.Context, a *Account, req Request, cost *Cost) (V
 	w := g.wallet.Load()
 	if w != nil && (cost == nil || !cost.ofCalls()) {
 		now := w.Clock()
-		if taken, low := t.TakeOne(a, req, now, false); taken {
+		if taken, low := t.TakeOne(a, &req, now, false); taken {
 			if low {
 				w.Low(a.Leased())
 			}
@@ -183,7 +183,7 @@ func (g *Gate) take(ctx context.Context, t *table.Table, w *wallet.Wallet, a *Ac
 		if !reserve {
 			// Only what is held against the call, a warning, was in the way before.
 			now := w.Clock()
-			if taken, low := t.TakeOne(a, req, now, true); taken {
+			if taken, low := t.TakeOne(a, &req, now, true); taken {
 				if low {
 					w.Low(a.Leased())
 				}

@@ -4,7 +4,12 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -115,4 +120,88 @@ func BenchmarkTake(b *testing.B) {
 			})
 		})
 	}
+}
+
+// Take and Admit beside what is the least for anything of the kind, a counter whose
+// place is known, and a concurrent map with counters: all by turns, so that what
+// else the machine does concerns all alike. Medians of the rounds are reported.
+func BenchmarkTakeBesideTheLeast(b *testing.B) {
+	g, _ := offline(b)
+	const accounts, picks, turn = 100_000, 1 << 16, 1 << 15
+	ids := leased(b, g, accounts)
+	tab := g.table.Load()
+	type counter struct {
+		n atomic.Int64
+		_ [56]byte
+	}
+	var counters sync.Map
+	for i, id := range ids {
+		free := fmt.Sprintf("free-%06d", i)
+		tab.SetAccount(table.AccountRecord{ID: free, Path: []string{free, fmt.Sprintf("team-%05d", i/10), fmt.Sprintf("org-%04d", i/100)}, Seq: 5})
+		counters.Store(id, &counter{})
+	}
+	z := rand.NewZipf(rand.New(rand.NewPCG(1, 2)), 1.1, 1, accounts-1)
+	where := rand.New(rand.NewPCG(3, 4)).Perm(accounts)
+	order, leasing, plain, bare := make([]string, picks), make([]*Account, picks), make([]*Account, picks), make([]*counter, picks)
+	for i := range order {
+		n := where[z.Uint64()]
+		order[i] = ids[n]
+		leasing[i], _ = g.AccountByID(order[i])
+		plain[i], _ = g.AccountByID(fmt.Sprintf("free-%06d", n))
+		c, _ := counters.Load(order[i])
+		bare[i], _ = c.(*counter)
+	}
+	req := Request{Model: "m", Route: "r", Method: "POST"}
+	ctx := context.Background()
+	kinds := []struct {
+		name string
+		do   func(i int) bool
+	}{
+		{"counter", func(i int) bool { return bare[i].n.Add(1) > 0 }},
+		{"map", func(i int) bool {
+			v, _ := counters.Load(order[i])
+			c, _ := v.(*counter)
+			return c.n.Add(1) > 0
+		}},
+		{"admit", func(i int) bool { return g.Admit(plain[i], req).Allowed }},
+		{"take", func(i int) bool { v, _ := g.Take(ctx, leasing[i], req, nil); return v.Allowed }},
+		{"take-id", func(i int) bool {
+			a, _ := g.AccountByID(order[i])
+			v, _ := g.Take(ctx, a, req, nil)
+			return v.Allowed
+		}},
+	}
+	took := make([][]float64, len(kinds))
+	procs := runtime.GOMAXPROCS(0)
+	runtime.GC()
+	for b.Loop() {
+		for k := range kinds {
+			var wg sync.WaitGroup
+			began := time.Now()
+			for p := range procs {
+				wg.Go(func() {
+					do := kinds[k].do
+					for i, from := 0, p*picks/procs; i < turn; i++ {
+						if !do((from + i) & (picks - 1)) {
+							b.Error("refused")
+							return
+						}
+					}
+				})
+			}
+			wg.Wait()
+			took[k] = append(took[k], float64(time.Since(began).Nanoseconds())/turn)
+		}
+	}
+	medians := make([]float64, len(kinds))
+	for k := range kinds {
+		slices.Sort(took[k])
+		medians[k] = took[k][len(took[k])/2]
+		// Of one call on one core; all cores work at the same time.
+		b.ReportMetric(medians[k], kinds[k].name+"-ns/call")
+	}
+	b.ReportMetric(medians[3]/medians[2], "take/admit")
+	b.ReportMetric(medians[3]/medians[0], "take/counter")
+	b.ReportMetric(medians[4]/medians[1], "take-id/map")
+	b.ReportMetric(0, "ns/op")
 }

@@ -91,7 +91,8 @@ type Purse struct {
 	need                                int64
 	sent                                Ask
 	sentAt, retryAt, hopeAt, renewAt    Micros
-	usedThen                            int64 // when it was last granted
+	usedThen                            int64    // when it was last granted
+	_                                   [64]byte // 512 in all: the allocator then begins it with a line
 }
 
 // NewPurse returns the purse of gateway g for an allowance whose window ends at
@@ -122,6 +123,21 @@ func (p *Purse) take(n int64, now Micros) bool {
 			return true
 		}
 	}
+}
+
+// TakeOne is Take of one unit of one allowance; it does not say why it took none.
+func (p *Purse) TakeOne(now Micros) (taken, low bool) {
+	for int64(now) < p.until.Load() {
+		free := p.free.Load()
+		if free < 1 {
+			break
+		}
+		if p.free.CompareAndSwap(free, free-1) {
+			p.used.Add(1)
+			return true, free-1 <= p.low.Load()
+		}
+	}
+	return false, false
 }
 
 // Part is what a call needs of one allowance. Amount is not negative.

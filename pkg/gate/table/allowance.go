@@ -16,8 +16,10 @@ type Allowance struct {
 	purse atomic.Pointer[lease.Purse] // of the window that was current last; nil: none yet
 	low   atomic.Bool                 // somebody was told that the purse runs low
 
-	account, limitID string
-	shard            uint32
+	owner   *Account
+	first   bool // of the owner's: the purse is with the owner, too
+	limitID string
+	shard   uint32
 
 	// The writer's.
 	seq   uint64 // of the record that told the limit
@@ -25,7 +27,7 @@ type Allowance struct {
 }
 
 // Account that the limit belongs to, not only that of the call.
-func (l *Allowance) Account() string { return l.account }
+func (l *Allowance) Account() string { return l.owner.id }
 
 // LimitID is "<plan>/<limit>".
 func (l *Allowance) LimitID() string { return l.limitID }
@@ -35,7 +37,12 @@ func (l *Allowance) Shard() uint32 { return l.shard }
 
 // Use makes p the purse that calls are admitted from; nil: none. One goroutine at
 // a time may call it.
-func (l *Allowance) Use(p *lease.Purse) { l.purse.Store(p) }
+func (l *Allowance) Use(p *lease.Purse) {
+	l.purse.Store(p)
+	if l.first {
+		l.owner.purse.Store(p)
+	}
+}
 
 // Purse returns the one in use, nil when there is none.
 func (l *Allowance) Purse() *lease.Purse { return l.purse.Load() }
@@ -65,7 +72,7 @@ func (d *Draw) Concerns(req Request) bool {
 func (d *Draw) Cited(start usage.Micros) *usage.Decision {
 	l := d.Limit
 	out := &usage.Decision{
-		Account: d.account, LimitID: d.limitID, Meter: l.Meter, Verdict: usage.Deny, Code: l.RefusalCode(), Shard: d.shard, Used: l.Amount, Amount: l.Amount,
+		Account: d.Account(), LimitID: d.limitID, Meter: l.Meter, Verdict: usage.Deny, Code: l.RefusalCode(), Shard: d.shard, Used: l.Amount, Amount: l.Amount,
 		Window: l.Window, Filter: l.Filter, ActionURL: l.ActionURL, WarnPercent: l.WarnPercent, Tier: l.Tier,
 	}
 	if start != 0 {
@@ -118,7 +125,7 @@ func (t *Table) draw(l *LeasedLimit, shard uint32, seq uint64) Draw {
 		}
 	}
 	if found == nil {
-		found = &Allowance{account: owner.id, limitID: l.LimitID, shard: shard}
+		found = &Allowance{owner: owner, first: len(owner.allowances) == 0, limitID: l.LimitID, shard: shard}
 		owner.allowances = append(owner.allowances, found)
 	}
 	if found.limit == nil || seq >= found.seq {
@@ -161,27 +168,36 @@ const quickDraws = 8
 // It reports false when that can't be done here and now: a unit isn't there, a
 // limit counts something else, or, unless that is cleared, something is held against
 // an account of the path. now is the ledger's time.
-func (t *Table) TakeOne(a *Account, req Request, now lease.Micros, cleared bool) (taken, low bool) {
-	r := a.record.Load()
-	if r == nil || r.measured || len(r.leased) > quickDraws {
+func (t *Table) TakeOne(a *Account, req *Request, now lease.Micros, cleared bool) (taken, low bool) {
+	// Mostly it is this account's, and then it need not wait for the record.
+	p, r := a.purse.Load(), a.record.Load()
+	if r == nil || r.measured {
 		return false, false
 	}
 	if !cleared && (r.eventual && !r.shard.known.Load() || !r.clean(a)) {
 		return false, false
 	}
-	if o := r.only; o != nil {
-		p := o.purse.Load()
-		if p == nil || now < p.Start || r.filter != nil && !r.filter.Match(req.Model, req.Route, req.Method) {
-			return false, false
+	if r.only != a {
+		if r.only == nil {
+			return r.takeEach(req, now)
 		}
-		out, _ := lease.Take([]lease.Part{{Purse: p, Amount: 1}}, now)
-		return out.OK(), out == lease.AdmittedLow
+		p = r.only.purse.Load()
+	}
+	if p == nil || now < p.Start || r.filter != nil && !r.filter.Match(req.Model, req.Route, req.Method) {
+		return false, false
+	}
+	return p.TakeOne(now)
+}
+
+func (r *record) takeEach(req *Request, now lease.Micros) (taken, low bool) {
+	if len(r.leased) > quickDraws {
+		return false, false
 	}
 	var parts [quickDraws]lease.Part
 	n := 0
 	for i := range r.leased {
 		d := &r.leased[i]
-		if !d.Concerns(req) {
+		if !d.Concerns(*req) {
 			continue
 		}
 		p := d.purse.Load()

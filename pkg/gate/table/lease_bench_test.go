@@ -57,15 +57,15 @@ func BenchmarkTakeOne(b *testing.B) {
 				})
 			})
 		}
-		run("handle", func(i int) bool { ok, _ := t.TakeOne(handles[i], req, 1, false); return ok })
+		run("handle", func(i int) bool { ok, _ := t.TakeOne(handles[i], &req, 1, false); return ok })
 		run("key", func(i int) bool {
 			c, _ := t.ByKey(&order[i])
-			ok, _ := t.TakeOne(c.Account, req, 1, false)
+			ok, _ := t.TakeOne(c.Account, &req, 1, false)
 			return ok
 		})
 		run("id", func(i int) bool {
 			a, found := t.ByID(orderIDs[i])
-			ok, _ := t.TakeOne(a, req, 1, false)
+			ok, _ := t.TakeOne(a, &req, 1, false)
 			return ok && found == Found
 		})
 	}

@@ -91,18 +91,19 @@ func (t *Table) setRecord(a *Account, r AccountRecord) {
 		} else {
 			rec.rest = append(rec.rest, p)
 		}
-		rec.root = p.id
 	}
-	rec.eventual = r.Eventual
+	rec.eventual, rec.leases = r.Eventual, len(r.Leased) > 0
 	for i := range r.Leased {
 		d := t.draw(&r.Leased[i], rec.shard.number, r.Seq)
 		rec.leased = append(rec.leased, d)
 		rec.measured = rec.measured || d.Limit.Meter != usage.Calls
 	}
 	if len(rec.leased) == 1 && !rec.measured {
-		d := &rec.leased[0]
-		if rec.only = d.Allowance; !d.plain {
-			rec.filter = &d.Limit.Filter
+		if d := &rec.leased[0]; d.first {
+			rec.only = d.owner
+			if !d.plain {
+				rec.filter = &d.Limit.Filter
+			}
 		}
 	}
 	if a.record.Load() == nil {
