@@ -51,6 +51,7 @@ type Totals struct {
 	// Adjusted is what of Meters stems from corrections; that of calls is beside
 	// Admitted, which is not corrected.
 	Adjusted map[usage.Meter]int64 `json:"adjusted,omitempty"`
+	Hash     uint64                `json:"hash,string,omitempty"` // of the calls themselves (pkg/audit); not in AccountUsage.Totals
 }
 
 // AccountUsage is what an account has used.

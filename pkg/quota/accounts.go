@@ -9,7 +9,8 @@ import (
 // account holds no pointers, so that millions of them cost the garbage
 // collector nothing.
 type account struct {
-	admitted, refused int64 // of its own calls
+	admitted, refused int64  // of its own calls
+	hash              uint64 // of them (pkg/audit)
 	id                uint32
 	idLen             uint16
 	flags             accountFlags

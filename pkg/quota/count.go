@@ -3,6 +3,9 @@ package quota
 import (
 	"math"
 
+	"github.com/segmentio/ksuid"
+
+	"github.com/tollkeeper/tollkeeper/pkg/audit"
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -48,11 +51,18 @@ type frame struct {
 	// Rows to leave out or to refuse; nil: every row is admitted.
 	rows  []rowKind
 	marks []rowKind
+	// hash of the frame, of which those of its rows are made. Without a producer
+	// they are their events': events has them, by row.
+	hash      uint64
+	events    []uint64
+	eventsBuf []uint64
+	producers [16]producerHash // a few of those that came last
 
 	// By entry of the account dictionary:
 	accounts          []uint32
 	admitted, refused []int64
-	calls             []int64 // use of the meter calls
+	hashes            []uint64 // sums of what was counted
+	calls             []int64  // use of the meter calls
 	callsBuf          []int64
 	cols              []column  // meters that the batch reports
 	colOf             []int32   // by meter: position in cols, or -1
@@ -73,6 +83,32 @@ const (
 	refusedRow
 	repeatedRow
 )
+
+// producerHash spares hashing a producer's name for each of its frames. It is
+// not part of the state.
+type producerHash struct {
+	producer dedup.Producer
+	hash     uint64
+}
+
+// identify finds the hash that those of the batch's rows are made of.
+func (s *Shard) identify() {
+	f, b := &s.f, s.f.b
+	f.hash, f.events = 0, nil
+	if b.Producer == (dedup.Producer{}) {
+		f.eventsBuf = resized(f.eventsBuf, b.N)
+		f.events = f.eventsBuf
+		for i := range f.events {
+			f.events[i] = audit.RowHash(0, i) // unless it is an event of a source
+		}
+		return
+	}
+	p := &f.producers[b.Producer[len(b.Producer)-1]%16]
+	if p.producer != b.Producer {
+		*p = producerHash{b.Producer, audit.ProducerHash(ksuid.KSUID(b.Producer).String())}
+	}
+	f.hash = audit.FrameHash(p.hash, s.shard, b.Number)
+}
 
 type column struct {
 	meter uint32
@@ -103,6 +139,7 @@ func (s *Shard) count(b *Batch, at usage.Micros) {
 		f.zero = make([]uint32, MaxRows)
 	}
 	s.times()
+	s.identify()
 	s.sortRows()
 	s.sum()
 	for d := range b.Account.Dict {
@@ -160,7 +197,11 @@ func (s *Shard) sortRows() {
 		if len(source) == 0 {
 			continue
 		}
-		if !s.dedup.Foreign(dedup.ForeignID(b.Account.At(i), source, b.EventID.At(i)), s.now) {
+		event := dedup.ForeignID(b.Account.At(i), source, b.EventID.At(i))
+		if f.events != nil {
+			f.events[i] = audit.ForeignIDHash(event)
+		}
+		if !s.dedup.Foreign(event, s.now) {
 			f.rows[i] = repeatedRow
 			s.effects.Duplicates++
 		}
@@ -172,19 +213,27 @@ func (s *Shard) sum() {
 	f, b := &s.f, s.f.b
 	entries := len(b.Account.Dict)
 	f.admitted, f.refused = resized(f.admitted, entries), resized(f.refused, entries)
-	f.accounts = resized(f.accounts, entries)
+	f.accounts, f.hashes = resized(f.accounts, entries), resized(f.hashes, entries)
 	index := f.index()
-	if f.rows == nil {
-		for _, d := range index {
+	if f.rows == nil && f.events == nil {
+		for i, d := range index {
 			f.admitted[d]++
+			f.hashes[d] += audit.RowHash(f.hash, i)
 		}
 	} else {
 		for i, d := range index {
-			switch f.rows[i] {
-			case admittedRow:
+			switch {
+			case f.rows == nil || f.rows[i] == admittedRow:
 				f.admitted[d]++
-			case refusedRow:
+			case f.rows[i] == refusedRow:
 				f.refused[d]++
+			default:
+				continue
+			}
+			if f.events != nil {
+				f.hashes[d] += f.events[i]
+			} else {
+				f.hashes[d] += audit.RowHash(f.hash, i)
 			}
 		}
 	}
@@ -298,6 +347,8 @@ func (s *Shard) countEntry(d int) {
 		s.soil(leaf)
 	}
 	a.admitted, a.refused = s.add(a.admitted, admitted), s.add(a.refused, refused)
+	a.hash += f.hashes[d]
+	s.calls += f.hashes[d]
 	if len(f.cols) > 0 {
 		a.sums = s.addSums(a.sums, d)
 		s.total.sums = s.addSums(s.total.sums, d)

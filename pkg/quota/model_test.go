@@ -10,8 +10,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/segmentio/ksuid"
 	"pgregory.net/rapid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/audit"
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -101,7 +103,10 @@ type model struct {
 	numbers  map[dedup.Producer]uint64
 	foreign  map[string]bool
 	acts     map[string]bool
+	calls    uint64 // hash of all
 }
+
+const modelShard = 3
 
 type modelAccount struct {
 	parent, plan string
@@ -295,8 +300,13 @@ func (m *model) frame(e Entry, calls []usage.Call) {
 		}
 		m.numbers[e.Batch.Producer] = e.Batch.Number
 	}
+	producer := audit.ProducerHash(ksuid.KSUID(e.Batch.Producer).String())
 	for i := range calls {
 		c := &calls[i]
+		hash := audit.RowHash(audit.FrameHash(producer, modelShard, e.Batch.Number), i)
+		if e.Batch.Producer == (dedup.Producer{}) {
+			hash = audit.ForeignHash([]byte(c.Account), []byte(c.Source), []byte(c.EventID))
+		}
 		if c.Source != "" {
 			key := fmt.Sprintf("%q %q %q", c.Account, c.Source, c.EventID)
 			if m.foreign[key] {
@@ -306,6 +316,8 @@ func (m *model) frame(e Entry, calls []usage.Call) {
 		}
 		own := m.account(c.Account)
 		m.total(&own.own, c)
+		own.own.Hash += hash
+		m.calls += hash
 		for id := c.Account; id != ""; id = m.accounts[id].parent {
 			a := m.accounts[id]
 			m.total(&a.all, c)
@@ -480,7 +492,7 @@ func TestAShardAgreesWithASlowModelAndWithItselfAfterARestart(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
 		st := &story{now: noon, numbers: map[byte]uint64{}}
-		s, m := New(Options{Shard: 3}), newModel()
+		s, m := New(Options{Shard: modelShard}), newModel()
 		var log []step
 		var decisions [][]usage.Decision
 		for range rapid.IntRange(1, 40).Draw(t, "entries") {
@@ -530,7 +542,10 @@ func TestAShardAgreesWithASlowModelAndWithItselfAfterARestart(t *testing.T) {
 				}
 			}
 		}
-		again := New(Options{Shard: 3})
+		if got := s.Total().Hash; got != m.calls {
+			t.Fatalf("all calls have the hash %x, want %x", got, m.calls)
+		}
+		again := New(Options{Shard: modelShard})
 		for i, e := range log {
 			fx := again.Apply(e.Entry)
 			if diff := cmp.Diff(decisions[i], fx.Decisions, cmpopts.EquateEmpty()); diff != "" {
@@ -647,6 +662,7 @@ func TestHowCallsAreCutIntoFramesDoesNotMatter(t *testing.T) {
 		for _, id := range accountIDs {
 			x, _ := whole.Account(id)
 			y, _ := cut.Account(id)
+			x.Own.Hash, y.Own.Hash = 0, 0 // a call's is of its frame
 			for i := range x.Limits {
 				// Which entry decided is the one thing that differs.
 				x.Limits[i].DecisionID, y.Limits[i].DecisionID, x.Limits[i].Revision, y.Limits[i].Revision = "", "", 0, 0

@@ -20,6 +20,10 @@ type Totals struct {
 	// from what was admitted, and is in no other sum. Nil when nothing was
 	// corrected.
 	Adjusted map[usage.Meter]int64
+	// Hash is the sum, modulo 2^64, of the hashes of the calls in Admitted and
+	// Refused, by which the conservation audit knows them (pkg/audit). It is 0 in
+	// AccountUse.All.
+	Hash uint64
 }
 
 // LimitUse is how a limit of an account stands at the shard's time.
@@ -51,7 +55,9 @@ type AccountUse struct {
 
 // Total sums every account of the shard, each call once.
 func (s *Shard) Total() Totals {
-	return s.totals(s.total.admitted, s.total.refused, []adjustmentKey{{of: ofAll}}, s.total.sums)
+	t := s.totals(s.total.admitted, s.total.refused, []adjustmentKey{{of: ofAll}}, s.total.sums)
+	t.Hash = s.calls
+	return t
 }
 
 // LeaseSums returns the sums of how all open allowances of the tiers exact and
@@ -157,6 +163,7 @@ func (s *Shard) use(i uint32) AccountUse {
 		Own: s.totals(a.admitted, a.refused, own, a.sums),
 		All: s.totals(saturated(a.admitted, r.admitted), saturated(a.refused, r.refused), all, a.sums, r.sums),
 	}
+	u.Own.Hash = a.hash
 	if a.parent >= 0 {
 		u.Parent = s.name(uint32(a.parent))
 	}

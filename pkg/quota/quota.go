@@ -129,7 +129,7 @@ type Control struct {
 	// Closed retires a producer, which says that ClosedAt was its last number.
 	Closed   *dedup.Producer
 	ClosedAt uint64
-	// Complete says that every call the closed producer answered is in the log.
+	// Complete says that every call the closed producer let through is in the log.
 	Complete bool
 	// Correction of what was counted.
 	Correction *Correction
@@ -246,6 +246,7 @@ type Shard struct {
 	customs  [][]customSum
 	rollups  []rollup
 	total    rollup // of all accounts, each call once
+	calls    uint64 // hash of all calls (pkg/audit)
 
 	allowances map[allowanceKey]*allowance
 	leaseTimes allowanceHeap

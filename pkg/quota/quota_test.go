@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/audit"
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -378,7 +379,11 @@ func TestCallsOfTooManyUnknownAccountsAreCountedTogether(t *testing.T) {
 	if fx.Unplaced != 5 || fx.Admitted != 8 || len(fx.Decisions) != 1 || fx.Decisions[0].Account != "set" {
 		t.Fatalf("got %+v", fx)
 	}
-	if u, _ := tl.s.Account(OverflowAccount); u.Own.Admitted != 5 {
+	hash := uint64(0) // of the calls 0 to 4 of the newest frame
+	for i := range 5 {
+		hash += audit.RowHash(audit.FrameHash(audit.ProducerHash(ksuid.KSUID{1}.String()), 7, tl.number), i)
+	}
+	if u, _ := tl.s.Account(OverflowAccount); u.Own.Admitted != 5 || u.Own.Hash != hash {
 		t.Errorf("got %+v", u)
 	}
 	if u, _ := tl.s.Account("u7"); u.Own.Admitted != 2 {

@@ -11,7 +11,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
-const snapshotMagic = "TKQ2"
+const snapshotMagic = "TKQ3"
 
 // AppendBinary appends the whole state: counters, plans, identities that were
 // seen, position. Accounts stand in the order in which the log named them, so
@@ -78,6 +78,7 @@ func (s *Shard) appendGlobal(out []byte) []byte {
 	}
 	out = binary.AppendVarint(out, s.total.admitted)
 	out = binary.AppendVarint(out, s.total.refused)
+	out = binary.LittleEndian.AppendUint64(out, s.calls)
 	out = s.appendSums(out, s.total.sums)
 	out = s.appendAdjusted(out, adjustmentKey{of: ofAll})
 	out = binary.AppendUvarint(out, uint64(s.core.Version))
@@ -93,6 +94,9 @@ func (s *Shard) appendAccount(out []byte, i uint32) []byte {
 	out = binary.AppendUvarint(out, uint64(a.plan))
 	out = binary.AppendVarint(out, a.admitted)
 	out = binary.AppendVarint(out, a.refused)
+	if a.admitted|a.refused != 0 {
+		out = binary.LittleEndian.AppendUint64(out, a.hash)
+	}
 	out = s.appendSums(out, a.sums)
 	if a.rollup == 0 {
 		out = append(out, 0)
@@ -229,7 +233,7 @@ func Read(data []byte) (*Shard, error) {
 		return nil, fmt.Errorf("%w: %w", errSnapshot, err)
 	}
 	s.plans.limits, s.plans.defs = s.compile(set.Plans)
-	s.total.admitted, s.total.refused = r.varint(), r.varint()
+	s.total.admitted, s.total.refused, s.calls = r.varint(), r.varint(), r.uint64()
 	s.total.sums = s.readSums(&r)
 	s.readAdjusted(&r, adjustmentKey{of: ofAll})
 	s.core = Core{Version: uint32(r.uvarint()), Horizon: usage.Micros(r.varint())}
@@ -276,6 +280,9 @@ func (s *Shard) readAccount(r *reader, accounts int) bool {
 	}
 	a.parent, a.plan = int32(parent)-1, uint32(plan)
 	a.admitted, a.refused = r.varint(), r.varint()
+	if a.admitted|a.refused != 0 {
+		a.hash = r.uint64()
+	}
 	a.sums = s.readSums(r)
 	if r.byte() != 0 {
 		a.rollup = uint32(len(s.rollups))
@@ -366,6 +373,16 @@ func (r *reader) varint() int64 {
 		return 0
 	}
 	r.b = r.b[n:]
+	return v
+}
+
+func (r *reader) uint64() uint64 {
+	if len(r.b) < 8 {
+		r.fail()
+		return 0
+	}
+	v := binary.LittleEndian.Uint64(r.b)
+	r.b = r.b[8:]
 	return v
 }
 

@@ -49,7 +49,7 @@ func Usage(state *quota.Shard, epoch uint64, query []byte) ([]byte, error) {
 }
 
 func totalsOf(t quota.Totals) ledger.Totals {
-	return ledger.Totals{Admitted: t.Admitted, Refused: t.Refused, Meters: t.Meters, Adjusted: t.Adjusted}
+	return ledger.Totals{Admitted: t.Admitted, Refused: t.Refused, Meters: t.Meters, Adjusted: t.Adjusted, Hash: t.Hash}
 }
 
 func usageOf(u *quota.AccountUse) ledger.AccountUsage {

@@ -6,14 +6,17 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/nats-io/nats.go"
 	"github.com/segmentio/ksuid"
 	"pgregory.net/rapid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/audit"
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 )
 
 const begin = usage.Micros(1_700_000_040_000_000) // a minute's beginning
@@ -312,8 +315,17 @@ func reply(sequence uint64, total ledger.Totals, accounts map[string]ledger.Tota
 	return r
 }
 
-func totals(admitted, refused, tokens int64) ledger.Totals {
-	return ledger.Totals{Admitted: admitted, Refused: refused, Meters: map[usage.Meter]int64{usage.InputTokens: tokens}}
+func totals(admitted, refused, tokens int64, calls ...uint64) ledger.Totals {
+	t := ledger.Totals{Admitted: admitted, Refused: refused, Meters: map[usage.Meter]int64{usage.InputTokens: tokens}}
+	for _, hash := range calls {
+		t.Hash += hash
+	}
+	return t
+}
+
+// row is the hash of a call of the gateway.
+func (g *gateway) row(shard uint32, number uint64, index int) uint64 {
+	return audit.RowHash(audit.FrameHash(audit.ProducerHash(g.id.String()), shard, number), index)
 }
 
 // TestCountersAreComparedAtTheirOwnPosition, account by account, and a difference
@@ -323,6 +335,7 @@ func TestCountersAreComparedAtTheirOwnPosition(t *testing.T) {
 	w := &world{t: t, b: New(Options{}), now: clock}
 	g := newGateway(1)
 	w.frame(g.seal(1, begin, call("a", 3), call("b", 4)))
+	a1, b1, a2 := g.row(1, 1, 0), g.row(1, 1, 1), g.row(1, 2, 0)
 	counters := func(r *ledger.UsageReply) []Outcome {
 		w.b.Counters(w.b.Ask(1, 1000), r)
 		return w.b.Out()
@@ -330,7 +343,7 @@ func TestCountersAreComparedAtTheirOwnPosition(t *testing.T) {
 	if behind, _ := w.b.Comparable(reply(2, ledger.Totals{}, nil)); !behind {
 		t.Error("the books are behind an answer of entry 2")
 	}
-	for _, o := range counters(reply(1, totals(2, 0, 7), map[string]ledger.Totals{"a": totals(1, 0, 3), "b": totals(1, 0, 4)})) {
+	for _, o := range counters(reply(1, totals(2, 0, 7, a1, b1), map[string]ledger.Totals{"a": totals(1, 0, 3, a1), "b": totals(1, 0, 4, b1)})) {
 		if o.Differences != nil {
 			t.Errorf("they agree: %+v", o)
 		}
@@ -344,7 +357,7 @@ func TestCountersAreComparedAtTheirOwnPosition(t *testing.T) {
 		t.Error("the books are beyond an answer of entry 1")
 	}
 	// The frame was counted twice.
-	got := counters(reply(2, totals(4, 0, 17), map[string]ledger.Totals{"a": totals(3, 0, 13)}))
+	got := counters(reply(2, totals(4, 0, 17, a1, b1, a2, a2), map[string]ledger.Totals{"a": totals(3, 0, 13, a1, a2, a2)}))
 	if len(got) != 1 || len(got[0].Differences) != 1 {
 		t.Fatalf("found: %+v", got)
 	}
@@ -353,13 +366,13 @@ func TestCountersAreComparedAtTheirOwnPosition(t *testing.T) {
 	}
 	// What changed in counters of an account that did not call is found by the
 	// shard's total, then by asking for all.
-	if got := counters(reply(2, totals(3, 0, 99), nil)); len(got) != 0 {
+	if got := counters(reply(2, totals(3, 0, 99, a1, b1, a2), nil)); len(got) != 0 {
 		t.Errorf("found: %+v", got)
 	}
 	if asked := w.b.Ask(1, 1000); len(asked) != 2 {
 		t.Fatalf("asked for are %v", asked)
 	}
-	got = counters(reply(2, totals(3, 0, 99), map[string]ledger.Totals{"a": totals(2, 0, 8), "b": totals(1, 0, 91)}))
+	got = counters(reply(2, totals(3, 0, 99, a1, b1, a2), map[string]ledger.Totals{"a": totals(2, 0, 8, a1, a2), "b": totals(1, 0, 91, b1)}))
 	found := map[string]int{}
 	for _, o := range got {
 		for _, d := range o.Differences {
@@ -370,14 +383,116 @@ func TestCountersAreComparedAtTheirOwnPosition(t *testing.T) {
 		t.Error(diff)
 	}
 	// Corrections are no calls.
-	fine := totals(2, 0, 8-6)
+	fine := totals(2, 0, 8-6, a1, a2)
 	fine.Adjusted = map[usage.Meter]int64{usage.InputTokens: -6, usage.Calls: -1}
 	w.b.shards[1].dirty = []string{"a"}
-	for _, o := range counters(reply(2, totals(3, 0, 12), map[string]ledger.Totals{"a": fine})) {
+	for _, o := range counters(reply(2, totals(3, 0, 12, a1, b1, a2), map[string]ledger.Totals{"a": fine})) {
 		if o.Differences != nil {
 			t.Errorf("a corrected account: %+v", o.Differences)
 		}
 	}
+	// As many calls of the same sums, and not these.
+	w.b.shards[1].dirty = []string{"a"}
+	got = counters(reply(2, totals(3, 0, 12, a1, b1, b1), map[string]ledger.Totals{"a": totals(2, 0, 8, a1, b1)}))
+	if len(got) != 1 || len(got[0].Differences) != 1 || got[0].Differences[0].Kind != audit.Other {
+		t.Fatalf("found: %+v", got)
+	}
+	if d := got[0].Differences[0]; d.Account != "a" || audit.Describe(&d.Want, &d.Got) != "the same number and sums of other calls" {
+		t.Errorf("found: %+v: %s", d, audit.Describe(&d.Want, &d.Got))
+	}
+}
+
+// TestTheBooksAgreeWithTheCore: both fold the same ledger on their own, and every
+// account of it has the same calls, sums and hash; copies, refused calls, events
+// without a producer and corrections included.
+func TestTheBooksAgreeWithTheCore(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(t *rapid.T) {
+		w := &world{t: t, b: New(Options{}), now: clock}
+		core := quota.New(quota.Options{Shard: 1})
+		var decoder fold.Decoder
+		var frame ledger.Frame
+		put := func(m *nats.Msg) {
+			w.sequence++
+			at := begin + usage.Micros(w.sequence)
+			e, kind, err := decoder.Decode(&ledger.Message{Subject: m.Subject, Header: m.Header, Data: m.Data, Sequence: w.sequence, Time: at.Time()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if fx := core.Apply(e); fx.Invalid != nil {
+				t.Fatal(fx.Invalid)
+			}
+			switch kind {
+			case ledger.KindCalls:
+				if err := ledger.DecodeCalls(&frame, m.Subject, m.Header, m.Data); err != nil {
+					t.Fatal(err)
+				}
+				w.b.Calls(w.sequence, at, &frame, w.now)
+			case ledger.KindControl:
+				w.b.Control(1, w.sequence, at, decoder.Control, w.now)
+			}
+		}
+		gateways := []*gateway{newGateway(1), newGateway(2)}
+		accounts := []string{"a", "b", "c"}
+		var sent []*nats.Msg
+		for step := range rapid.IntRange(1, 30).Draw(t, "steps") {
+			account := rapid.SampledFrom(accounts).Draw(t, "account")
+			switch rapid.SampledFrom([]string{"frame", "frame", "event", "copy", "correction"}).Draw(t, "what") {
+			case "frame":
+				var calls []usage.Call
+				for range rapid.IntRange(1, 5).Draw(t, "calls") {
+					c := call(rapid.SampledFrom(accounts).Draw(t, "account"), int64(step))
+					switch rapid.SampledFrom([]string{"plain", "refused", "foreign", "many", "own"}).Draw(t, "kind") {
+					case "refused":
+						c.Code = usage.QuotaExceeded
+					case "foreign":
+						c.Source, c.EventID = "s", rapid.SampledFrom([]string{"1", "2", "3"}).Draw(t, "event")
+					case "many":
+						c.Quantities.Set(usage.Calls, 3)
+					case "own":
+						c.Quantities.Set("images", 4)
+					}
+					calls = append(calls, c)
+				}
+				m := ledger.FrameMessage(1, rapid.SampledFrom(gateways).Draw(t, "gateway").seal(1, begin, calls...))
+				sent = append(sent, m)
+				put(m)
+			case "event":
+				text := fmt.Sprintf(`{"specversion":"1.0","type":%q,"source":"s","id":%q,"subject":%q,"time":"2026-01-02T03:04:05Z","data":{"status":200,"meters":{"input_tokens":2}}}`,
+					ledger.CloudEventType, rapid.SampledFrom([]string{"1", "2", "3"}).Draw(t, "event"), account)
+				put(&nats.Msg{Subject: ledger.CallsSubject(1), Header: nats.Header{ledger.CodecHeader: {ledger.CodecCloudEvent}}, Data: []byte(text)})
+			case "copy":
+				if len(sent) > 0 {
+					put(rapid.SampledFrom(sent).Draw(t, "copy"))
+				}
+			case "correction":
+				m, err := ledger.ControlMessage(1, &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_Correction{Correction: &tollkeeperv1.Correction{
+					Account: account, Adjustments: []*tollkeeperv1.Quantity{{Meter: "input_tokens", Value: -1}, {Meter: "calls", Value: 2}},
+				}}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				put(m)
+			}
+		}
+		told := func(x quota.Totals) ledger.Totals {
+			return ledger.Totals{Admitted: x.Admitted, Refused: x.Refused, Meters: x.Meters, Adjusted: x.Adjusted, Hash: x.Hash}
+		}
+		own := map[string]ledger.Totals{}
+		for _, id := range accounts {
+			u, _ := core.Account(id)
+			own[id] = told(u.Own)
+		}
+		w.b.Counters(w.b.Ask(1, 10), reply(w.sequence, told(core.Total()), own))
+		for _, o := range w.b.Out() {
+			if o.Differences != nil {
+				t.Fatalf("found: %+v", o)
+			}
+		}
+		if asked := w.b.Ask(1, 10); len(asked) > 0 {
+			t.Fatalf("the shard's totals differ: asked for are %v", asked)
+		}
+	})
 }
 
 // BenchmarkACallInTheBooks is what the audit of ledger and claims costs: frames

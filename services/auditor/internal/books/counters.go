@@ -98,11 +98,11 @@ func (b *Books) total(s *shard, r *ledger.UsageReply, wrong bool) {
 	}
 }
 
-// counted is what counters say, beside what the books have of it: the counters
-// keep no hash, and what calls say of the meter calls by itself. Corrections are
-// no calls.
+// counted is what counters say. They sum up what calls say of the meter calls by
+// themselves: what those stand for that say nothing is the books' own. Corrections
+// are no calls.
 func counted(life *Life, t *ledger.Totals) audit.Tally {
-	out := audit.Tally{Count: t.Admitted + t.Refused, Refused: t.Refused, Hash: life.Hash}
+	out := audit.Tally{Count: t.Admitted + t.Refused, Refused: t.Refused, Hash: t.Hash}
 	for m, v := range t.Meters {
 		if m != usage.Calls { // what a correction says of calls is in no sum
 			v -= t.Adjusted[m]

@@ -115,6 +115,7 @@ func (c *Client) Each(ctx context.Context, ask func(shard uint32) (ledger.UsageR
 				out.Count += reply.AccountCount
 				out.Total.Admitted += reply.Total.Admitted
 				out.Total.Refused += reply.Total.Refused
+				out.Total.Hash += reply.Total.Hash // modulo 2^64
 				for m, v := range reply.Total.Meters {
 					out.Total.Meters[m] += v
 				}
