@@ -14,6 +14,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/auditor/internal/books"
 	"github.com/tollkeeper/tollkeeper/services/auditor/internal/findings"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
+	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 
 // checker asks ClickHouse, one piece of work at a time.
@@ -54,17 +55,19 @@ func (c *checker) run(ctx context.Context) error {
 		return errors.Join(err, ctx.Err())
 	}
 	defer func() { _ = h.Close() }() // it only reads
-	if err := h.Migrate(ctx); err != nil {
-		return errors.Join(err, ctx.Err())
-	}
+	ready := c.o.Readiness.Component("auditor_tables")
 	begun := false
 	for {
 		select {
 		case j := <-c.jobs:
 			r := result{job: j}
 			if !begun {
-				if r.floor, r.err = h.AuditFrom(ctx); r.err == nil {
+				if r.floor, r.err = begin(ctx, h, ready); r.err == nil {
 					begun = true
+				}
+				var refused *history.MigrationError
+				if errors.As(r.err, &refused) || history.Permanent(r.err) {
+					return r.err
 				}
 			}
 			if r.err == nil {
@@ -79,6 +82,32 @@ func (c *checker) run(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// tables of ClickHouse; *history.History has them.
+type tables interface {
+	// Migrated says whether they are made.
+	Migrated(ctx context.Context) error
+	// AuditFrom returns up to where they can't be compared.
+	AuditFrom(ctx context.Context) (uint64, error)
+}
+
+// begin finds out from where on the history can be compared. The tables are the
+// historian's to make: until it has, that is what the auditor waits for, and the
+// next piece of work comes in a second.
+func begin(ctx context.Context, h tables, ready *telemetry.Component) (floor uint64, err error) {
+	if err = h.Migrated(ctx); err == nil {
+		floor, err = h.AuditFrom(ctx)
+	}
+	switch {
+	case err == nil:
+		ready.OK()
+	case errors.Is(err, history.ErrNotMigrated):
+		ready.NotReady(err.Error() + ": waiting for the historian, which makes them when it starts")
+	default:
+		ready.NotReady("whether ClickHouse's tables are made can't be found out: " + err.Error())
+	}
+	return floor, err
 }
 
 func (c *checker) check(ctx context.Context, h *history.History, r *result) (err error) {

@@ -1,11 +1,13 @@
 package auditor
 
 import (
+	"errors"
 	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/auditor/internal/books"
 	"github.com/tollkeeper/tollkeeper/services/auditor/internal/findings"
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
 )
 
 // Status is how far the audit is, as it stands under ledger.AuditStatusKey (JSON).
@@ -89,20 +91,22 @@ func (a *auditor) status(now time.Time) *Status {
 	case a.unanswered > 0:
 		counters.OK, counters.Detail = false, "some shards have no owner that answers, or one that is behind"
 	}
-	history := Point{Pair: books.LedgerHistory, OK: true, Detail: "stretches are compared as they arrive, and once more later"}
+	kept := Point{Pair: books.LedgerHistory, OK: true, Detail: "stretches are compared as they arrive, and once more later"}
 	switch {
 	case a.checker == nil:
-		history.OK, history.Detail = false, "no address of ClickHouse is given"
+		kept.OK, kept.Detail = false, "no address of ClickHouse is given"
+	case errors.Is(a.historyErr, history.ErrNotMigrated):
+		kept.OK, kept.Detail = false, a.historyErr.Error()+": the historian makes them when it starts"
 	case a.historyErr != nil:
-		history.OK, history.Detail = false, "ClickHouse can't be asked"
+		kept.OK, kept.Detail = false, "ClickHouse can't be asked"
 	}
 	for _, r := range a.rounds {
 		if r.checked.IsZero() {
-			history.LagSeconds = age(r.cut)
+			kept.LagSeconds = age(r.cut)
 			break
 		}
 	}
-	for _, p := range []Point{gateway, counters, history} {
+	for _, p := range []Point{gateway, counters, kept} {
 		p.Open = byPair[p.Pair]
 		s.Points = append(s.Points, p)
 	}

@@ -295,6 +295,55 @@ func TestSeveralServicesMayMigrateAtOnce(t *testing.T) {
 	wg.Wait()
 }
 
+// Who only reads waits for the tables, says how far they are, and does not make them.
+func TestWhoOnlyReadsWaitsForTheTables(t *testing.T) {
+	t.Parallel()
+	h := open(t)
+	if err := h.Migrated(t.Context()); err != nil {
+		t.Errorf("all is applied: %v", err)
+	}
+	all, err := migration.Read(schemas.ClickHouse)
+	if err != nil {
+		t.Fatal(err)
+	}
+	some := map[uint32]migration.Migration{}
+	for _, m := range all[:2] {
+		some[m.Version] = m
+	}
+	if err := compareMigrations(all, some); !errors.Is(err, ErrNotMigrated) || !strings.Contains(err.Error(), fmt.Sprintf("version 2 of %d", len(all))) {
+		t.Errorf("two are applied: %v", err)
+	}
+	newer := map[uint32]migration.Migration{99: {Version: 99}}
+	for _, m := range all {
+		newer[m.Version] = m
+	}
+	if err := compareMigrations(all, newer); err != nil {
+		t.Errorf("a newer historian: %v", err)
+	}
+	other := newer[1]
+	other.Checksum = "another"
+	newer[1] = other
+	var refused *MigrationError
+	if err := compareMigrations(all, newer); !errors.As(err, &refused) || refused.Version != 1 {
+		t.Errorf("other tables: %v", err)
+	}
+	// Neither the database nor the table is there.
+	o := h.o
+	o.Database = "nobody_made_this"
+	empty := &History{o: o}
+	if empty.conn, err = clickhouse.Open(empty.options(o.Database)); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := empty.conn.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := empty.Migrated(t.Context()); !errors.Is(err, ErrNotMigrated) || !strings.Contains(err.Error(), "version 0") {
+		t.Errorf("no database: %v", err)
+	}
+}
+
 func TestAMigrationIsNeverChanged(t *testing.T) {
 	t.Parallel()
 	h := open(t)

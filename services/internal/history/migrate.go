@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/ClickHouse/ch-go/proto"
 	"github.com/ClickHouse/clickhouse-go/v2"
 	"github.com/ClickHouse/clickhouse-go/v2/lib/driver"
 
@@ -98,6 +99,45 @@ func (h *History) migrate(ctx context.Context, all []migration.Migration) error 
 			return fmt.Errorf("note ClickHouse migration %04d (%s): %w", m.Version, m.Name, err)
 		}
 		h.o.Logger.Info().Uint32("version", m.Version).Str("name", m.Name).Msg("ClickHouse migration applied")
+	}
+	return nil
+}
+
+// ErrNotMigrated says that the tables are not yet in the form that this program
+// knows: somebody has still to call Migrate.
+var ErrNotMigrated = errors.New("ClickHouse's tables are not made yet")
+
+// Migrated reports whether the tables are in the form that this program knows or a
+// newer one, for who only reads and leaves Migrate to the historian: nil then, an
+// ErrNotMigrated that says how far they are while that may yet come, and a
+// *MigrationError when they have come to another form.
+func (h *History) Migrated(ctx context.Context) error {
+	all, err := migration.Read(schemas.ClickHouse)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, QueryTimeout)
+	defer cancel()
+	applied, err := h.applied(ctx)
+	switch errorCode(err) {
+	case proto.ErrUnknownTable, proto.ErrUnknownDatabase:
+		applied, err = nil, nil
+	}
+	if err != nil {
+		return err
+	}
+	return compareMigrations(all, applied)
+}
+
+func compareMigrations(all []migration.Migration, applied map[uint32]migration.Migration) error {
+	for n, m := range all {
+		a, ok := applied[m.Version]
+		if !ok {
+			return fmt.Errorf("%w: they are at version %d of %d", ErrNotMigrated, n, len(all))
+		}
+		if a.Checksum != m.Checksum {
+			return &MigrationError{m.Version, m.Name, "it was applied with other content: a migration is never changed, add a new one instead"}
+		}
 	}
 	return nil
 }
