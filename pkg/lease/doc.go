@@ -27,6 +27,7 @@
 //	  Want                      granted only if something is free and nobody waits; never queued
 //	  Renew                     more time, as any Need or Want brings
 //	  Closing, LastWord         all that is not used comes back; the lease is over for good
+//	Ended                       the same for one that can't speak: all but what it can have used
 //	Outside                     settled without a lease: foreign events, corrections
 //	Amount                      raised: who was denied is told; lowered: what is out is called back
 //	(nothing: a tick)           leases lapse, patience ends, the policy releases, the window opens or ends
@@ -49,6 +50,18 @@
 // Late and Outside; settled + outstanding + exposure ≤ what there was + MaxExposure (+ Above, Outside). Outstanding
 // falls only by the holder's word or by a release: expiry, skew and failover free nothing. So a wrong
 // clock can put a call into the wrong window, but can't admit one too many of any window's lease.
+//
+// # Marks
+//
+// Of a gateway that was killed nobody knows which calls were under way: they may have
+// reached what they were for, and stand nowhere. So units of a purse that is Sealed
+// can be taken only up to its mark, a total that is on disk (or wherever a kill leaves
+// it) before the units are free. The mark goes ahead of use in steps, of an eighth of
+// the newest grant or 16 units, when half of a step is left: calls wait for it only
+// when they need more than that, or are the first. The next run of the gateway, once
+// all that the dead one left is in the ledger, says how far each mark was: what is
+// beyond was not used, and comes back. What is below and was not counted stays
+// outstanding.
 //
 // # Denials
 //
@@ -73,7 +86,9 @@
 //	message lost, copied, late     made good by the next one                         exact
 //	gateway, orderly               last word when its reservations are resolved      exact
 //	gateway, orderly, unheard      dead until Ended; all but the counted come back   exact
-//	gateway, killed                dead until the window ends                        exact
+//	gateway, killed, with marks    dead until Ended; what is beyond its mark is back exact
+//	the same, below the mark       dead until counted, or until the window ends      exact
+//	gateway, killed, no marks      dead until the window ends                        exact
 //	the same, ReleaseAfter > 0     handed out again, exposure counted                leased: + MaxExposure
 //	gateway cut off or paused      uses what it has until expiry, then Fetch (503)   exact
 //	call that never settles        its bound stays held                              exact; leased: + ReleaseHolds a gateway

@@ -140,9 +140,17 @@ type Entry struct {
 	// gateway's word. The gateway reports the same units in time: the larger of
 	// the two totals holds. Use of a lease that is not remembered is Outside.
 	Counted []Counted
-	// Ended gateway: every call that it let through has been counted. Its lease is
-	// closed and what was not used comes back.
-	Ended *Gateway
+	// Ended gateway, of which nothing is to come.
+	Ended *End
+}
+
+// End of a gateway. Its lease is closed, and what it has not used comes back.
+type End struct {
+	Gateway Gateway
+	// Keep is how much of the lease it may have used at most, by its own mark, or 0
+	// when every call that it let through has been counted. What was not counted of
+	// that stays outstanding: calls that come all the same settle it.
+	Keep int64
 }
 
 // Effects of an entry.
@@ -230,10 +238,10 @@ func (e *Escrow) count(c Counted) {
 }
 
 // end closes the lease of a gateway of which nothing is to come.
-func (e *Escrow) end(g Gateway) {
-	if i, known := e.find(g); known && !e.leases[i].closed {
+func (e *Escrow) end(x End) {
+	if i, known := e.find(x.Gateway); known && !e.leases[i].closed {
 		l := &e.leases[i]
-		e.settle(l, l.out())
+		e.settle(l, max(0, l.out()-max(0, x.Keep-l.used)))
 		l.heard = e.now
 		e.close(l)
 	}
@@ -268,14 +276,12 @@ func (e *Escrow) elapse() {
 	gone := false
 	for i := range e.leases {
 		l := &e.leases[i]
-		if l.closed {
-			gone = gone || e.forgettable(l)
-			continue
-		}
-		l.lapsed = l.lapsed || l.expiry <= e.now
-		l.silent = l.silent || l.recalled() && l.recallBy <= e.now
-		if l.waiting != 0 && e.staleAt(l) <= e.now {
-			l.waiting, l.need, l.want = 0, 0, 0 // its gateway has died or does not wait any more
+		if !l.closed {
+			l.lapsed = l.lapsed || l.expiry <= e.now
+			l.silent = l.silent || l.recalled() && l.recallBy <= e.now
+			if l.waiting != 0 && e.staleAt(l) <= e.now {
+				l.waiting, l.need, l.want = 0, 0, 0 // its gateway has died or does not wait any more
+			}
 		}
 		if out := l.out(); e.releaseAt(l) <= e.now && out <= e.terms.MaxExposure-e.exposure {
 			l.released = out
@@ -283,6 +289,7 @@ func (e *Escrow) elapse() {
 			e.exposure += out
 			e.counts.Released += out
 		}
+		gone = gone || e.forgettable(l)
 	}
 	if gone {
 		e.leases = slices.DeleteFunc(e.leases, func(l lease) bool { return e.forgettable(&l) })
@@ -290,12 +297,13 @@ func (e *Escrow) elapse() {
 }
 
 // uncountedFor is for how many horizons a closed lease is remembered of which not
-// every call was counted: they may yet be, and are not to be settled twice.
+// every call was counted: they may yet be, and are not to be settled twice. One of
+// which some is out is remembered until the window ends.
 const uncountedFor = 32
 
 func (e *Escrow) forgettable(l *lease) bool {
 	age := e.now - l.heard
-	return l.closed && age > e.terms.Horizon && (l.counted >= l.said+l.beyond || age/uncountedFor > e.terms.Horizon)
+	return l.closed && l.out() == 0 && age > e.terms.Horizon && (l.counted >= l.said+l.beyond || age/uncountedFor > e.terms.Horizon)
 }
 
 const never = Micros(1<<63 - 1)
@@ -316,13 +324,10 @@ func (e *Escrow) Due() (Micros, bool) {
 	waiting := false
 	for i := range e.leases {
 		l := &e.leases[i]
-		if l.closed {
-			continue
-		}
 		if !l.lapsed {
 			at = min(at, l.expiry)
 		}
-		if l.recalled() && !l.silent {
+		if l.recalled() && !l.silent && !l.closed {
 			at = min(at, l.recallBy)
 		}
 		if l.waiting != 0 {
@@ -385,7 +390,7 @@ func (e *Escrow) ask(m *Ask, fx *Effects) {
 	used, returned, over := max(m.Used, l.said), max(m.Returned, l.returned), max(m.Over, l.beyond)
 	switch {
 	case l.closed:
-		// All that it had was settled or has come back: more use is beyond it.
+		// All that it had was settled, has come back or is out for good: more use is beyond it.
 		of := min(used, l.granted-l.returned)
 		used, returned, over = of, l.returned, over+used-of
 	case m.Known > l.granted || used+returned > l.granted:
@@ -574,7 +579,7 @@ func (e *Escrow) recallFor(asker *lease, since uint64, short int64) bool {
 		var best *lease
 		for i := range e.leases {
 			o := &e.leases[i]
-			if o == asker || o.out() == 0 || o.released > 0 || o.silent || o.recalled() || o.recall != 0 && o.recall >= since {
+			if o == asker || o.closed || o.out() == 0 || o.released > 0 || o.silent || o.recalled() || o.recall != 0 && o.recall >= since {
 				continue
 			}
 			if best == nil || o.spare() > best.spare() {
@@ -647,7 +652,7 @@ type State struct {
 	// Overdraft is what was spent beyond the allowance.
 	Overdraft int64
 	// Dead is the part of Outstanding in leases that have ended: it is spent
-	// unless its gateway or a spool says otherwise.
+	// unless its gateway or its marks say otherwise.
 	Dead   int64
 	Leases int
 	Waits  int

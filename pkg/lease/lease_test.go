@@ -58,6 +58,30 @@ func TestUseThatTheLogCountsIsSettledOnce(t *testing.T) {
 	worlds(t, "counted", counted)
 }
 
+// sealed returns a world in which units are used up to marks, which is all that is
+// known of a gateway that was killed: its calls may be in the log or not.
+func sealed(seed uint64) plan {
+	p := counted(seed)
+	r := rand.New(rand.NewPCG(seed, 3))
+	p.faults.journal = Micros(1+r.IntN(1+r.IntN(100))) * ms
+	p.faults.marked = 1000 - r.IntN(500)
+	p.faults.crashes = max(p.faults.crashes, 1500)
+	if r.IntN(2) == 0 {
+		p.amount *= 20
+	}
+	if p.faults.release {
+		p.reserve = 0 // else units are released that calls under way may yet use, beyond the mark
+	}
+	return p
+}
+
+func TestMarksGiveBackWhatAKilledGatewayCantHaveUsed(t *testing.T) {
+	t.Parallel()
+	if sum := worlds(t, "marks", sealed); sum.marks == 0 || sum.given == 0 {
+		t.Errorf("%d marks gave back %d units", sum.marks, sum.given)
+	}
+}
+
 func TestTheLeasedTierExceedsByItsExposureAtMost(t *testing.T) {
 	t.Parallel()
 	worlds(t, "leased", func(seed uint64) plan {
@@ -76,7 +100,7 @@ func TestAWrongClockAdmitsNoMore(t *testing.T) {
 	})
 }
 
-func worlds(t *testing.T, name string, make func(uint64) plan) {
+func worlds(t *testing.T, name string, make func(uint64) plan) (sum world) {
 	t.Helper()
 	first, n := uint64(1), uint64(*simSeeds)
 	if *simSeed != 0 {
@@ -85,7 +109,6 @@ func worlds(t *testing.T, name string, make func(uint64) plan) {
 	if raceDetector {
 		n = min(n, 100) // there is one goroutine in a world
 	}
-	var sum world
 	var s Counts
 	for seed := first; seed < first+n; seed++ {
 		w := newWorld(make(seed))
@@ -101,6 +124,8 @@ func worlds(t *testing.T, name string, make func(uint64) plan) {
 		sum.timeouts += w.timeouts
 		sum.asks += w.asks
 		sum.answers += w.answers
+		sum.marks += w.marks
+		sum.given += w.given
 		for _, e := range w.fold {
 			c := e.State().Counts
 			s.Grants += c.Grants
@@ -115,6 +140,7 @@ func worlds(t *testing.T, name string, make func(uint64) plan) {
 	}
 	t.Logf("%s: %d worlds from seed %d: %d calls admitted, %d refused, %d early (%d of them wrongly), %d gave up waiting; %d asks, %d answers; %+v",
 		name, n, first, sum.admittedCalls, sum.refused, sum.refusedEarly, sum.falseEarly, sum.timeouts, sum.asks, sum.answers, s)
+	return sum
 }
 
 // checkMessages: a gateway speaks because it gets, gives back or is refused
@@ -154,6 +180,8 @@ func TestTheSimulationFindsABrokenProtocol(t *testing.T) {
 		"a frame is counted twice":     counted,
 		"an end before all is counted": counted,
 
+		"units are used before their mark is noted": sealed,
+
 		"a unit is used twice":                random,
 		"use goes on after the lease's end":   random,
 		"the spool forgets":                   random,
@@ -187,6 +215,7 @@ func TestWithoutFaultsAllButAThousandthIsAdmitted(t *testing.T) {
 		"calls of several units":         func(p *plan) { p.most = 5 },
 		"twenty gateways":                func(p *plan) { p.gateways, p.clients = 20, 10 },
 		"two limits on the path":         func(p *plan) { p.levels = 2 },
+		"units up to marks":              func(p *plan) { p.faults.journal = 10 * ms },
 		"one gateway that does all":      func(p *plan) { p.gateways, p.clients = 1, 192 },
 		"reservations":                   func(p *plan) { p.reserve, p.bound = 1000, 20 },
 		"reservations and counted calls": func(p *plan) { p.reserve, p.bound, p.amount = 500, 100, 100_000 },

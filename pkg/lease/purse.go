@@ -24,7 +24,20 @@ type Habits struct {
 	// ReleaseHolds is how many units of expired reservations may be used again
 	// before their calls are settled; 0 makes the tier exact.
 	ReleaseHolds int64
+	// Sealed: what is granted may only be used up to the purse's mark (see
+	// Purse.Mark), so that it is known of a gateway that was killed how much it can
+	// have used at most.
+	Sealed bool
 }
+
+const (
+	// leastMark is how far the mark is moved at least: so much of a lease may stay
+	// spent after a kill although nobody used it.
+	leastMark = 16
+	// markParts of the last grant are unlocked one after the other.
+	markParts = 8
+	unmarked  = 1<<63 - 1
+)
 
 // Outcome of an attempt to take units.
 type Outcome uint8
@@ -62,9 +75,10 @@ type denial struct {
 // purse and allocate nothing but the Hold; the other methods by one goroutine at
 // a time, beside them.
 //
-// Units move free → used (Take), free → held → used or free (Reserve, Settle),
-// free → returned. They are taken away before they are added: the sum is never
-// more than was granted, and less only while somebody is between the two.
+// Units move sealed → free (Unlocked), free → used (Take), free → held → used or
+// free (Reserve, Settle), sealed or free → returned. They are taken away before
+// they are added: the sum is never more than was granted, and less only while
+// somebody is between the two. Used + held + free is never more than the mark.
 type Purse struct {
 	free, low, used atomic.Int64
 	until           atomic.Int64 // of the lease, skew taken off
@@ -79,7 +93,9 @@ type Purse struct {
 	gateway                             Gateway
 	habits                              Habits
 	end                                 Micros
-	granted, returned                   int64
+	granted, returned, sealed           int64
+	mark                                int64 // what can be used at most since the lease began
+	newest                              int64 // grant
 	expiry, needUntil, grantedAt, pause Micros
 	seq, answered                       uint64
 	seen, epoch                         uint64
@@ -92,13 +108,17 @@ type Purse struct {
 	sent                                Ask
 	sentAt, retryAt, hopeAt, renewAt    Micros
 	usedThen                            int64    // when it was last granted
-	_                                   [64]byte // 512 in all: the allocator then begins it with a line
+	_                                   [32]byte // 512 in all: the allocator then begins it with a line
 }
 
 // NewPurse returns the purse of gateway g for an allowance whose window ends at
 // end (0: never). It is empty.
 func NewPurse(g Gateway, end Micros, h Habits) *Purse {
-	return &Purse{gateway: g, habits: h, end: end, pause: h.RetryAfter}
+	p := &Purse{gateway: g, habits: h, end: end, pause: h.RetryAfter}
+	if !h.Sealed {
+		p.mark = unmarked
+	}
+	return p
 }
 
 // After numbers the purse's messages after seq, where another purse of the same
@@ -223,8 +243,66 @@ func (p *Purse) Close() { p.closing = true }
 // be dropped.
 func (p *Purse) Done() bool { return p.closed && p.answered >= p.seq }
 
-// giveBack takes all that is free out of use.
-func (p *Purse) giveBack() { p.returned += p.free.Swap(0) }
+// giveBack takes all that is free or sealed out of use.
+func (p *Purse) giveBack() {
+	p.returned += p.free.Swap(0) + p.sealed
+	p.sealed = 0
+}
+
+// open is what was unlocked and did not go back: used, held or free.
+func (p *Purse) open() int64 { return p.granted - p.returned - p.sealed }
+
+// Mark returns up to which total, since the lease began, units should be made
+// usable next: note it where a kill leaves it, and then call Unlocked. False: the
+// mark is far enough. Ask after Need, Receive, Unlocked and an AdmittedLow; what is
+// under way need not be noted again.
+func (p *Purse) Mark(now Micros) (int64, bool) {
+	if p.mark == unmarked || p.closing || p.ending(now) {
+		return 0, false
+	}
+	free, open := p.free.Load(), p.open()
+	step := max(p.newest/markParts, leastMark)
+	to := open + p.sealed
+	switch short := p.need - free; {
+	case short > 0 && now < p.needUntil:
+		// A call waits. Where more has to be fetched the mark is there before it.
+		step = max(step, short)
+		to = max(min(to, open+step), open+short)
+		if short > p.sealed {
+			to = max(to, open+leastMark)
+		}
+	case p.sealed > 0 && free <= p.low.Load():
+		to = min(to, open+step)
+	default:
+		return 0, false
+	}
+	return to, to > p.mark
+}
+
+// Unlocked says that a mark is noted: whatever happens to this process, it will be
+// known. The caller then tries again all that waits, and calls Next after that.
+func (p *Purse) Unlocked(mark int64) {
+	p.mark = max(p.mark, mark)
+	if p.unlock() && p.need <= p.free.Load() {
+		p.need = 0
+	}
+}
+
+// unlock makes usable what the mark allows.
+func (p *Purse) unlock() bool {
+	n := min(p.sealed, p.mark-p.open())
+	if n > 0 {
+		p.sealed -= n
+		p.free.Add(n)
+	}
+	if p.sealed > 0 {
+		// Early enough for the next mark to be noted before this one is reached.
+		p.low.Store(max(p.newest/markParts, leastMark) / 2)
+	} else {
+		p.low.Store(p.newest / 2)
+	}
+	return n > 0
+}
 
 // Receive takes in an answer. The caller then tries again all that waits, and
 // calls Next after that.
@@ -243,12 +321,13 @@ func (p *Purse) Receive(a Answer, now Micros) {
 	if more := a.Granted - p.granted; more > 0 {
 		p.granted = a.Granted
 		p.grantedAt, p.usedThen = now, p.used.Load()+p.held.Load()
-		p.low.Store(more / 2)
+		p.newest = more
 		p.need, p.tight, p.hopeAt = 0, false, now
 		if p.closing {
 			p.returned += more
 		} else {
-			p.free.Add(more)
+			p.sealed += more
+			p.unlock()
 		}
 	}
 	if a.Expiry > p.expiry {
@@ -351,7 +430,7 @@ func (p *Purse) last(m *Ask) bool {
 
 // wish adds what the gateway would like.
 func (p *Purse) wish(m *Ask, now Micros) {
-	free := p.free.Load()
+	free := p.free.Load() + p.sealed
 	spent := m.Used + m.Held - p.usedThen
 	if p.need > free && p.Outcome(p.need, now) == Fetch {
 		m.Need = p.need - free
@@ -362,7 +441,7 @@ func (p *Purse) wish(m *Ask, now Micros) {
 	if p.granted == 0 || p.tight || !good {
 		return
 	}
-	if spent > 0 && free <= p.low.Load() && now >= p.hopeAt && p.denial.Load() == nil {
+	if spent > 0 && free <= p.newest/2 && now >= p.hopeAt && p.denial.Load() == nil {
 		m.Want = p.foresee(spent, now)
 	}
 	m.Renew = (spent > 0 && free > 0 || m.Held > 0) && (p.end == 0 || p.expiry < p.end) && now >= max(p.renewAt, p.expiry-p.habits.Skew-p.habits.Term/2)

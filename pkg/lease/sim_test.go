@@ -26,6 +26,10 @@ type faults struct {
 	// its calls at most; 0: they are not.
 	frames   Micros
 	complete int // crashes of which the spool has every call, and the log says so
+	// journal: units are used up to a mark that takes so long at most to be noted,
+	// and may fail to be; 0: as they come.
+	journal Micros
+	marked  int // crashes after which the log is told the marks
 }
 
 // plan of a simulated world.
@@ -56,6 +60,7 @@ func simHabits(f faults) Habits {
 	if f.release {
 		h.ReleaseHolds = 20
 	}
+	h.Sealed = f.journal > 0
 	return h
 }
 
@@ -120,6 +125,8 @@ type simGateway struct {
 	landing Micros  // of the last frame
 	lost    bool    // what is not in the log never will be
 	ended   bool    // its end by the log is on its way
+
+	noting, noted []int64 // marks, by allowance: on the way to the disk and there
 }
 
 type simHold struct {
@@ -171,7 +178,10 @@ type world struct {
 	snapshot *simOwner
 
 	asks, answers, refused, refusedEarly, falseEarly, timeouts, admittedCalls int
-	early                                                                     [][]int64 // amounts refused early, by window
+
+	marks int       // that were to be noted
+	given int64     // units that marks gave back
+	early [][]int64 // amounts refused early, by window
 }
 
 func newWorld(p plan) *world {
@@ -373,7 +383,28 @@ func (w *world) end(g *simGateway, after Micros) {
 	w.after(at-w.now+1, func() {
 		for i, p := range g.purses {
 			if p != nil {
-				w.append(i, Entry{Ended: &g.id})
+				w.append(i, Entry{Ended: &End{Gateway: g.id}})
+			}
+		}
+	})
+}
+
+// endAtMarks has the log say how much of its leases a dead gateway can have used.
+func (w *world) endAtMarks(g *simGateway) {
+	g.ended = true
+	at := max(g.landing, w.now+2*w.faults.delay+w.upTo(second))
+	w.after(at-w.now+1, func() {
+		for i, p := range g.purses {
+			if p == nil {
+				continue
+			}
+			back := w.fold[i].State().Counts.Returned
+			w.append(i, Entry{Ended: &End{g.id, g.noted[i]}})
+			w.given += w.fold[i].State().Counts.Returned - back
+			for _, h := range w.fold[i].Holdings() {
+				if h.Gateway == g.id && h.Outstanding > max(0, g.noted[i]-h.Used) {
+					w.fail("%d units stay out of a lease of which %d are used and %d can be", h.Outstanding, h.Used, g.noted[i])
+				}
 			}
 		}
 	})
@@ -604,6 +635,7 @@ func (w *world) newGateway() *simGateway {
 	w.ids++
 	g := &simGateway{alive: true, holds: NewHolds(64), open: map[*Hold]simHold{}, purses: make([]*Purse, w.allowances())}
 	g.pending, g.counted = make([]int64, w.allowances()), make([]int64, w.allowances())
+	g.noting, g.noted = make([]int64, w.allowances()), make([]int64, w.allowances())
 	binary.BigEndian.PutUint64(g.id[:], w.rng.Uint64())
 	binary.BigEndian.PutUint64(g.id[8:], w.ids)
 	w.gateways = append(w.gateways, g)
@@ -657,7 +689,34 @@ func (w *world) pump(g *simGateway) {
 				w.carry(func() { w.hear(i, &m) })
 			}
 		}
+		if m, ok := p.Mark(w.clock(g)); ok && m > g.noting[i] {
+			w.journal(g, i, m)
+		}
 	}
+}
+
+// journal notes a mark on the gateway's disk, and lets the purse use it after that.
+func (w *world) journal(g *simGateway, i int, m int64) {
+	w.marks++
+	g.noting[i] = m
+	if w.broken == "units are used before their mark is noted" {
+		g.purses[i].Unlocked(m)
+	}
+	w.after(w.upTo(w.faults.journal), func() {
+		fails := w.faults.crashes > 0 && w.chance(50) && !w.stopped
+		if !fails || w.chance(500) { // nobody knows what a failed write has left
+			g.noted[i] = max(g.noted[i], m)
+		}
+		switch {
+		case !g.alive:
+		case fails:
+			g.noting[i] = 0
+		default:
+			g.purses[i].Unlocked(m)
+			w.retry(g)
+			w.pump(g)
+		}
+	})
 }
 
 func (w *world) crash(at int) {
@@ -667,7 +726,8 @@ func (w *world) crash(at int) {
 	}
 	g.alive = false
 	complete := w.faults.frames > 0 && w.reserve == 0 && w.chance(w.faults.complete)
-	speaks := !complete && w.chance(w.faults.spool)
+	marked := !complete && w.faults.journal > 0 && w.chance(w.faults.marked)
+	speaks := !complete && !marked && w.chance(w.faults.spool)
 	if complete || speaks {
 		w.flush(g)
 	} else {
@@ -675,6 +735,9 @@ func (w *world) crash(at int) {
 	}
 	if complete {
 		w.end(g, 2*w.faults.delay+w.upTo(second)) // after all that it has said
+	}
+	if marked {
+		w.endAtMarks(g)
 	}
 	for _, hold := range g.open {
 		if speaks {

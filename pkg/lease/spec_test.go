@@ -573,7 +573,7 @@ func TestUseOfALeaseThatIsNoMoreIsSettledAllTheSame(t *testing.T) {
 	d.apply(Entry{Counted: []Counted{{bert, 2}}})
 	d.is("of a lease that nobody knows", d.e.State().Counts.Outside, int64(2))
 	d.ask(Ask{Gateway: anna, Seq: 1, Need: 5})
-	d.apply(Entry{Ended: &anna})
+	d.apply(Entry{Ended: &End{Gateway: anna}})
 	d.is("outstanding after the end", d.e.State().Outstanding, int64(0))
 	d.apply(Entry{Counted: []Counted{{anna, 1}}})
 	d.is("after its end", d.e.State().Counts.Late, int64(1))
@@ -586,7 +586,7 @@ func TestUseOfALeaseThatIsNoMoreIsSettledAllTheSame(t *testing.T) {
 	d.is("given up still", s.Exposure, int64(2))
 	d.is("late", s.Counts.Late, int64(4))
 	d.is("settled", s.Settled, int64(6))
-	d.apply(Entry{Ended: &cleo})
+	d.apply(Entry{Ended: &End{Gateway: cleo}})
 	d.is("given up after its end", d.e.State().Exposure, int64(0))
 }
 
@@ -596,7 +596,7 @@ func TestAnEndByTheLogClosesTheLease(t *testing.T) {
 	d.ask(Ask{Gateway: anna, Seq: 1, Need: 10})
 	d.ask(Ask{Gateway: bert, Seq: 1, Need: 4})
 	d.apply(Entry{Counted: []Counted{{anna, 6}}})
-	d.apply(Entry{Ended: &anna})
+	d.apply(Entry{Ended: &End{Gateway: anna}})
 	d.is("bert, who waited", d.said[bert].Granted, int64(4))
 	a, _ := d.ask(Ask{Gateway: anna, Seq: 2, Known: 10, Used: 6, Need: 1})
 	d.is("anna", a.Verdict, Ended)
@@ -605,7 +605,7 @@ func TestAnEndByTheLogClosesTheLease(t *testing.T) {
 	_, fx := d.ask(Ask{Gateway: anna, Seq: 3, Known: 10, Used: 6, Returned: 4, Closing: true})
 	d.is("invalid", fx.Invalid, "")
 	d.is("settled", d.e.State().Settled, int64(6))
-	d.apply(Entry{Ended: &cleo})
+	d.apply(Entry{Ended: &End{Gateway: cleo}})
 	d.is("leases", d.e.State().Leases, 2)
 }
 
@@ -617,4 +617,117 @@ func TestTermsChangeWhileTheWindowGoesOn(t *testing.T) {
 	d.is("the window", d.e.terms.End, Micros(0))
 	a, _ := d.ask(Ask{Gateway: anna, Seq: 2, Known: 1, Need: 1})
 	d.is("expiry", a.Expiry, 3*second)
+}
+
+func TestAKilledGatewaysMarkGivesBackWhatIsBeyondIt(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 100, func(terms *Terms) { terms.End = 1000 * second })
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 60})
+	d.apply(Entry{Counted: []Counted{{anna, 10}}})
+	d.apply(Entry{Ended: &End{anna, 25}})
+	s := d.e.State()
+	d.is("settled", s.Settled, int64(10))
+	d.is("outstanding: calls that were under way may have used it", s.Outstanding, int64(15))
+	d.is("dead", s.Dead, int64(15))
+	a, _ := d.ask(Ask{Gateway: anna, Seq: 2, Known: 60, Used: 12, Need: 5})
+	d.is("its word from before", [2]bool{a.Verdict == Ended, a.Granted == 0}, [2]bool{true, true})
+	d.is("what it says it used", d.e.State().Settled, int64(12))
+	d.apply(Entry{Counted: []Counted{{anna, 4}}})
+	d.is("calls that come all the same", d.e.State().Settled, int64(14))
+	d.is("outstanding", d.e.State().Outstanding, int64(11))
+	d.apply(Entry{Ended: &End{anna, 0}})
+	d.is("an end that comes twice", d.e.State().Outstanding, int64(11))
+	b, _ := d.ask(Ask{Gateway: bert, Seq: 1, Need: 75})
+	d.is("bert", b.Granted, int64(75))
+	b, _ = d.ask(Ask{Gateway: bert, Seq: 2, Known: 75, Need: 1})
+	d.is("bert, who asks for more", [2]any{b.Verdict, b.Granted}, [2]any{DeniedEarly, int64(75)})
+	// It is remembered as long as some of it is out.
+	d.now += 900 * second
+	d.apply(Entry{})
+	d.is("leases after a long time", d.e.State().Leases, 2)
+	read, _, err := Read(d.e.Append(nil), d.e.terms)
+	if err != nil || read.State() != d.e.State() {
+		t.Errorf("a snapshot: %+v, %v", read.State(), err)
+	}
+}
+
+func TestWhatAMarkKeepsIsGivenUpInTheLeasedTier(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t, 10, func(terms *Terms) { terms.ReleaseAfter, terms.MaxExposure = second, 10 })
+	d.ask(Ask{Gateway: anna, Seq: 1, Need: 10})
+	d.apply(Entry{Ended: &End{anna, 4}})
+	d.is("outstanding", d.e.State().Outstanding, int64(4))
+	due, _ := d.e.Due()
+	d.now = due
+	d.apply(Entry{})
+	s := d.e.State()
+	d.is("given up", [3]int64{s.Outstanding, s.Exposure, s.Counts.Released}, [3]int64{0, 4, 4})
+	d.apply(Entry{Counted: []Counted{{anna, 3}}})
+	d.is("late", d.e.State().Counts.Late, int64(3))
+}
+
+func TestUnitsAreUsedUpToTheMarkThatIsNoted(t *testing.T) {
+	t.Parallel()
+	h := Habits{Skew: ms, Term: second, ReportEvery: ms, RetryAfter: ms, Recheck: second, FirstWant: 1, MaxWant: 1, Sealed: true}
+	p := NewPurse(anna, 0, h)
+	mark := func(what string, now Micros, want int64) {
+		t.Helper()
+		if m, ok := p.Mark(now); ok != (want > 0) || ok && m != want {
+			t.Errorf("%s: mark %d, %v, want %d", what, m, ok, want)
+		}
+	}
+	take := func(n int64) Outcome { o, _ := Take([]Part{{p, n}}, 1); return o }
+	mark("nobody wants anything", 0, 0)
+	p.Need(2, second)
+	mark("a call waits: before its units are there", 0, 16)
+	m, _ := p.Next(0)
+	p.Unlocked(16)
+	p.Receive(Answer{Gateway: anna, Epoch: 1, Revision: 1, Seq: m.Seq, Granted: 400, Expiry: second}, 0)
+	if p.free.Load() != 16 || p.sealed != 384 {
+		t.Fatalf("%d free, %d sealed", p.free.Load(), p.sealed)
+	}
+	mark("ahead of who comes: little is free beside what is sealed", 1, 66)
+	if o := take(17); o != Fetch {
+		t.Errorf("beyond the mark: %d", o)
+	}
+	p.Need(17, second)
+	mark("a call that needs more than is free", 1, 66)
+	if m, ok := p.Next(1); ok {
+		t.Errorf("what is sealed has not to be asked for: %+v", m)
+	}
+	p.Unlocked(66)
+	if o := take(17); o != Admitted {
+		t.Errorf("then: %d", o)
+	}
+	mark("nobody waits any more", 1, 0)
+	if o := take(25); o != AdmittedLow {
+		t.Errorf("when half of a step is left: %d", o)
+	}
+	mark("ahead of who comes", 1, 116)
+	p.Unlocked(116)
+	// What goes back was free or sealed; the mark stays, as what was used.
+	p.Close()
+	m, _ = p.Next(2)
+	if m.Used != 42 || m.Returned != 358 || !m.Closing || p.sealed != 0 {
+		t.Errorf("the last word: %+v", m)
+	}
+	mark("at the end", 2, 0)
+}
+
+func TestAMarkThatIsFartherThanWhatIsOpenUnlocksTheNextGrant(t *testing.T) {
+	t.Parallel()
+	h := Habits{Term: second, ReportEvery: ms, RetryAfter: ms, Recheck: second, FirstWant: 1, MaxWant: 1, Sealed: true}
+	p := NewPurse(anna, 0, h)
+	p.Need(10, second)
+	m, _ := p.Next(0)
+	p.Receive(Answer{Gateway: anna, Epoch: 1, Revision: 1, Seq: m.Seq, Granted: 20, Expiry: second}, 0)
+	p.Unlocked(20)
+	p.Receive(Answer{Gateway: anna, Epoch: 1, Revision: 2, Seq: m.Seq, Granted: 20, Expiry: second, Recall: 2}, 0)
+	if m, _ = p.Next(0); m.Returned != 20 {
+		t.Fatalf("a recall: %+v", m)
+	}
+	p.Receive(Answer{Gateway: anna, Epoch: 1, Revision: 3, Seq: m.Seq, Granted: 50, Expiry: second}, 0)
+	if p.free.Load() != 20 || p.sealed != 10 {
+		t.Errorf("%d free, %d sealed: 20 can have been used by what is noted, and none was", p.free.Load(), p.sealed)
+	}
 }

@@ -43,7 +43,7 @@ type allowance struct {
 	stirred bool
 	entry   lease.Entry
 	ask     lease.Ask
-	ended   lease.Gateway
+	ended   lease.End
 	counted [1]lease.Counted
 	// refusing: an ask for more of an account that is closed.
 	refusing bool
@@ -281,18 +281,52 @@ func (s *Shard) countLeased(p, k uint32, d int, used int64) {
 	}
 }
 
-// endLeases closes the leases of a gateway whose calls are all counted: those
-// of limits of calls, because what another meter of an open call might have used
-// nobody knows.
-func (s *Shard) endLeases(g lease.Gateway) {
+// endLeases closes the leases of a gateway of which nothing is to come. Those of
+// limits of calls have used what was counted, when all its calls were; of others,
+// because what another meter of an open call might have used nobody knows, the
+// gateway's marks must say how much of them it can have used. Without, they stay.
+func (s *Shard) endLeases(g lease.Gateway, complete bool, marks *LeaseMarks) {
+	if !complete && marks == nil {
+		return
+	}
+	keep := s.marked(marks)
 	for key, x := range s.allowances {
-		def := s.plans.defs[s.accounts[key.account].plan]
-		if s.plans.limits[def.first+key.limit].meter == uint32(usage.CallsIndex) && x.escrow.Holds(g) {
-			x.ended = g
+		calls := s.limitAt(x).meter == uint32(usage.CallsIndex)
+		if (complete && calls || marks != nil) && x.escrow.Holds(g) {
+			x.ended = lease.End{Gateway: g}
+			if !complete || !calls {
+				x.ended.Keep = keep[key]
+			}
 			x.entry.Ended = &x.ended
 			s.stir(x)
 		}
 	}
+}
+
+// marked finds the allowances that marks are of.
+func (s *Shard) marked(marks *LeaseMarks) map[allowanceKey]int64 {
+	if marks == nil {
+		return nil
+	}
+	keep := make(map[allowanceKey]int64, len(marks.Marks))
+	for n := range marks.Marks {
+		m := &marks.Marks[n]
+		i, ok := s.find([]byte(m.Account))
+		if !ok {
+			continue
+		}
+		def := s.plans.defs[s.accounts[i].plan]
+		for k, l := range s.plans.limits[def.first : def.first+def.n] {
+			if !l.leased || l.fullID != m.LimitID {
+				continue
+			}
+			if number := l.kind.Number(m.WindowStart); number == int64(int32(number)) {
+				key := allowanceKey{i, uint32(k), int32(number)}
+				keep[key] = max(keep[key], m.UsedAtMost)
+			}
+		}
+	}
+	return keep
 }
 
 // settleLeases applies what this entry brought.

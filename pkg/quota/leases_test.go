@@ -168,6 +168,43 @@ func TestAProducersCompleteEndGivesItsLeasesBack(t *testing.T) {
 	d.is("a call that comes all the same", d.state().Settled, int64(4))
 }
 
+// A gateway that was killed says by its marks how much it can have used: of limits of
+// all meters, since reservations are below the marks, too.
+func TestAKilledProducersMarksGiveBackWhatIsBeyondThem(t *testing.T) {
+	t.Parallel()
+	tokens := exactly(100)
+	tokens.ID, tokens.Meter = "out", usage.OutputTokens
+	d := newLeaseDesk(t, exactly(10), tokens)
+	ask := func(limit string, m lease.Ask) {
+		m.Sent = lease.Micros(d.now)
+		d.apply(Entry{Asks: []LeaseAsk{{Account: "acme", LimitID: limit, WindowStart: noon, Ask: m}}})
+	}
+	ask("free/rpm", lease.Ask{Gateway: anna, Seq: 1, Need: 8})
+	ask("free/out", lease.Ask{Gateway: anna, Seq: 1, Need: 90})
+	ask("free/rpm", lease.Ask{Gateway: bert, Seq: 1, Need: 2})
+	out := func() [2]int64 {
+		u, _ := d.s.Account("acme")
+		return [2]int64{u.Limits[0].Lease.Outstanding, u.Limits[1].Lease.Outstanding}
+	}
+	d.leased(anna, 1, 3)
+	d.is("outstanding", out(), [2]int64{7, 90})
+	p := dedup.Producer(anna)
+	marks := &LeaseMarks{Marks: []LeaseMark{
+		{"acme", "free/rpm", noon, 5}, {"acme", "free/rpm", noon - 60*second, 10}, {"acme", "free/none", noon, 10}, {"nobody", "free/rpm", noon, 10},
+	}}
+	// A frame is missing: its calls are below the mark.
+	d.apply(Entry{Control: &Control{Closed: &p, ClosedAt: 2, Marks: marks}})
+	d.is("of calls two may have been under way, of tokens there was no mark", out(), [2]int64{2 + 2, 0})
+	d.is("settled", d.state().Settled, int64(3))
+	a, _ := d.ask(lease.Ask{Gateway: bert, Seq: 2, Known: 2, Need: 3})
+	d.is("bert", a.Granted, int64(5))
+	// In order, and with marks: of calls all are counted, of others the marks count.
+	ask("free/out", lease.Ask{Gateway: bert, Seq: 1, Need: 90})
+	q := dedup.Producer(bert)
+	d.apply(Entry{Control: &Control{Closed: &q, Complete: true, Marks: &LeaseMarks{Marks: []LeaseMark{{"acme", "free/rpm", noon, 5}, {"acme", "free/out", noon, 40}}}}})
+	d.is("after an end in order", out(), [2]int64{2, 40})
+}
+
 func TestACorrectionChangesSumsCountersAndALiveBlock(t *testing.T) {
 	t.Parallel()
 	d := newLeaseDesk(t, exactly(10))

@@ -27,6 +27,7 @@ const (
 	MaxPendingPlans = 64       // plan sets that wait for their time
 	MaxLimitBytes   = 32 << 10 // texts of a limit, which stand in each of its decisions
 	MaxAsks         = 256      // asks of an entry
+	MaxLeaseMarks   = 4096     // of a closed producer, in an entry
 	MaxAdjustments  = 16       // meters of a correction
 )
 
@@ -131,6 +132,8 @@ type Control struct {
 	ClosedAt uint64
 	// Complete says that every call the closed producer let through is in the log.
 	Complete bool
+	// Marks of the closed producer's leases in this shard; nil: it has none to tell.
+	Marks *LeaseMarks
 	// Correction of what was counted.
 	Correction *Correction
 	// Core says by which rules the entries after it are folded.
@@ -151,6 +154,20 @@ type Correction struct {
 type Core struct {
 	Version uint32
 	Horizon usage.Micros
+}
+
+// LeaseMarks say how much of its leases a producer can have used at most. A lease
+// that is not among them was not used.
+type LeaseMarks struct {
+	Marks []LeaseMark
+}
+
+// LeaseMark is that of one lease: a total since it began.
+type LeaseMark struct {
+	Account, LimitID string // "<plan>/<limit>"
+	// WindowStart is 0 for lifetime.
+	WindowStart usage.Micros
+	UsedAtMost  int64
 }
 
 // LeaseAsk is what one gateway says about one allowance.
@@ -486,9 +503,7 @@ func (s *Shard) control(c *Control) {
 			s.effects.Lost = c.ClosedAt - last
 		}
 		s.dedup.Close(*c.Closed, s.now)
-		if c.Complete && s.effects.Lost == 0 {
-			s.endLeases(lease.Gateway(*c.Closed))
-		}
+		s.endLeases(lease.Gateway(*c.Closed), c.Complete && s.effects.Lost == 0, c.Marks)
 	case c.Correction != nil:
 		s.correct(c.Correction)
 	case c.Core != nil:
@@ -503,6 +518,9 @@ func (s *Shard) control(c *Control) {
 
 // checkControl refuses an act as a whole: none of it is folded then.
 func (s *Shard) checkControl(c *Control) *usage.InvalidError {
+	if c.Marks != nil && len(c.Marks.Marks) > MaxLeaseMarks {
+		return invalid(usage.ReasonOversized, "%d marks of leases, at most %d are folded", len(c.Marks.Marks), MaxLeaseMarks)
+	}
 	if p := c.PlanSet; p != nil {
 		if p.EffectiveAt > s.now && len(s.pending) >= MaxPendingPlans {
 			return invalid(usage.ReasonOversized, "%d plan sets wait for their time already", MaxPendingPlans)

@@ -742,7 +742,10 @@ type ProducerClosed struct {
 	LastNumber uint64 `protobuf:"varint,2,opt,name=last_number,json=lastNumber,proto3" json:"last_number,omitempty"`
 	// It ended in order: no call is under way, and every one that it let through is in
 	// the ledger. What is left of its leases on call counts comes back.
-	Complete      bool `protobuf:"varint,3,opt,name=complete,proto3" json:"complete,omitempty"`
+	Complete bool `protobuf:"varint,3,opt,name=complete,proto3" json:"complete,omitempty"`
+	// Of one that was killed: what it can have used of its leases in this shard.
+	// Absent, nobody knows, and what it held stays spent until the windows end.
+	Leases        *LeaseMarks `protobuf:"bytes,4,opt,name=leases,proto3" json:"leases,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -798,6 +801,130 @@ func (x *ProducerClosed) GetComplete() bool {
 	return false
 }
 
+func (x *ProducerClosed) GetLeases() *LeaseMarks {
+	if x != nil {
+		return x.Leases
+	}
+	return nil
+}
+
+// LeaseMarks are all those of a producer in a shard, at most 4096: a lease that is
+// not among them was not used at all.
+type LeaseMarks struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Marks         []*LeaseMark           `protobuf:"bytes,1,rep,name=marks,proto3" json:"marks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaseMarks) Reset() {
+	*x = LeaseMarks{}
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaseMarks) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaseMarks) ProtoMessage() {}
+
+func (x *LeaseMarks) ProtoReflect() protoreflect.Message {
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaseMarks.ProtoReflect.Descriptor instead.
+func (*LeaseMarks) Descriptor() ([]byte, []int) {
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *LeaseMarks) GetMarks() []*LeaseMark {
+	if x != nil {
+		return x.Marks
+	}
+	return nil
+}
+
+type LeaseMark struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Account string                 `protobuf:"bytes,1,opt,name=account,proto3" json:"account,omitempty"`
+	// "<plan>/<limit>".
+	Limit string `protobuf:"bytes,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	// 0 for lifetime.
+	WindowStartUnixMicros int64 `protobuf:"varint,3,opt,name=window_start_unix_micros,json=windowStartUnixMicros,proto3" json:"window_start_unix_micros,omitempty"`
+	// Units of the lease, a total since it began: what is beyond comes back.
+	UsedAtMost    int64 `protobuf:"varint,4,opt,name=used_at_most,json=usedAtMost,proto3" json:"used_at_most,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaseMark) Reset() {
+	*x = LeaseMark{}
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaseMark) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaseMark) ProtoMessage() {}
+
+func (x *LeaseMark) ProtoReflect() protoreflect.Message {
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaseMark.ProtoReflect.Descriptor instead.
+func (*LeaseMark) Descriptor() ([]byte, []int) {
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *LeaseMark) GetAccount() string {
+	if x != nil {
+		return x.Account
+	}
+	return ""
+}
+
+func (x *LeaseMark) GetLimit() string {
+	if x != nil {
+		return x.Limit
+	}
+	return ""
+}
+
+func (x *LeaseMark) GetWindowStartUnixMicros() int64 {
+	if x != nil {
+		return x.WindowStartUnixMicros
+	}
+	return 0
+}
+
+func (x *LeaseMark) GetUsedAtMost() int64 {
+	if x != nil {
+		return x.UsedAtMost
+	}
+	return 0
+}
+
 // Correction changes what was counted: usage that was reported wrongly, twice or
 // not at all. It enters the shard of the account's root; the entry's id is the
 // identity of the act.
@@ -823,7 +950,7 @@ type Correction struct {
 
 func (x *Correction) Reset() {
 	*x = Correction{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[10]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -835,7 +962,7 @@ func (x *Correction) String() string {
 func (*Correction) ProtoMessage() {}
 
 func (x *Correction) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[10]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -848,7 +975,7 @@ func (x *Correction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Correction.ProtoReflect.Descriptor instead.
 func (*Correction) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{10}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Correction) GetAccount() string {
@@ -921,7 +1048,7 @@ type CoreVersion struct {
 
 func (x *CoreVersion) Reset() {
 	*x = CoreVersion{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[11]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -933,7 +1060,7 @@ func (x *CoreVersion) String() string {
 func (*CoreVersion) ProtoMessage() {}
 
 func (x *CoreVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[11]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -946,7 +1073,7 @@ func (x *CoreVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CoreVersion.ProtoReflect.Descriptor instead.
 func (*CoreVersion) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{11}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CoreVersion) GetVersion() uint32 {
@@ -1023,12 +1150,22 @@ const file_tollkeeper_v1_control_proto_rawDesc = "" +
 	"\x04plan\x18\x03 \x01(\tR\x04plan\x12\x16\n" +
 	"\x06closed\x18\x04 \x01(\bR\x06closed\"\x1c\n" +
 	"\x04Tick\x12\x14\n" +
-	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\"i\n" +
+	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\"\x9c\x01\n" +
 	"\x0eProducerClosed\x12\x1a\n" +
 	"\bproducer\x18\x01 \x01(\fR\bproducer\x12\x1f\n" +
 	"\vlast_number\x18\x02 \x01(\x04R\n" +
 	"lastNumber\x12\x1a\n" +
-	"\bcomplete\x18\x03 \x01(\bR\bcomplete\"\x85\x02\n" +
+	"\bcomplete\x18\x03 \x01(\bR\bcomplete\x121\n" +
+	"\x06leases\x18\x04 \x01(\v2\x19.tollkeeper.v1.LeaseMarksR\x06leases\"<\n" +
+	"\n" +
+	"LeaseMarks\x12.\n" +
+	"\x05marks\x18\x01 \x03(\v2\x18.tollkeeper.v1.LeaseMarkR\x05marks\"\x96\x01\n" +
+	"\tLeaseMark\x12\x18\n" +
+	"\aaccount\x18\x01 \x01(\tR\aaccount\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\tR\x05limit\x127\n" +
+	"\x18window_start_unix_micros\x18\x03 \x01(\x03R\x15windowStartUnixMicros\x12 \n" +
+	"\fused_at_most\x18\x04 \x01(\x03R\n" +
+	"usedAtMost\"\x85\x02\n" +
 	"\n" +
 	"Correction\x12\x18\n" +
 	"\aaccount\x18\x01 \x01(\tR\aaccount\x12(\n" +
@@ -1055,7 +1192,7 @@ func file_tollkeeper_v1_control_proto_rawDescGZIP() []byte {
 	return file_tollkeeper_v1_control_proto_rawDescData
 }
 
-var file_tollkeeper_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_tollkeeper_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_tollkeeper_v1_control_proto_goTypes = []any{
 	(*ControlEntry)(nil),   // 0: tollkeeper.v1.ControlEntry
 	(*PlanSet)(nil),        // 1: tollkeeper.v1.PlanSet
@@ -1067,28 +1204,32 @@ var file_tollkeeper_v1_control_proto_goTypes = []any{
 	(*Account)(nil),        // 7: tollkeeper.v1.Account
 	(*Tick)(nil),           // 8: tollkeeper.v1.Tick
 	(*ProducerClosed)(nil), // 9: tollkeeper.v1.ProducerClosed
-	(*Correction)(nil),     // 10: tollkeeper.v1.Correction
-	(*CoreVersion)(nil),    // 11: tollkeeper.v1.CoreVersion
-	(*Quantity)(nil),       // 12: tollkeeper.v1.Quantity
+	(*LeaseMarks)(nil),     // 10: tollkeeper.v1.LeaseMarks
+	(*LeaseMark)(nil),      // 11: tollkeeper.v1.LeaseMark
+	(*Correction)(nil),     // 12: tollkeeper.v1.Correction
+	(*CoreVersion)(nil),    // 13: tollkeeper.v1.CoreVersion
+	(*Quantity)(nil),       // 14: tollkeeper.v1.Quantity
 }
 var file_tollkeeper_v1_control_proto_depIdxs = []int32{
 	1,  // 0: tollkeeper.v1.ControlEntry.plan_set:type_name -> tollkeeper.v1.PlanSet
 	6,  // 1: tollkeeper.v1.ControlEntry.account_set:type_name -> tollkeeper.v1.AccountSet
 	8,  // 2: tollkeeper.v1.ControlEntry.tick:type_name -> tollkeeper.v1.Tick
 	9,  // 3: tollkeeper.v1.ControlEntry.producer_closed:type_name -> tollkeeper.v1.ProducerClosed
-	10, // 4: tollkeeper.v1.ControlEntry.correction:type_name -> tollkeeper.v1.Correction
-	11, // 5: tollkeeper.v1.ControlEntry.core_version:type_name -> tollkeeper.v1.CoreVersion
+	12, // 4: tollkeeper.v1.ControlEntry.correction:type_name -> tollkeeper.v1.Correction
+	13, // 5: tollkeeper.v1.ControlEntry.core_version:type_name -> tollkeeper.v1.CoreVersion
 	2,  // 6: tollkeeper.v1.PlanSet.plans:type_name -> tollkeeper.v1.Plan
 	3,  // 7: tollkeeper.v1.Plan.limits:type_name -> tollkeeper.v1.Limit
 	5,  // 8: tollkeeper.v1.Limit.filter:type_name -> tollkeeper.v1.Filter
 	4,  // 9: tollkeeper.v1.Limit.lease:type_name -> tollkeeper.v1.LeaseTerms
 	7,  // 10: tollkeeper.v1.AccountSet.accounts:type_name -> tollkeeper.v1.Account
-	12, // 11: tollkeeper.v1.Correction.adjustments:type_name -> tollkeeper.v1.Quantity
-	12, // [12:12] is the sub-list for method output_type
-	12, // [12:12] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	10, // 11: tollkeeper.v1.ProducerClosed.leases:type_name -> tollkeeper.v1.LeaseMarks
+	11, // 12: tollkeeper.v1.LeaseMarks.marks:type_name -> tollkeeper.v1.LeaseMark
+	14, // 13: tollkeeper.v1.Correction.adjustments:type_name -> tollkeeper.v1.Quantity
+	14, // [14:14] is the sub-list for method output_type
+	14, // [14:14] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_tollkeeper_v1_control_proto_init() }
@@ -1111,7 +1252,7 @@ func file_tollkeeper_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tollkeeper_v1_control_proto_rawDesc), len(file_tollkeeper_v1_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

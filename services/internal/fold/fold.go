@@ -94,6 +94,14 @@ func controlOf(e *tollkeeperv1.ControlEntry) (*quota.Control, error) {
 		}
 		producer := dedup.Producer(p)
 		c.Closed, c.ClosedAt, c.Complete = &producer, body.ProducerClosed.GetLastNumber(), body.ProducerClosed.GetComplete()
+		if leases := body.ProducerClosed.GetLeases(); leases != nil {
+			c.Marks = &quota.LeaseMarks{}
+			for _, m := range leases.GetMarks() {
+				c.Marks.Marks = append(c.Marks.Marks, quota.LeaseMark{
+					Account: m.GetAccount(), LimitID: m.GetLimit(), WindowStart: usage.Micros(m.GetWindowStartUnixMicros()), UsedAtMost: m.GetUsedAtMost(),
+				})
+			}
+		}
 	case *tollkeeperv1.ControlEntry_Correction:
 		x := body.Correction
 		c.Correction = &quota.Correction{

@@ -10,6 +10,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 )
@@ -75,8 +76,11 @@ func TestControlEntriesAreTranslatedOrRefused(t *testing.T) {
 		t.Errorf("%+v, %v", e.Control, err)
 	}
 	if e, _, err = d.Decode(control(t, &tollkeeperv1.ControlEntry{Id: "c", Body: &tollkeeperv1.ControlEntry_ProducerClosed{
-		ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: p[:]},
-	}})); err != nil || *e.Control.Closed != dedup.Producer(p) {
+		ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: p[:], Leases: &tollkeeperv1.LeaseMarks{Marks: []*tollkeeperv1.LeaseMark{
+			{Account: "acme", Limit: "free/rpm", WindowStartUnixMicros: 5, UsedAtMost: 7},
+		}}},
+	}})); err != nil || *e.Control.Closed != dedup.Producer(p) || e.Control.Complete || len(e.Control.Marks.Marks) != 1 ||
+		e.Control.Marks.Marks[0] != (quota.LeaseMark{Account: "acme", LimitID: "free/rpm", WindowStart: 5, UsedAtMost: 7}) {
 		t.Errorf("%+v, %v", e.Control, err)
 	}
 	// Two owners' ticks may have one id: neither is a repetition of the other.
