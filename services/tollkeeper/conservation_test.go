@@ -45,7 +45,7 @@ func startAudited(t *testing.T, dir string) *audited {
 		done <- tollkeeper.Run(ctx, tollkeeper.Options{
 			Engines:   engine.Options{DataDir: dir, NATSListen: "127.0.0.1:0", ClickHouseListen: "127.0.0.1:0", ClickHouseHTTPListen: "127.0.0.1:0", Logger: zerolog.Nop()},
 			APIListen: "127.0.0.1:0", Gateway: &gateway.Options{Listen: "127.0.0.1:0", AdminListen: "127.0.0.1:0"},
-			Auditor: auditor.Options{Every: 200 * time.Millisecond, Again: 3 * time.Second, Overdue: 2 * time.Second, Unclaimed: time.Minute, SaveEvery: 300 * time.Millisecond},
+			Auditor: auditor.Options{Every: 200 * time.Millisecond, Again: 5 * time.Second, Overdue: 2 * time.Second, Unclaimed: time.Minute, SaveEvery: 300 * time.Millisecond},
 			Demo:    true, DemoSeed: 402, Logger: zerolog.New(zerolog.NewTestWriter(t)).Level(zerolog.ErrorLevel), Ready: func(a tollkeeper.Addresses) { ready <- a },
 		})
 	}()
@@ -162,7 +162,7 @@ func (w *audited) exec(sql string, args ...any) {
 	}
 }
 
-// row returns the newest row of the history that was compared already.
+// row returns the newest row of the history.
 func (w *audited) row() (account string, minute audit.Minute, sequence uint64, row uint16) {
 	w.t.Helper()
 	var seconds uint32
@@ -224,8 +224,9 @@ func TestTheAuditFindsWhatIsLostOrDoubledAtEveryHop(t *testing.T) {
 	gap := w.finds("ledger-history", "gap", account, minute)
 	w.exec("INSERT INTO calls SELECT * FROM lost")
 	w.resolved(gap)
-	// One is there twice.
-	w.exec("INSERT INTO calls SELECT * FROM lost SETTINGS insert_deduplicate = 0")
+	// One is there twice; a new one, which is still to be compared again.
+	account, minute, sequence, row = w.row()
+	w.exec("INSERT INTO calls SELECT * FROM calls WHERE sequence = ? AND row = ? SETTINGS insert_deduplicate = 0", sequence, row)
 	w.finds("ledger-history", "double", account, minute)
 
 	// Gateway: a claimed frame does not come, and comes late after all.
