@@ -62,8 +62,11 @@ type RouteConfig struct {
 	Profile refusal.Profile `yaml:"profile"`
 	// Model says where the model's name is; the call has none when empty.
 	Model ModelConfig `yaml:"model"`
-	// Usage is json (read token counts from JSON answers) or none; json by
-	// default when Model or a provider's profile is given.
+	// Usage is json (read token counts from JSON answers and from the JSON in
+	// streamed ones) or none; json by default when Model or a provider's profile is
+	// given. Where a limit needs to know what a streamed chat completion has used,
+	// the upstream is asked for it (stream_options), and what the client did not
+	// ask for is taken off the answer.
 	Usage string `yaml:"usage"`
 	// MetersHeader is an answer's header in which a trusted upstream reports
 	// readings of any meter, as in "images=3, gpu_ms=120"; it is not sent on. A
@@ -77,13 +80,14 @@ type RouteConfig struct {
 	// What follows is for accounts with limits of the tiers exact and leased that
 	// count something else than calls: there a call is admitted only if what it can
 	// cost is bounded. Tokens are, by the request: its input by its size, its output
-	// by max_tokens, max_completion_tokens or max_output_tokens, times its choices.
+	// by max_tokens, max_completion_tokens or max_output_tokens, as the API has it,
+	// times its choices. What may add to that in a way that is not known is refused.
 
 	// Reserve are bounds of a call by meter, for what the request does not tell;
 	// they must not be less than what it can cost.
 	Reserve map[string]int64 `yaml:"reserve"`
 	// Clamp is written into JSON requests that do not bound their output; without
-	// it they are refused.
+	// it they are refused. A bound by another name is written as Clamp.Member.
 	Clamp ClampConfig `yaml:"clamp"`
 	// InputOverhead is how many tokens the provider adds to the input of a call.
 	InputOverhead int64 `yaml:"input_overhead"`

@@ -144,3 +144,73 @@ func TestAnExactLimitOnTokensBoundsEveryCall(t *testing.T) {
 		t.Errorf("a call that nobody here will see the end of: %+v", got)
 	}
 }
+
+func TestAStreamedAnswerIsChargedWhatItReports(t *testing.T) {
+	t.Parallel()
+	const content = "data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}],\"usage\":null}\n\n"
+	const reported = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":7}}\n\n"
+	const done = "data: [DONE]\n\n"
+	w := newWorld(t)
+	own := w.exact(usage.Limit{ID: "out", Meter: usage.OutputTokens, Window: usage.Month, Amount: 1000, Tier: usage.TierExact})
+	gone := make(chan struct{})
+	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		w.Header().Set("Content-Type", "text/event-stream; charset=utf-8")
+		_, _ = io.WriteString(w, content)
+		_ = http.NewResponseController(w).Flush()
+		if strings.Contains(string(body), "hang") {
+			<-r.Context().Done()
+			close(gone)
+			return
+		}
+		if strings.Contains(string(body), `"include_usage":true`) {
+			_, _ = io.WriteString(w, reported)
+		}
+		_, _ = io.WriteString(w, done)
+	}))
+	t.Cleanup(up.Close)
+	r := startGateway(t, w.srv.ClientURL(), func(o *Options) {
+		o.Config = Config{Routes: []RouteConfig{{Name: "chat", Upstream: up.URL, Profile: refusal.OpenAI, Model: ModelConfig{JSON: "model"}}}}
+	})
+	r.ready()
+	call := func(body string) reply {
+		return do(t, http.MethodPost, r.proxy+"/v1/chat/completions", "sk-tight", body, "Content-Type", "application/json")
+	}
+	settled := func(want int64) {
+		t.Helper()
+		within(t, 5*time.Second, "what was reported is settled, and no more", func() bool {
+			l := own.Limit("tight", "of-tight/out")
+			return l.Lease != nil && l.Lease.Settled == want && l.Used <= want
+		})
+	}
+	within(t, 5*time.Second, "the key is known", func() bool { return call(`{"model":"m","max_tokens":100,"messages":[],"stream":true}`).status == 200 })
+	settled(7)
+	if got := call(`{"model":"m","max_tokens":100,"messages":[],"stream":true}`); got.status != 200 || got.body != content+done {
+		t.Errorf("who did not ask for the usage was told: %+v", got)
+	}
+	settled(14)
+	if got := call(`{"model":"m","max_tokens":100,"messages":[],"stream":true,"stream_options":{"include_usage":true}}`); got.status != 200 || got.body != content+reported+done {
+		t.Errorf("who asked for the usage: %+v", got)
+	}
+	settled(21)
+	// Who hangs up before anything is reported has used the bound.
+	ctx, hangUp := context.WithCancel(t.Context())
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, r.proxy+"/v1/chat/completions", strings.NewReader(`{"model":"m","max_tokens":100,"messages":[],"stream":true,"user":"hang"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer sk-tight")
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := make([]byte, len(content))
+	if _, err := io.ReadFull(resp.Body, first); err != nil || string(first) != content {
+		t.Errorf("%q, %v", first, err)
+	}
+	hangUp()
+	_ = resp.Body.Close()
+	<-gone
+	settled(121)
+}

@@ -275,6 +275,9 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 			}
 			if readsUsage {
 				h.Set("Accept-Encoding", "identity")
+				if bounds.AsksUsage(r.In) {
+					r.Out = r.Out.WithContext(context.WithValue(r.Out.Context(), asksUsage{}, true))
+				}
 			}
 			for name, value := range set {
 				h.Set(name, value)
@@ -286,20 +289,37 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 			if c.MetersHeader != "" {
 				p.readMeters(resp, c.MetersHeader)
 			}
-			if readsUsage && resp.StatusCode/100 == 2 && tokens.IsJSON(resp.Header.Get("Content-Type")) && resp.Request.Method != http.MethodHead {
-				report := gate.ReportFrom(resp.Request.Context())
-				resp.Body = tokens.NewTap(resp.Body, resp.Header.Get("Content-Encoding"), func(readings []tokens.Reading, o tokens.Outcome) {
-					p.usage.WithLabelValues(string(o)).Inc()
-					for _, r := range readings {
-						_ = report.Set(r.Meter, r.Value) // Read has checked them
-					}
-				})
+			if readsUsage && resp.StatusCode/100 == 2 && resp.Request.Method != http.MethodHead {
+				p.readUsage(resp)
 			}
 			return nil
 		},
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { p.failed(w, r, err, c.Profile) },
 	}
 	return rp, nil
+}
+
+// asksUsage marks requests whose usage the gateway asks for, and not the client.
+type asksUsage struct{}
+
+// readUsage looks for token counts in an answer while it passes.
+func (p *proxy) readUsage(resp *http.Response) {
+	report := gate.ReportFrom(resp.Request.Context())
+	drops := resp.Request.Context().Value(asksUsage{}) != nil
+	body := tokens.NewReader(resp.Body, resp.Header.Get("Content-Type"), resp.Header.Get("Content-Encoding"), drops, func(readings []tokens.Reading, o tokens.Outcome) {
+		p.usage.WithLabelValues(string(o)).Inc()
+		for _, r := range readings {
+			_ = report.Set(r.Meter, r.Value) // they were checked when they were read
+		}
+	})
+	if body == nil {
+		return
+	}
+	resp.Body = body
+	if drops && tokens.IsStream(resp.Header.Get("Content-Type")) {
+		resp.ContentLength = -1 // less than was announced may pass
+		resp.Header.Del("Content-Length")
+	}
 }
 
 // ownPrefix is that of headers that only the gateway sets.
@@ -415,7 +435,7 @@ func modelOf(c *ModelConfig, bodies *models.Room) func(*http.Request) (string, e
 
 // boundOf says what a route's calls can cost at most.
 func boundOf(c *RouteConfig) func(*http.Request, string, []usage.Meter) (usage.Quantities, error) {
-	rules := &bounds.Rules{Reserve: make(map[usage.Meter]int64, len(c.Reserve)), ClampMember: c.Clamp.Member, Clamp: c.Clamp.Tokens, InputOverhead: c.InputOverhead, MaxBody: c.Model.MaxBody}
+	rules := &bounds.Rules{AskUsage: c.readsUsage(), Reserve: make(map[usage.Meter]int64, len(c.Reserve)), ClampMember: c.Clamp.Member, Clamp: c.Clamp.Tokens, InputOverhead: c.InputOverhead, MaxBody: c.Model.MaxBody}
 	for m, units := range c.Reserve {
 		rules.Reserve[usage.Meter(m)] = units
 	}

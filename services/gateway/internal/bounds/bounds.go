@@ -6,7 +6,6 @@ package bounds
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -16,7 +15,6 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
 )
 
 // Rules of a route.
@@ -31,10 +29,14 @@ type Rules struct {
 	InputOverhead int64
 	// MaxBody bounds what is read of a request, in bytes.
 	MaxBody int64
+	// AskUsage makes streamed chat completions report their usage, which they do
+	// only if they are asked; without it the whole bound would count as used.
+	AskUsage bool
 }
 
 // Of returns bounds of the meters that are asked for, as far as there are any. It
-// may write the clamp into the request's body. Its errors are *refusal.Refusal.
+// may write the clamp, and a wish to be told the usage, into the request's body. Its
+// errors are *refusal.Refusal.
 func (rules *Rules) Of(r *http.Request, meters []usage.Meter) (usage.Quantities, error) {
 	var out usage.Quantities
 	input, output := false, false
@@ -66,25 +68,32 @@ func (rules *Rules) Of(r *http.Request, meters []usage.Meter) (usage.Quantities,
 	if err != nil {
 		return out, err
 	}
+	if err := known(members); err != nil {
+		return out, err
+	}
 	if input {
 		if err := plain(members); err != nil {
 			return out, err
 		}
 	}
-	most := int64(0)
+	most, changed, asks := int64(0), false, false
 	if output {
 		if err := ownTools(members); err != nil {
 			return out, err
 		}
-		var rewritten []byte
-		if most, rewritten, err = rules.output(members); err != nil {
+		if most, changed, err = rules.output(kindOf(r.URL.Path, members), members); err != nil {
 			return out, err
 		}
-		if rewritten != nil {
-			body = rewritten
+	}
+	if rules.AskUsage && completions(r.URL.Path) {
+		asks = askUsage(members)
+	}
+	if changed || asks {
+		if body, err = write(members); err != nil {
+			return out, unreadable("The body could not be written again with its output bounded")
 		}
 	}
-	r.Body = whole{bytes.NewReader(body), r.Body}
+	r.Body = whole{bytes.NewReader(body), r.Body, asks}
 	r.ContentLength = int64(len(body))
 	r.Header.Del("Content-Length")
 	r.TransferEncoding = nil
@@ -101,9 +110,18 @@ func (rules *Rules) Of(r *http.Request, meters []usage.Meter) (usage.Quantities,
 	return out, nil
 }
 
+// whole is a body that was read, and closes as the one it was.
 type whole struct {
 	io.Reader
 	io.Closer
+	asks bool
+}
+
+// AsksUsage reports whether Of has made the request ask for its usage, so that the
+// client does not expect to be told.
+func AsksUsage(r *http.Request) bool {
+	w, ok := r.Body.(whole)
+	return ok && w.asks
 }
 
 func unbounded(format string, args ...any) error {
@@ -114,129 +132,168 @@ func unreadable(format string, args ...any) error {
 	return &refusal.Refusal{Code: refusal.BadRequest, Detail: fmt.Sprintf(format, args...) + "."}
 }
 
-func (rules *Rules) read(r *http.Request) ([]byte, error) {
-	if r.Body == nil || r.Body == http.NoBody {
-		return nil, unreadable("The account has a limit that needs to know what a call can cost, and the request has no body that says")
-	}
-	if e := r.Header.Get("Content-Encoding"); e != "" && !strings.EqualFold(e, "identity") {
-		return nil, &refusal.Refusal{Code: refusal.BadRequest, Status: http.StatusUnsupportedMediaType, Detail: "The body is compressed, so what the call can cost can't be read: send it plain."}
-	}
-	if t := r.Header.Get("Content-Type"); t != "" && !tokens.IsJSON(t) {
-		return nil, unbounded("its body is not JSON")
-	}
-	body, err := io.ReadAll(io.LimitReader(r.Body, rules.MaxBody+1))
-	switch {
-	case err != nil:
-		return nil, unreadable("The body could not be read to its end")
-	case int64(len(body)) > rules.MaxBody:
-		return nil, &refusal.Refusal{Code: refusal.TooLarge, Detail: "The body is too large to find out what the call can cost."}
-	}
-	return body, nil
+// kind is what is known of an API that a call is made to.
+type kind struct {
+	maxima []string // members that bound its output
+	silent bool     // it has none
 }
 
-// parse takes the body apart. A member that stands twice is refused: which of them
-// counts is the upstream's choice.
-func parse(body []byte) (map[string]json.RawMessage, error) {
-	d := json.NewDecoder(bytes.NewReader(bytes.TrimPrefix(body, []byte("\xef\xbb\xbf"))))
-	if t, err := d.Token(); err != nil || t != json.Delim('{') {
-		return nil, unreadable("The body is not a JSON object, so what the call can cost can't be read")
-	}
-	members := make(map[string]json.RawMessage)
-	for d.More() {
-		t, err := d.Token()
-		name, ok := t.(string)
-		var v json.RawMessage
-		if err == nil && ok {
-			err = d.Decode(&v)
-		}
-		if err != nil || !ok {
-			return nil, unreadable("The body is not JSON, so what the call can cost can't be read")
-		}
-		if _, twice := members[name]; twice {
-			return nil, unreadable("The member %q stands twice in the body", name)
-		}
-		// Some parsers do not mind.
-		if folded := strings.ToLower(name); folded != name && slices.Contains(looked, folded) {
-			return nil, unreadable("The member %q is not written as providers write it: %s", name, folded)
-		}
-		members[name] = v
-	}
-	if _, err := d.Token(); err != nil {
-		return nil, unreadable("The body is not JSON, so what the call can cost can't be read")
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return nil, unreadable("Something follows the JSON object in the body")
-	}
-	return members, nil
-}
-
-// Members that bound the output, and those that multiply it.
 var (
-	maxima  = []string{"max_tokens", "max_completion_tokens", "max_output_tokens"}
-	choices = []string{"n", "best_of"}
-	// elsewhere: what they stand for is not in the request.
-	elsewhere = []string{"previous_response_id", "conversation", "web_search_options", "mcp_servers", "container"}
-	looked    = slices.Concat(maxima, choices, elsewhere, []string{"messages", "input", "system", "instructions", "prompt", "tools", "modalities", "prediction"})
+	chat      = kind{maxima: []string{"max_tokens", "max_completion_tokens"}}
+	text      = kind{maxima: []string{"max_tokens"}}
+	responses = kind{maxima: []string{"max_output_tokens"}}
+	embedding = kind{silent: true}
+	anything  = kind{maxima: slices.Concat(chat.maxima, responses.maxima)}
 )
 
 // Maxima are the members that bound a request's output.
-func Maxima() []string { return slices.Clone(maxima) }
+func Maxima() []string { return slices.Clone(anything.maxima) }
+
+// kindOf goes by the path, and where that says nothing by what the body asks about: a
+// member that bounds nothing there must not be taken for a bound.
+func kindOf(path string, members map[string]json.RawMessage) kind {
+	switch path = strings.TrimRight(path, "/"); {
+	case strings.HasSuffix(path, "/chat/completions"):
+		return chat
+	case strings.HasSuffix(path, "/completions"), strings.HasSuffix(path, "/messages"):
+		return text
+	case strings.HasSuffix(path, "/responses"):
+		return responses
+	case strings.HasSuffix(path, "/embeddings"):
+		return embedding
+	}
+	talks, asks := present(members, "messages") || present(members, "prompt"), present(members, "input")
+	switch {
+	case talks && asks:
+		return kind{}
+	case talks:
+		return chat
+	case asks:
+		return responses
+	}
+	return anything
+}
+
+// completions: a streamed answer has usage at its end if stream_options say so.
+func completions(path string) bool {
+	return strings.HasSuffix(strings.TrimRight(path, "/"), "/completions")
+}
+
+// askUsage makes a streamed answer end with its usage, and reports whether it would
+// not have without.
+func askUsage(members map[string]json.RawMessage) bool {
+	if string(members["stream"]) != "true" {
+		return false
+	}
+	options := make(map[string]json.RawMessage)
+	if present(members, "stream_options") && json.Unmarshal(members["stream_options"], &options) != nil {
+		return false // the upstream will say what it thinks of it
+	}
+	if string(options["include_usage"]) == "true" {
+		return false
+	}
+	options["include_usage"] = json.RawMessage("true")
+	raw, err := write(options)
+	if err != nil {
+		return false
+	}
+	members["stream_options"] = raw
+	return true
+}
+
+// write is as json.Marshal, and leaves texts as they are.
+func write(members map[string]json.RawMessage) ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(members); err != nil {
+		return nil, err
+	}
+	return bytes.TrimRight(b.Bytes(), "\n"), nil
+}
 
 func present(members map[string]json.RawMessage, name string) bool {
 	v, ok := members[name]
 	return ok && string(v) != "null"
 }
 
-// output returns how many tokens the answer can have, and the body if the clamp had
-// to be written into it.
-func (rules *Rules) output(members map[string]json.RawMessage) (most int64, rewritten []byte, err error) {
+// choices are the members that multiply the output.
+var choices = []string{"n", "best_of"}
+
+// output returns how many tokens the answer can have, and whether a bound had to be
+// written into the members.
+func (rules *Rules) output(k kind, members map[string]json.RawMessage) (most int64, changed bool, err error) {
+	if k.silent {
+		return 0, false, nil
+	}
+	if len(k.maxima) == 0 {
+		return 0, false, unbounded("it has messages or a prompt and an input as well, so it can't be told what bounds its output")
+	}
 	times := int64(1)
 	for _, name := range choices {
 		if present(members, name) {
 			n, err := count(members, name)
 			if err != nil {
-				return 0, nil, err
+				return 0, false, err
 			}
 			times = max(times, n)
 		}
 	}
-	times *= prompts(members["prompt"])
-	given := false
-	for _, name := range maxima {
+	of := prompts(members["prompt"])
+	if times > usage.MaxQuantity/of {
+		return 0, false, unreadable("More answers are asked for than can be counted")
+	}
+	times *= of
+	by := ""
+	for _, name := range k.maxima {
 		if present(members, name) {
 			n, err := count(members, name)
 			if err != nil {
-				return 0, nil, err
+				return 0, false, err
 			}
-			most, given = max(most, n), true
+			if n == 0 {
+				return 0, false, unreadable("%s is 0, which some providers take for no bound: send at least 1", name)
+			}
+			if by == "" || name == rules.ClampMember {
+				by = name
+			}
+			most = max(most, n)
 		}
 	}
-	if !given {
-		if rules.ClampMember == "" {
-			return 0, nil, unreadable("The account's limit admits only calls whose output is bounded: send %s", strings.Join(maxima, ", or "))
-		}
+	clamps := slices.Contains(k.maxima, rules.ClampMember)
+	switch {
+	case by == "" && !clamps:
+		return 0, false, unreadable("The account's limit admits only calls whose output is bounded: send %s", strings.Join(k.maxima, ", or "))
+	case by == "":
 		most = rules.Clamp
-		for _, name := range maxima {
-			delete(members, name) // null
+		changed = true
+	case clamps && by != rules.ClampMember:
+		changed = true // the upstream may not know the other name
+	}
+	if changed {
+		for _, name := range k.maxima {
+			delete(members, name)
 		}
 		members[rules.ClampMember] = strconv.AppendInt(nil, most, 10)
-		if rewritten, err = json.Marshal(members); err != nil {
-			return 0, nil, unreadable("The body could not be written again with its output bounded")
-		}
 	}
 	if most > usage.MaxQuantity/times {
-		return 0, nil, unreadable("The output that is asked for is larger than any limit")
+		return 0, false, unreadable("The output that is asked for is larger than any limit")
 	}
-	return most * times, rewritten, nil
+	return most * times, changed, nil
 }
 
 // prompts is how many answers a list of prompts asks for.
 func prompts(raw json.RawMessage) int64 {
 	var list []json.RawMessage
-	if json.Unmarshal(raw, &list) != nil || len(list) == 0 || list[0][0] != '"' && list[0][0] != '[' {
-		return 1 // one text, or one list of tokens
+	if json.Unmarshal(raw, &list) != nil {
+		return 1 // one text
 	}
-	return int64(len(list))
+	for _, item := range list {
+		if item[0] == '"' || item[0] == '[' {
+			return int64(len(list))
+		}
+	}
+	return 1 // one list of tokens
 }
 
 func count(members map[string]json.RawMessage, name string) (int64, error) {
@@ -245,88 +302,4 @@ func count(members map[string]json.RawMessage, name string) (int64, error) {
 		return 0, unreadable("%s is not a count", name)
 	}
 	return n, nil
-}
-
-// plain refuses input that is more than the request's text.
-func plain(members map[string]json.RawMessage) error {
-	for _, name := range elsewhere {
-		if present(members, name) {
-			return unbounded("%s stands for input that is not in the request", name)
-		}
-	}
-	if v, ok := members["prompt"]; ok && len(v) > 0 && v[0] == '{' {
-		return unbounded("prompt stands for input that is not in the request")
-	}
-	for _, name := range []string{"messages", "input", "system"} {
-		var v any
-		if raw, ok := members[name]; ok && json.Unmarshal(raw, &v) == nil {
-			if kind := foreign(v, 0); kind != "" {
-				return unbounded("what %s costs is not told by its size (in %s)", kind, name)
-			}
-		}
-	}
-	return ownTools(members)
-}
-
-// texts are the kinds of content whose tokens are their bytes at most.
-var texts = []string{
-	"", "message", "text", "input_text", "output_text", "refusal", "tool_use", "tool_result", "function_call", "function_call_output", "custom_tool_call",
-	"custom_tool_call_output", "thinking", "redacted_thinking", "reasoning", "summary_text", "reasoning_text",
-}
-
-// maxDepth of content in content.
-const maxDepth = 8
-
-// foreign returns the first kind of content that is no text.
-func foreign(v any, depth int) string {
-	switch v := v.(type) {
-	case []any:
-		for _, item := range v {
-			if kind := foreign(item, depth+1); kind != "" {
-				return kind
-			}
-		}
-	case map[string]any:
-		kind, _ := v["type"].(string)
-		if !slices.Contains(texts, kind) || depth > maxDepth {
-			return kind
-		}
-		for _, inner := range []string{"content", "output", "summary"} {
-			if kind := foreign(v[inner], depth+1); kind != "" {
-				return kind
-			}
-		}
-	}
-	return ""
-}
-
-// ownTools refuses tools that the provider runs: what they read is input that is
-// not in the request, and what they cost is not bounded by it.
-func ownTools(members map[string]json.RawMessage) error {
-	if present(members, "modalities") && !strings.EqualFold(strings.Join(strings.Fields(string(members["modalities"])), ""), `["text"]`) {
-		return unbounded("an answer that is not text alone (modalities)")
-	}
-	for _, name := range []string{"web_search_options", "mcp_servers", "container"} {
-		if present(members, name) {
-			return unbounded("%s lets the provider use tools of its own", name)
-		}
-	}
-	if present(members, "prediction") {
-		return unbounded("of a prediction also what is not used is charged")
-	}
-	if !present(members, "tools") {
-		return nil
-	}
-	var list []struct {
-		Type string `json:"type"`
-	}
-	if err := json.Unmarshal(members["tools"], &list); err != nil {
-		return unreadable("The tools can't be read")
-	}
-	for _, t := range list {
-		if t.Type != "" && t.Type != "function" && t.Type != "custom" {
-			return unbounded("the tool %s is the provider's own", strconv.Quote(t.Type))
-		}
-	}
-	return nil
 }

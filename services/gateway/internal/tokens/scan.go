@@ -2,7 +2,10 @@
 // answers, while it passes by.
 package tokens
 
-import "encoding/json"
+import (
+	"bytes"
+	"encoding/json"
+)
 
 // Scanner finds one member of the outermost JSON object in a stream of bytes and
 // keeps its value, whatever the size of the rest. The zero value is not usable:
@@ -10,6 +13,7 @@ import "encoding/json"
 type Scanner struct {
 	want  string
 	bound int
+	inner *Scanner // gets the value instead; nil: it is kept
 
 	state    state
 	mark     int // bytes of a byte order mark so far
@@ -49,6 +53,19 @@ const maxKey = 6 * 64
 // most parsers.
 func NewScanner(member string, bound int) *Scanner {
 	return &Scanner{want: member, bound: bound}
+}
+
+// within looks for a member of the object that the member outer is.
+func within(outer string, inner *Scanner) *Scanner {
+	return &Scanner{want: outer, inner: inner}
+}
+
+// reset begins anew.
+func (s *Scanner) reset() {
+	if s.inner != nil {
+		s.inner.reset()
+	}
+	*s = Scanner{want: s.want, bound: s.bound, inner: s.inner, key: s.key[:0], value: s.value[:0]}
 }
 
 // Write takes the next bytes. It never fails.
@@ -96,6 +113,8 @@ func (s *Scanner) keep(p []byte) {
 			return
 		}
 		s.key = append(s.key, p...)
+	case s.capture && s.inner != nil:
+		_, _ = s.inner.Write(p) // never fails
 	case s.capture:
 		if len(s.value)+len(p) > s.bound {
 			s.tooLong = true
@@ -109,11 +128,22 @@ func (s *Scanner) keep(p []byte) {
 
 func (s *Scanner) endKey() {
 	s.state = beforeColon
-	var name string
-	s.capture = json.Unmarshal(s.key, &name) == nil && name == s.want
+	s.capture = s.named()
 	if s.capture {
 		s.value, s.tooLong, s.found, s.complete = s.value[:0], false, true, false
+		if s.inner != nil {
+			s.inner.reset()
+		}
 	}
+}
+
+// named reports whether the key is the one that is looked for.
+func (s *Scanner) named() bool {
+	if bytes.IndexByte(s.key, '\\') < 0 {
+		return len(s.key) == len(s.want)+2 && s.key[0] == '"' && string(s.key[1:len(s.key)-1]) == s.want
+	}
+	var name string
+	return json.Unmarshal(s.key, &name) == nil && name == s.want
 }
 
 func (s *Scanner) step(c byte) {

@@ -58,10 +58,41 @@ type Reading struct {
 // means the same for every provider. cached_input_tokens is the part of it that
 // came from the cache.
 func Read(raw []byte) (readings []Reading, malformed bool) {
-	var o object
-	if err := json.Unmarshal(raw, &o); err != nil || !bytes.HasPrefix(bytes.TrimSpace(raw), []byte("{")) {
-		return nil, !bytes.Equal(bytes.TrimSpace(raw), []byte("null"))
+	o, ok := parse(raw)
+	if !ok {
+		return nil, !isNull(raw)
 	}
+	return o.readings()
+}
+
+func parse(raw []byte) (o object, ok bool) {
+	if err := json.Unmarshal(raw, &o); err != nil || !bytes.HasPrefix(bytes.TrimSpace(raw), []byte("{")) {
+		return object{}, false
+	}
+	return o, true
+}
+
+func isNull(raw []byte) bool { return bytes.Equal(bytes.TrimSpace(raw), []byte("null")) }
+
+// add takes over what a later report of the same answer says.
+func (o *object) add(later *object) {
+	to, from := o.members(), later.members()
+	for i, v := range from {
+		if len(*v) > 0 && !isNull(*v) {
+			*to[i] = *v
+		}
+	}
+}
+
+func (o *object) members() [14]*json.RawMessage {
+	return [...]*json.RawMessage{
+		&o.PromptTokens, &o.CompletionTokens, &o.InputTokens, &o.OutputTokens, &o.CacheRead, &o.CacheCreation,
+		&o.PromptDetails.Cached, &o.CompletionDetails.Cached, &o.InputDetails.Cached, &o.OutputDetails.Cached,
+		&o.PromptDetails.Reasoning, &o.CompletionDetails.Reasoning, &o.InputDetails.Reasoning, &o.OutputDetails.Reasoning,
+	}
+}
+
+func (o *object) readings() (readings []Reading, malformed bool) {
 	count := func(candidates ...json.RawMessage) (int64, bool) {
 		for _, c := range candidates {
 			if len(c) == 0 || string(c) == "null" {
