@@ -201,7 +201,7 @@ func TestTheProxy(t *testing.T) {
 		if err == nil {
 			t.Error("the client can't tell that it is broken off")
 		}
-		if c := events("broken"); tokens(c) != "0 false 9 true" || c.Status != 200 {
+		if c := events("broken"); tokens(c) != "0 false 0 false" || c.Status != 200 {
 			t.Errorf("%+v", c)
 		}
 	})
