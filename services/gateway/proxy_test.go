@@ -160,7 +160,7 @@ func TestTheProxy(t *testing.T) {
 		if _, err := io.Copy(io.Discard, r); err != nil {
 			t.Fatal(err)
 		}
-		if c := events("stream"); tokens(c) != "0 false 9 true" || c.Status != 200 {
+		if c := events("stream"); tokens(c) != "9 true 0 false" || c.Status != 200 {
 			t.Errorf("%+v", c)
 		}
 	})
