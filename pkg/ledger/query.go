@@ -78,6 +78,38 @@ type LimitUsage struct {
 	Verdict     string           `json:"verdict"`
 	DecisionID  string           `json:"decision_id,omitempty"`
 	Revision    uint64           `json:"revision,omitempty"`
+	Tier        usage.Tier       `json:"tier"`
+	// Lease is how the allowance of the present window is shared; nil in the tier
+	// eventual, and while no gateway has asked for any of it.
+	Lease *LeaseUsage `json:"lease,omitempty"`
+}
+
+// LeaseUsage is how an allowance of the tiers exact and leased stands. What
+// gateways have said they used and what was counted are told about the same
+// calls, so Settled may be ahead of LimitUsage.Used; all but counts are units of
+// the limit's meter.
+type LeaseUsage struct {
+	Settled int64 `json:"settled"`
+	// Outstanding was handed out and is neither used, as far as is known, nor
+	// given back; Dead is the part of it in leases that have ended without their
+	// gateway's word: spent, unless it speaks or is ended.
+	Outstanding int64 `json:"outstanding"`
+	Dead        int64 `json:"dead"`
+	// Free can be handed out.
+	Free int64 `json:"free"`
+	// Exposure was handed out again although a silent gateway may have used it;
+	// Overdraft was spent beyond the amount.
+	Exposure  int64 `json:"exposure"`
+	Overdraft int64 `json:"overdraft"`
+	// Gateways hold a lease or may have used one; Waiting of them wait for units.
+	Gateways int `json:"gateways"`
+	Waiting  int `json:"waiting"`
+	// Times since the window's first ask: DeniedEarly while what others held would
+	// have sufficed.
+	Grants      int64 `json:"grants"`
+	Recalls     int64 `json:"recalls"`
+	DeniedEarly int64 `json:"denied_early"`
+	DeniedFinal int64 `json:"denied_final"`
 }
 
 // DeadLetterSubject is where an entry of the ledger that cannot be counted is

@@ -60,13 +60,19 @@ func (s *Shard) Total() Totals {
 	return t
 }
 
-// LeaseSums returns the sums of how all open allowances of the tiers exact and
-// leased stand; what their counts say is since they began, and Effects.Leases is
-// what an entry added. It looks at every allowance.
-func (s *Shard) LeaseSums() (sum lease.State) {
+// LeaseSums returns, by meter, the sums of how all open allowances of the tiers
+// exact and leased stand; what their counts say is since they began, and
+// Effects.Leases is what an entry added. It looks at every allowance.
+func (s *Shard) LeaseSums() map[usage.Meter]lease.State {
 	var none lease.Counts
-	for _, x := range s.allowances {
-		st := x.escrow.State()
+	sums := map[usage.Meter]lease.State{}
+	for key, x := range s.allowances {
+		def := s.plans.defs[s.accounts[key.account].plan]
+		if key.limit >= def.n {
+			continue // of a plan that the account had before
+		}
+		meter := s.plans.limits[def.first+key.limit].Meter
+		st, sum := x.escrow.State(), sums[meter]
 		sum.Amount, sum.Settled = saturated(sum.Amount, st.Amount), saturated(sum.Settled, st.Settled)
 		sum.Outstanding, sum.Excess = saturated(sum.Outstanding, st.Outstanding), saturated(sum.Excess, st.Excess)
 		sum.Exposure, sum.Overdraft = saturated(sum.Exposure, st.Exposure), saturated(sum.Overdraft, st.Overdraft)
@@ -74,8 +80,9 @@ func (s *Shard) LeaseSums() (sum lease.State) {
 		sum.Leases += st.Leases
 		sum.Waits += st.Waits
 		sum.Counts.Add(&none, &st.Counts)
+		sums[meter] = sum
 	}
-	return sum
+	return sums
 }
 
 // Account returns what an account has used; false when it is not known.

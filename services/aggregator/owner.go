@@ -99,6 +99,8 @@ type owner struct {
 	target       uint64 // what the ledger held of the shard at the start
 	ready        bool   // the target is counted
 	allowances   atomic.Int64
+	leaseUnits   atomic.Pointer[map[usage.Meter]leaseUnits]
+	sumAt        time.Time    // when leaseUnits are to be summed again
 	lastBeacon   atomic.Int64 // Unix nanoseconds; of the begin before the first; 0: not ours
 	publishing   bool
 	retry        backoff
@@ -189,6 +191,9 @@ func (o *owner) run(ctx context.Context) error {
 			}
 		case <-beat.C:
 			o.beacon()
+			if o.owns {
+				o.sumLeases(time.Now())
+			}
 		case <-o.wake.C:
 		case <-o.nudge:
 		case t := <-tenures:
@@ -344,6 +349,8 @@ func (o *owner) end() {
 	}
 	o.lastBeacon.Store(0)
 	o.allowances.Store(0)
+	o.leaseUnits.Store(nil)
+	o.sumAt = time.Time{}
 	o.tenure, o.owns, o.ready = nil, false, false
 	o.publishing, o.burying, o.ticking, o.snapshotting, o.stopping, o.finalDone = false, false, false, false, false, false
 	o.retry.reset()

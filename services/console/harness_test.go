@@ -79,7 +79,7 @@ func demoPlans() *plans.Document {
 		Plans: []plans.Plan{
 			{ID: "free", Limits: []plans.Limit{{ID: "calls-per-minute", Meter: "calls", Window: "minute", Amount: 100, WarnPercent: 80, ActionURL: "https://example.com/upgrade"}}},
 			{ID: "team", Limits: []plans.Limit{{ID: "tokens", Meter: "output_tokens", Window: "month", Amount: 2_000_000, WarnPercent: 90, Code: "SPEND_CAP_REACHED"}}},
-			{ID: "pro", Limits: []plans.Limit{{ID: "calls-per-minute", Meter: "calls", Window: "minute", Amount: 1000}, {ID: "tokens", Meter: "input_tokens", Window: "day", Amount: 500_000_000}}},
+			{ID: "pro", Limits: []plans.Limit{{ID: "calls-per-minute", Meter: "calls", Window: "minute", Amount: 1000, Tier: "exact"}, {ID: "tokens", Meter: "input_tokens", Window: "day", Amount: 500_000_000}}},
 		},
 		Accounts: []plans.Account{
 			{ID: "acme", Plan: "team"},
@@ -253,7 +253,10 @@ func (w *world) reply(shard uint32, q ledger.UsageRequest, index plans.Index) le
 				if l.Meter != usage.Calls {
 					used = u.Totals.Meters[l.Meter]
 				}
-				lu := ledger.LimitUsage{LimitID: p.ID + "/" + l.ID, Meter: l.Meter, Window: l.Window, Amount: l.Amount, Used: used, Remaining: max(0, l.Amount-used), Verdict: "allow"}
+				lu := ledger.LimitUsage{LimitID: p.ID + "/" + l.ID, Meter: l.Meter, Window: l.Window, Amount: l.Amount, Used: used, Remaining: max(0, l.Amount-used), Verdict: "allow", Tier: l.Tier}
+				if l.Tier.Leased() && used > 0 {
+					lu.Lease = &ledger.LeaseUsage{Settled: used, Outstanding: min(3, lu.Remaining), Dead: min(1, lu.Remaining), Free: max(0, lu.Remaining-3), Gateways: 2, Grants: 4, DeniedEarly: 1}
+				}
 				lu.PeriodStart, lu.PeriodEnd = usage.At(minute), usage.At(minute.Add(time.Minute))
 				if l.Window == usage.Month {
 					lu.PeriodStart, lu.PeriodEnd = usage.At(month), usage.At(month.AddDate(0, 1, 0))

@@ -3,12 +3,15 @@
 package reply
 
 import (
+	"cmp"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
 
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
 // Usage answers a usage query (ledger.UsageRequest) from the state as it stands,
@@ -59,7 +62,19 @@ func usageOf(u *quota.AccountUse) ledger.AccountUsage {
 		a.Limits = append(a.Limits, ledger.LimitUsage{
 			LimitID: l.LimitID, Meter: l.Meter, Window: l.Window, Amount: l.Amount, Used: l.Used, Remaining: max(l.Amount-l.Used, 0),
 			PeriodStart: l.PeriodStart, PeriodEnd: l.PeriodEnd, Verdict: l.Verdict.String(), DecisionID: l.DecisionID, Revision: l.Revision,
+			Tier: cmp.Or(l.Tier, usage.TierEventual), Lease: leaseOf(l.Lease),
 		})
 	}
 	return a
+}
+
+func leaseOf(s *lease.State) *ledger.LeaseUsage {
+	if s == nil {
+		return nil
+	}
+	return &ledger.LeaseUsage{
+		Settled: s.Settled, Outstanding: s.Outstanding, Dead: s.Dead, Free: max(s.Amount-s.Settled-s.Outstanding, 0), Exposure: s.Exposure, Overdraft: s.Overdraft,
+		Gateways: s.Leases, Waiting: s.Waits,
+		Grants: s.Counts.Grants, Recalls: s.Counts.Recalls, DeniedEarly: s.Counts.DeniedEarly, DeniedFinal: s.Counts.DeniedFinal,
+	}
 }

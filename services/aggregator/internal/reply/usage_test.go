@@ -2,12 +2,39 @@ package reply
 
 import (
 	"encoding/json"
+	"reflect"
 	"testing"
 
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
+
+// An operator sees of a limit that gateways share who has what of it.
+func TestASharedLimitSaysWhatIsWithGateways(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		state *lease.State
+		want  *ledger.LeaseUsage
+	}{
+		"nobody has asked": {},
+		"three gateways, one of them silent": {
+			&lease.State{Amount: 100, Settled: 60, Outstanding: 30, Dead: 12, Exposure: 5, Leases: 3, Waits: 1, Counts: lease.Counts{Grants: 9, Recalls: 2, DeniedEarly: 4, DeniedFinal: 1}},
+			&ledger.LeaseUsage{Settled: 60, Outstanding: 30, Dead: 12, Free: 10, Exposure: 5, Gateways: 3, Waiting: 1, Grants: 9, Recalls: 2, DeniedEarly: 4, DeniedFinal: 1},
+		},
+		"overdrawn": {&lease.State{Amount: 100, Settled: 103, Outstanding: 4, Overdraft: 3, Leases: 1}, &ledger.LeaseUsage{Settled: 103, Outstanding: 4, Overdraft: 3, Gateways: 1}},
+	} {
+		u := usageOf(&quota.AccountUse{ID: "acme", Limits: []quota.LimitUse{{LimitID: "plan/limit", Tier: usage.TierExact, Lease: c.state}, {LimitID: "plan/other"}}})
+		if got := u.Limits[0]; got.Tier != usage.TierExact || !reflect.DeepEqual(got.Lease, c.want) {
+			t.Errorf("%s: %+v", name, got.Lease)
+		}
+		if other := u.Limits[1]; other.Tier != usage.TierEventual || other.Lease != nil {
+			t.Errorf("%s: a limit without a tier is told as %+v", name, other)
+		}
+	}
+}
 
 // The conservation audit asks for totals only, and needs the hash of the calls to
 // the last bit: beyond 2^53 a JSON number is not read as what it was by everybody.
