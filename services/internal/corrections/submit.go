@@ -109,11 +109,23 @@ func (s *Submitter) Submit(ctx context.Context, a Act) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	if l.found == nil {
-		if err := s.fits(ctx, &a, out.Shard, named, applied.Document); err != nil {
+	for try := 1; l.found == nil; try++ {
+		// By counters that know every act before: of two that would take off the
+		// same usage one does not fit.
+		if err := s.fits(ctx, &a, &l, named, applied.Document); err != nil {
 			return Result{}, err
 		}
-		if err := l.append(ctx, &a, a.entry(now())); err != nil {
+		stored, err := l.append(ctx, a.entry(now()))
+		if err == nil && stored {
+			break
+		}
+		if err == nil && try == appendTries {
+			err = fmt.Errorf("%d times somebody else was quicker to append to shard %d", try, out.Shard)
+		}
+		if err == nil {
+			err = l.read(ctx, a.ID, a.ID.Time().Add(-clockSlack))
+		}
+		if err != nil {
 			return Result{}, fmt.Errorf("the correction %s may or may not have been made: submit it again with this id: %w", a.ID, err)
 		}
 	}
@@ -142,9 +154,10 @@ func (s *Submitter) plans(ctx context.Context) (*plans.Applied, plans.Index, err
 	return &a, plans.NewIndex(a.Document), nil
 }
 
-// fits reports whether the account and its use allow of the act.
-func (s *Submitter) fits(ctx context.Context, a *Act, shard uint32, named bool, doc *plans.Document) error {
-	u, err := s.ask(ctx, shard, a.Account)
+// fits reports whether the account and its use allow of the act, behind all that
+// was looked at.
+func (s *Submitter) fits(ctx context.Context, a *Act, l *log, named bool, doc *plans.Document) error {
+	u, err := s.counted(ctx, l.shard, a.Account, l.last)
 	if err != nil {
 		return fmt.Errorf("whether account %q has used what is corrected can't be said: %w", a.Account, err)
 	}
@@ -189,6 +202,25 @@ func names(doc *plans.Document, m usage.Meter) bool {
 type standing struct {
 	sequence uint64
 	account  *ledger.AccountUsage // nil: it was never heard of
+}
+
+// counted asks how an account stands when everything up to an entry is counted.
+func (s *Submitter) counted(ctx context.Context, shard uint32, account string, upTo uint64) (standing, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	tick := time.NewTicker(askEvery)
+	defer tick.Stop()
+	for {
+		u, err := s.ask(ctx, shard, account)
+		if err != nil || u.sequence >= upTo {
+			return u, err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return standing{}, fmt.Errorf("%w: shard %d is counted up to entry %d, and %d stands: try again", ErrCounting, shard, u.sequence, upTo)
+		}
+	}
 }
 
 // ask asks the owner of a shard how an account stands.
@@ -321,30 +353,30 @@ func (l *log) read(ctx context.Context, id ksuid.KSUID, since time.Time) error {
 	}
 }
 
-// append puts the act behind everything that was looked at, or finds it there.
-func (l *log) append(ctx context.Context, a *Act, e *tollkeeperv1.ControlEntry) error {
-	for try := 1; ; try++ {
-		m, err := ledger.ControlMessage(l.shard, e)
-		if err != nil {
-			return err
-		}
-		ledger.ExpectLast(m, l.last)
-		ack, err := l.js.PublishMsg(ctx, m)
-		if err == nil {
-			stored, found, err := ledger.LastMessage(ctx, l.js, ledger.Stream, ledger.ControlSubject(l.shard))
-			l.sequence = ack.Sequence
-			if err == nil && found && stored.Sequence == ack.Sequence {
-				l.at = stored.Time
-			}
-			return nil // it stands, whatever came of the asking
-		}
-		var api *jetstream.APIError
-		if !errors.As(err, &api) || api.ErrorCode != 10071 && api.ErrorCode != 10164 || try == appendTries {
-			return fmt.Errorf("append to %s: %w", m.Subject, err)
-		}
-		// Somebody else was quicker: a tick, or this very act.
-		if err := l.read(ctx, a.ID, a.ID.Time().Add(-clockSlack)); err != nil || l.found != nil {
-			return err
-		}
+// append puts the act behind everything that was looked at; false: something else
+// stands there by now, a tick, or this very act.
+func (l *log) append(ctx context.Context, e *tollkeeperv1.ControlEntry) (stored bool, err error) {
+	m, err := ledger.ControlMessage(l.shard, e)
+	if err != nil {
+		return false, err
 	}
+	ledger.ExpectLast(m, l.last)
+	ack, err := l.js.PublishMsg(ctx, m)
+	var api *jetstream.APIError
+	switch {
+	case errors.As(err, &api) && (api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence || api.ErrorCode == errCodeWriteUnderWay):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("append to %s: %w", m.Subject, err)
+	}
+	l.sequence = ack.Sequence
+	// It stands, whatever comes of asking when.
+	if at, found, err := ledger.LastMessage(ctx, l.js, ledger.Stream, m.Subject); err == nil && found && at.Sequence == ack.Sequence {
+		l.at = at.Time
+	}
+	return true, nil
 }
+
+// errCodeWriteUnderWay is JetStream's code for a conditional write while another
+// to the same subject is on its way, which the client has no name for.
+const errCodeWriteUnderWay jetstream.ErrorCode = 10164

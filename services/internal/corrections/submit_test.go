@@ -284,6 +284,72 @@ func TestWhatDoesNotFitIsRefusedAndNothingIsWritten(t *testing.T) {
 	}
 }
 
+// TestOfTwoActsThatTakeOffTheSameUsageOneIsRefused: whoever counts may be an act
+// behind when the second is asked for, or another act may come while it answers.
+func TestOfTwoActsThatTakeOffTheSameUsageOneIsRefused(t *testing.T) {
+	t.Parallel()
+	for name, meanwhile := range map[string]bool{"counted late": false, "between question and act": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			shard := ledger.ShardOf("acme", shards)
+			other := func() {
+				e := act("acme")
+				e.ID, e.Time, e.Adjustments = ksuid.New(), time.Now(), map[usage.Meter]int64{usage.Calls: -6}
+				m, err := ledger.ControlMessage(shard, e.entry(time.Now()))
+				if err == nil {
+					_, err = w.js.PublishMsg(context.Background(), m)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+			last := func() uint64 {
+				m, _, err := ledger.LastMessage(context.Background(), w.js, ledger.Stream, ledger.ControlSubject(shard))
+				if err != nil {
+					t.Error(err)
+				}
+				return m.Sequence
+			}
+			before := last()
+			if !meanwhile {
+				other()
+			}
+			asked := 0
+			sub, err := w.nc.Subscribe(ledger.UsageSubject(shard), func(m *nats.Msg) {
+				own := ledger.Totals{Admitted: 10}
+				r := ledger.UsageReply{Shard: shard, Sequence: before}
+				if asked++; asked > 1 {
+					r.Sequence, own.Adjusted = last(), map[usage.Meter]int64{usage.Calls: -6}
+				} else if meanwhile {
+					other()
+				}
+				r.Accounts = []ledger.AccountUsage{{ID: "acme", Own: own, Totals: own}}
+				data, err := json.Marshal(r)
+				if err == nil {
+					err = m.Respond(data)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = sub.Unsubscribe() })
+			a := act("acme")
+			a.Adjustments = map[usage.Meter]int64{usage.Calls: -5}
+			var refused *Error
+			if r, err := w.submitter().Submit(t.Context(), a); !errors.As(err, &refused) || refused.Code != CodeTooLarge || !strings.Contains(err.Error(), "has used 4 itself") {
+				t.Errorf("got %+v, %v", r, err)
+			}
+			if n := len(w.acts()); n != 1 {
+				t.Errorf("the ledger has %d corrections", n)
+			}
+		})
+	}
+}
+
 func TestWithoutCountersNothingIsCorrectedButARepetitionIsTold(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
