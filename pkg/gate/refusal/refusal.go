@@ -220,20 +220,27 @@ func (r *Refusal) document() document {
 		d.Type = quotaExceeded
 	}
 	if p := r.Decision; p != nil {
-		limit, used := p.Amount, p.Used
-		d.Meter, d.Limit, d.Used = string(p.Meter), &limit, &used
+		limit := p.Amount
+		d.Meter, d.Limit = string(p.Meter), &limit
+		if told(p) {
+			used := p.Used
+			d.Used = &used
+		}
 		d.ActionURL, d.DecisionID, d.DecisionRevision = p.ActionURL, p.ID, p.Revision
 		if r.Requested >= 0 {
 			requested := r.Requested
 			d.Requested = &requested
 		}
-		until := "for good"
 		if p.PeriodEnd != 0 {
 			d.PeriodEnd = p.PeriodEnd.Time().Format(time.RFC3339)
-			until = "until " + d.PeriodEnd
+		} else if r.Code == usage.QuotaExceeded || r.Code == usage.RateLimited {
+			d.Resolution = "Raise the limit or change the plan." // nothing ends by itself
 		}
 		if d.Detail == "" {
-			d.Detail = fmt.Sprintf("Account %s has used %d of %d %s (limit %s), which is counted %s.", p.Account, p.Used, p.Amount, p.Meter, p.LimitID, until)
+			d.Detail = r.detail(d.PeriodEnd)
+			if hint := r.hint(); hint != "" {
+				d.Resolution = hint + " " + d.Resolution
+			}
 		}
 		for _, v := range r.violated() {
 			d.ViolatedPolicies = append(d.ViolatedPolicies, v.LimitID)
@@ -243,6 +250,64 @@ func (r *Refusal) document() document {
 		d.Detail = w.title + "."
 	}
 	return d
+}
+
+// told: the decision is the ledger's. One without an id is the limit's terms alone: how
+// much is used of it is not known here.
+func told(d *usage.Decision) bool { return d.ID != "" }
+
+// short reports that the limit still has units, but not as many as the call needs.
+func (r *Refusal) short() bool {
+	return r.Decision.Verdict == usage.Deny && r.Decision.Tier.Leased() && r.Decision.Room > 0
+}
+
+// detail says what the decision says; end is that of its period, empty for a lifetime.
+func (r *Refusal) detail(end string) string {
+	p, period := r.Decision, "over its lifetime"
+	if end != "" {
+		period = "in the period that ends at " + end
+	}
+	needs := fmt.Sprintf("This call needs %d %s", r.Requested, p.Meter)
+	if p.Meter != usage.Calls {
+		needs = fmt.Sprintf("This call may use up to %d %s", r.Requested, p.Meter)
+	}
+	switch {
+	case !told(p) && r.Requested > 0:
+		return fmt.Sprintf("%s, and account %s does not have them left of the %d that it has %s (limit %s).", needs, p.Account, p.Amount, period, p.LimitID)
+	case !told(p):
+		return fmt.Sprintf("Account %s does not have enough left of the %d %s that it has %s (limit %s).", p.Account, p.Amount, p.Meter, period, p.LimitID)
+	case !r.short() || r.Requested <= 0:
+		return fmt.Sprintf("Account %s has used %d of %d %s (limit %s) %s.", p.Account, p.Used, p.Amount, p.Meter, p.LimitID, period)
+	case r.Requested <= p.Room:
+		return fmt.Sprintf("%s, and account %s has used %d of %d %s (limit %s): too many of the %d that are left are held for other calls.", needs, p.Account, p.Used, p.Amount, period, p.LimitID, p.Room)
+	}
+	return fmt.Sprintf("%s, and account %s has used %d of %d %s (limit %s): no more than %d are left.", needs, p.Account, p.Used, p.Amount, period, p.LimitID, p.Room)
+}
+
+// hint says what this call, made otherwise, might be admitted as.
+func (r *Refusal) hint() string {
+	switch {
+	case !told(r.Decision) || !r.short():
+		return ""
+	case r.Requested > 1 && r.Requested > r.Decision.Room:
+		return fmt.Sprintf("A smaller call may pass: ask for at most %d.", r.Decision.Room)
+	case r.Requested > 1:
+		return "A smaller call may pass, or this one when what is held comes back unused."
+	}
+	return "It may pass when what is held comes back unused."
+}
+
+// left is how many units of a limit are left as far as that is known here: of a limit
+// that has refused this call, fewer than it needs.
+func (r *Refusal) left(v *usage.Decision) int64 {
+	n := max(v.Amount-v.Used, 0)
+	if v.Tier.Leased() {
+		n = min(n, v.Room)
+		if v == r.Decision && r.Requested > 0 {
+			n = min(n, r.Requested-1)
+		}
+	}
+	return n
 }
 
 // Write answers. Nothing may have been written before. The error is the
@@ -281,24 +346,29 @@ func (r *Refusal) SetHeaders(h http.Header) {
 	}
 	var policies, limits []string
 	for _, v := range r.violated() {
-		name, left := structuredString(v.LimitID), int64(-1)
+		name := structuredString(v.LimitID)
 		policy := name + ";q=" + sfInteger(v.Amount)
 		if unit := quotaUnit(v.Meter); unit != "" {
 			policy += ";qu=" + structuredString(unit)
 		}
-		limit := name + ";r=" + sfInteger(max(v.Amount-v.Used, 0))
+		limit := name + ";r=" + sfInteger(r.left(v))
 		if v.PeriodEnd != 0 {
 			policy += ";w=" + strconv.FormatInt(seconds(v.PeriodEnd-v.PeriodStart), 10)
-			left = seconds(v.PeriodEnd - r.Now)
-			limit += ";t=" + strconv.FormatInt(left, 10)
+			after := strconv.FormatInt(seconds(v.PeriodEnd-r.Now), 10)
+			limit += ";t=" + after
+			if v == r.Decision && status == http.StatusTooManyRequests {
+				h.Set("Retry-After", after)
+			}
 		}
-		policies, limits = append(policies, policy), append(limits, limit)
-		if v == r.Decision && left >= 0 && status == http.StatusTooManyRequests {
-			h.Set("Retry-After", strconv.FormatInt(left, 10))
+		policies = append(policies, policy)
+		if told(v) {
+			limits = append(limits, limit)
 		}
 	}
 	if len(policies) > 0 {
 		h.Set("RateLimit-Policy", strings.Join(policies, ", "))
+	}
+	if len(limits) > 0 {
 		h.Set("RateLimit", strings.Join(limits, ", "))
 	}
 	if status == http.StatusServiceUnavailable {

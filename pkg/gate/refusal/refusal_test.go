@@ -44,6 +44,20 @@ func rate() *usage.Decision {
 	return d
 }
 
+// exact is a limit of which something is left, but not enough.
+func exact(used, room int64) *usage.Decision {
+	d := lifetimeTokens()
+	d.LimitID, d.Code, d.Tier, d.Amount, d.Used, d.Room = "pro/out", usage.QuotaExceeded, usage.TierExact, 10_000, used, room
+	return d
+}
+
+// terms are an exact limit's whose decision is not here yet.
+func terms() *usage.Decision {
+	d := exact(10_000, 0)
+	d.ID, d.Revision = "", 0
+	return d
+}
+
 // The bodies and headers are what clients parse: a change here is a change of the
 // API.
 func TestGolden(t *testing.T) {
@@ -51,6 +65,10 @@ func TestGolden(t *testing.T) {
 	cases := map[string]Refusal{
 		"quota": {Code: usage.QuotaExceeded, Decision: quota(), Violated: []*usage.Decision{quota(), lifetimeTokens()}, Requested: 1},
 		"life":  {Code: usage.CreditsDepleted, Decision: lifetimeTokens(), Requested: -1},
+		"used":  {Code: usage.QuotaExceeded, Decision: exact(10_000, 0), Requested: 100},
+		"short": {Code: usage.QuotaExceeded, Decision: exact(9_960, 40), Requested: 100},
+		"early": {Code: usage.QuotaExceeded, Decision: exact(9_800, 200), Requested: 100},
+		"terms": {Code: usage.QuotaExceeded, Decision: terms(), Requested: 100},
 		"rate":  {Code: usage.RateLimited, Decision: rate(), Requested: 1},
 		"state": {Code: usage.BillingStateUnknown, Requested: -1, Detail: "Whether this call is covered could not be found out in time."},
 		"key":   {Code: Unauthenticated, Requested: -1, Detail: "There is no such API key."},
