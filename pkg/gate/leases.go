@@ -8,6 +8,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/wallet"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -226,14 +227,24 @@ func (g *Gate) unanswered(t *table.Table, a *Account, parts []wallet.Part, v Ver
 	return Verdict{Unknown: true, Code: usage.BillingStateUnknown}
 }
 
+// marker is an outbox that a kill leaves something of: where to note what leases can
+// have been used.
+type marker interface{ Marks() *marks.Journal }
+
 // openWallet makes the purses of this run.
 func (g *Gate) openWallet(nc *nats.Conn, js jetstream.JetStream, out Outbox, shards uint32) (*wallet.Wallet, error) {
-	w, err := wallet.New(wallet.Options{
+	o := wallet.Options{
 		Conn: nc, JS: js, Gateway: out.Producer(), Name: g.o.Leases.Name, Shards: shards, Now: g.LedgerNow,
 		Skew: g.o.Leases.Skew, Wait: g.o.Leases.Wait,
 		MaxPurses: g.o.Leases.MaxPurses, MaxWaiting: g.o.Leases.MaxWaiting, MaxHolds: g.o.Leases.MaxReservations,
 		Logger: g.o.Logger, Registerer: g.o.Registerer,
-	})
+	}
+	if m, ok := out.(marker); ok {
+		if j := m.Marks(); j != nil {
+			o.Journal = j
+		}
+	}
+	w, err := wallet.New(o)
 	if err != nil {
 		return nil, fmt.Errorf("gate: %w", err)
 	}

@@ -14,6 +14,9 @@ import (
 // MaxAsks is how many asks one lease entry may carry.
 const MaxAsks = 256
 
+// MaxLeaseMarks is how many marks of leases a closing entry may carry.
+const MaxLeaseMarks = 4096
+
 // CodecLease is the codec of lease entries.
 const CodecLease = "lease.v1"
 

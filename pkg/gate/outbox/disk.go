@@ -6,11 +6,15 @@ import (
 	"slices"
 	"time"
 
+	"github.com/segmentio/ksuid"
+
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/bound"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/spool"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/lane"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 )
 
 // disk is the sender's side of the spool: it says what is to be written, read
@@ -23,6 +27,7 @@ type disk struct {
 	earlier []*spool.Log // still to be sent, oldest first
 	drain   *source      // the earlier producer that is being sent; nil: none
 	drains  uint64       // how many there were
+	marks   *marks.Journal
 
 	jobs    chan *job
 	results chan *job
@@ -72,6 +77,7 @@ type job struct {
 	wants   map[uint32]uint64 // by shard: number to load next; others are passed
 	all     bool              // an earlier producer's: load what is newer than wants says
 	remove  uint64            // segments before this one
+	marks   bool              // read those of its leases
 	destroy bool
 
 	at        []spool.Position
@@ -82,6 +88,9 @@ type job struct {
 	torn      []spool.Torn
 	loadErr   error
 	removeErr error
+	leases    []marks.Mark
+	marked    bool
+	marksErr  error
 	active    uint64
 }
 
@@ -123,6 +132,7 @@ func newDisk(s *sender) (*disk, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open outbox: %w", err), store.Close())
 	}
+	d.marks = marks.New(log.Dir(), s.b.producer)
 	d.own = &source{log: log, slots: s.slots, live: map[uint64]int{}, first: 1, active: 1}
 	if n := len(d.earlier); n > 0 {
 		o.Logger.Info().Int("producers", n).Int64("bytes", store.Bytes()).Msg("the spool of earlier producers will be sent")
@@ -161,6 +171,9 @@ func (j *job) do() {
 	}
 	if j.remove > 0 {
 		j.removeErr = log.Remove(j.remove)
+	}
+	if j.marks && j.removeErr == nil {
+		j.leases, j.marked, j.marksErr = marks.Read(log.Dir(), log.Identity().Producer)
 	}
 	if j.destroy && j.removeErr == nil {
 		j.removeErr = log.Destroy()
@@ -347,7 +360,7 @@ func (d *disk) drainJob() *job {
 		if src.empty() {
 			// Deleted before the producer is retired: what a crash leaves now can
 			// only be retired again, never sent again to somebody who forgot it.
-			return &job{src: src, remove: src.active + 1}
+			return &job{src: src, remove: src.active + 1, marks: true}
 		}
 	case cleared:
 		if src.empty() {
@@ -523,7 +536,7 @@ func (d *disk) drained(j *job) {
 		src.stage = exhausted
 	case src.stage == exhausted && j.remove > 0:
 		src.stage = cleared
-		d.retire(src)
+		d.retire(src, j)
 	case src.stage == closed:
 		src.stage = done
 	}
@@ -531,19 +544,60 @@ func (d *disk) drained(j *job) {
 
 // retire sends the closing entries of an earlier producer: on every shard that
 // it may have used, for what it sent from memory left no trace here.
-func (d *disk) retire(src *source) {
+func (d *disk) retire(src *source, j *job) {
 	id := src.log.Identity()
 	for shard := range min(id.Shards, ledger.MaxShards) {
 		d.slotOf(src, shard)
 	}
+	for i := range j.leases {
+		d.slotOf(src, min(j.leases[i].Shard, ledger.MaxShards-1))
+	}
 	whole := src.log.Whole() && !src.lossy
-	for _, sl := range src.slots {
+	if j.marksErr != nil {
+		d.s.b.o.Logger.Error().Err(j.marksErr).Stringer("producer", id.Producer).Msg("how much of its leases an earlier producer can have used can't be read: what it held stays spent until the windows end")
+	}
+	left := j.leases
+	for shard, sl := range src.slots {
 		if sl == nil {
 			continue
 		}
-		sl.lane.Retire(closing(id.Producer, sl.lane.Last(), whole, d.s.b.o.Now()))
+		n := 0
+		for n < len(left) && left[n].Shard == uint32(shard) {
+			n++
+		}
+		var leases *tollkeeperv1.LeaseMarks
+		if j.marked {
+			leases = d.marksOf(id.Producer, left[:n])
+		}
+		if leases == nil && (j.marked || j.marksErr != nil) && !whole {
+			d.s.count(func(c *counts) { c.unmarked++ })
+		}
+		left = left[n:]
+		sl.lane.Retire(closing(id.Producer, sl.lane.Last(), whole, leases, d.s.b.o.Now()))
 		d.s.pump(sl)
 	}
+}
+
+// maxMarksBytes bounds a closing entry.
+const maxMarksBytes = 512 << 10
+
+// marksOf puts the marks of a shard into words of the ledger; nil: they are too many.
+func (d *disk) marksOf(producer ksuid.KSUID, all []marks.Mark) *tollkeeperv1.LeaseMarks {
+	size := 0
+	leases := &tollkeeperv1.LeaseMarks{}
+	for i := range all {
+		m := &all[i]
+		size += len(m.Account) + len(m.Limit) + 32
+		leases.Marks = append(leases.Marks, &tollkeeperv1.LeaseMark{
+			Account: m.Account, Limit: m.Limit, WindowStartUnixMicros: int64(m.Start), UsedAtMost: m.UsedAtMost,
+		})
+	}
+	if len(all) > ledger.MaxLeaseMarks || size > maxMarksBytes {
+		d.s.b.o.Logger.Error().Stringer("producer", producer).Uint32("shard", all[0].Shard).Int("leases", len(all)).
+			Msg("an earlier producer left more leases than a closing entry can speak of: what it held of them stays spent until the windows end")
+		return nil
+	}
+	return leases
 }
 
 // evict lets go of spooled frames while memory is short.
@@ -565,7 +619,7 @@ func (d *disk) release() error {
 	if d == nil {
 		return nil
 	}
-	err := d.own.log.Close()
+	err := errors.Join(d.own.log.Close(), d.marks.Close())
 	for _, l := range d.earlier {
 		err = errors.Join(err, l.Close())
 	}

@@ -25,6 +25,9 @@ type Stats struct {
 	RecoveredFrames int64
 	// TornSegments: segments of the spool whose end a crash had cut.
 	TornSegments int64
+	// UnmarkedEnds: closing entries of killed producers that could not say what was
+	// used of leases; it stays spent until the windows end.
+	UnmarkedEnds int64
 
 	Dropped  int64 // policy Drop
 	Refused  int64 // Add returned ErrFull
@@ -45,7 +48,7 @@ type Stats struct {
 // counts are the sender's own.
 type counts struct {
 	acked, frames, resent, bytes, rejected, rejectedFrames int64
-	spooled, recoveredFrames, torn                         int64
+	spooled, recoveredFrames, torn, unmarked               int64
 	sent, recovered                                        Totals
 	inflight                                               int64
 	oldest                                                 usage.Micros
@@ -67,7 +70,7 @@ func (o *Outbox) Stats() Stats {
 	st := Stats{
 		Acked: c.acked, Sent: c.sent, Dropped: o.dropped.Load(), Refused: o.refused.Load(), Invalid: o.invalid.Load(), Rejected: c.rejected,
 		Frames: c.frames, Resent: c.resent, RejectedFrames: c.rejectedFrames, Bytes: c.bytes,
-		Spooled: c.spooled, Recovered: c.recovered, RecoveredFrames: c.recoveredFrames, TornSegments: c.torn,
+		Spooled: c.spooled, Recovered: c.recovered, RecoveredFrames: c.recoveredFrames, TornSegments: c.torn, UnmarkedEnds: c.unmarked,
 		InFlight: c.inflight, MemoryBytes: o.budget.Used(), Connected: c.connected, SpoolFailing: o.spoolFails.Load(), Full: o.full.Load(),
 	}
 	if d := o.s.disk; d != nil {
@@ -122,6 +125,7 @@ func newMetrics(o *Outbox, reg prometheus.Registerer) (*metrics, error) {
 	add("spool_bytes", "Size of the spool on disk, earlier producers' included.", func(s *Stats) float64 { return float64(s.SpoolBytes) })
 	add("spool_failing", "1 while the spool is full or can't be written: alarm.", func(s *Stats) float64 { return flag(s.SpoolFailing) })
 	add("full", "1 while calls wait, are refused or dropped for want of room: alarm.", func(s *Stats) float64 { return flag(s.Full) })
+	add("unmarked_ends", "Closing entries of killed gateways that could not say what was used of leases: it stays spent until the windows end.", func(s *Stats) float64 { return float64(s.UnmarkedEnds) })
 	add("connected", "1 while NATS is connected.", func(s *Stats) float64 { return flag(s.Connected) })
 	if reg != nil {
 		if err := reg.Register(m); err != nil {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/bound"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/lane"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -262,6 +263,22 @@ func (o *Options) withDefaults() error {
 
 // Producer returns the identity of this outbox's frames, new at each Open.
 func (o *Outbox) Producer() ksuid.KSUID { return o.producer }
+
+// Marks returns where it is to be noted how much of its leases this producer can have
+// used, before it uses it: should it be killed, the next outbox in the directory tells
+// the ledger, and what is beyond comes back. A lease that is not noted counts as
+// unused, so who uses leases without noting it must not call this. nil: there is no
+// spool directory.
+func (o *Outbox) Marks() *marks.Journal {
+	if o.s.disk == nil {
+		return nil
+	}
+	j := o.s.disk.marks
+	if err := j.Write(0, nil); err != nil {
+		o.o.Logger.Warn().Err(err).Msg("the journal of what leases can have been used could not be begun: trying again when it is needed")
+	}
+	return j
+}
 
 // whole: every call that Add was asked to take is, or will be, in the ledger.
 func (o *Outbox) whole() bool {

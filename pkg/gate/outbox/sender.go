@@ -482,6 +482,9 @@ func (s *sender) markWhole() {
 // next Open does.
 func (s *sender) retire(ctx context.Context) error {
 	if s.disk != nil {
+		if err := s.disk.marks.Close(); err != nil {
+			return fmt.Errorf("close outbox: %w", err)
+		}
 		// First, so that nobody sends again what the ledger may have forgotten.
 		if err := s.disk.own.log.Remove(s.disk.own.log.Active() + 1); err != nil {
 			return fmt.Errorf("close outbox: %w", err)
@@ -489,7 +492,7 @@ func (s *sender) retire(ctx context.Context) error {
 	}
 	for _, sl := range s.slots {
 		if last := sl.lane.Last(); last > 0 {
-			sl.lane.Retire(closing(s.b.producer, last, s.b.whole(), s.b.o.Now()))
+			sl.lane.Retire(closing(s.b.producer, last, s.b.whole(), nil, s.b.o.Now()))
 		}
 	}
 	s.loop(ctx, func() bool { return s.drained() || !s.connected })
@@ -539,11 +542,12 @@ func (sl *slot) producer(b *Outbox) ksuid.KSUID {
 }
 
 // closing is the entry that retires a producer on a shard.
-// complete says that every call the producer let through is in the ledger.
-func closing(producer ksuid.KSUID, last uint64, complete bool, now time.Time) []byte {
+// complete says that every call the producer let through is in the ledger; leases, if
+// they are not nil, how much of its leases in the shard it can have used.
+func closing(producer ksuid.KSUID, last uint64, complete bool, leases *tollkeeperv1.LeaseMarks, now time.Time) []byte {
 	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(&tollkeeperv1.ControlEntry{
 		Id: producer.String(), Author: "gateway", CreatedAtUnixMicros: now.UnixMicro(),
-		Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: producer.Bytes(), LastNumber: last, Complete: complete}},
+		Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: producer.Bytes(), LastNumber: last, Complete: complete, Leases: leases}},
 	})
 	if err != nil {
 		panic(err) // it has no text that could be invalid UTF-8, the only cause

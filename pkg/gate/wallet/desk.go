@@ -34,12 +34,14 @@ type pocket struct {
 	decision *usage.Decision // of the newest denial
 	sent     lease.Ask       // the newest that is in the ledger or on its way
 	heard    uint64          // newest ask that was answered
+	wanted   int64           // mark that the notary was asked for; 0: none, or it failed
 	again    lease.Micros    // when a new purse may be tried; 0: this one is good
 	grace    bool            // somebody waits although an early denial stands
 	due      bool            // in the desk's list of those whose Next is to be called
 	hot      bool            // in the list of those that wait for something
 	gone     bool            // forgotten
 	said     bool            // the last word is in the ledger
+	noting   bool            // in the notary's list
 }
 
 // desk keeps the purses of one shard and sends their asks, one entry at a time.
@@ -112,7 +114,7 @@ func (d *desk) pocket(l *table.Draw, now lease.Micros) *pocket {
 		delete(d.byPurse, p.purse)
 		seq := p.sent.Seq
 		d.w.metrics.sent(p.meter, &p.sent, &lease.Ask{})
-		p.again, p.sent, p.said = 0, lease.Ask{}, false
+		p.again, p.sent, p.said, p.wanted = 0, lease.Ask{}, false, 0
 		d.fill(p, l.Limit)
 		p.purse.After(seq)
 	}
@@ -128,14 +130,14 @@ func (d *desk) pocket(l *table.Draw, now lease.Micros) *pocket {
 
 // fill puts a new purse into a pocket.
 func (d *desk) fill(p *pocket, l *usage.Limit) {
-	p.purse = lease.NewPurse(d.w.gateway, p.end, habits(l, d.w.skew))
+	p.purse = lease.NewPurse(d.w.gateway, p.end, habits(l, d.w.skew, d.w.notary != nil))
 	p.purse.Start = p.start
 	d.byPurse[p.purse] = p
 }
 
 // habits of the purses of a limit. In both tiers units of reservations that passed
 // their deadline stay held: ReleaseHolds is 0.
-func habits(l *usage.Limit, skew lease.Micros) lease.Habits {
+func habits(l *usage.Limit, skew lease.Micros, sealed bool) lease.Habits {
 	term, patience := lease.Micros(l.Lease.Term), lease.Micros(l.Lease.Patience)
 	if term <= 0 {
 		term = lease.Micros(usage.DefaultLeaseTerm)
@@ -146,7 +148,7 @@ func habits(l *usage.Limit, skew lease.Micros) lease.Habits {
 	h := lease.Habits{
 		Skew: min(skew, term/4), Term: term, ReportEvery: min(term/4, 1_000_000),
 		RetryAfter: max(min(patience/4, 100_000), 10_000), Recheck: max(patience, 250_000),
-		FirstWant: 16, MaxWant: lease.MaxUnits >> 10,
+		FirstWant: 16, MaxWant: lease.MaxUnits >> 10, Sealed: sealed,
 	}
 	if l.Meter != usage.Calls {
 		h.FirstWant = 1 // what a call needs says how much that is
@@ -162,9 +164,15 @@ func (d *desk) all(pockets []*pocket) {
 }
 
 func (d *desk) look(p *pocket) {
-	if !p.due && !p.gone {
+	if p.gone {
+		return
+	}
+	if !p.due {
 		p.due = true
 		d.due = append(d.due, p)
+	}
+	if d.w.notary != nil {
+		d.w.notary.want(d, p)
 	}
 }
 
@@ -230,17 +238,30 @@ func (d *desk) run(ctx context.Context) {
 	timer := time.NewTimer(beat)
 	timer.Stop()
 	defer timer.Stop()
+	// While an entry is on its way, however long, purses are looked after.
+	busy, done := false, make(chan struct{}, 1)
 	for {
 		select {
 		case <-ctx.Done():
+			if busy {
+				<-done
+			}
 			return
+		case <-done:
+			busy = false
 		case <-d.kick:
 			d.lows()
 		case <-timer.C:
 			d.tick()
 		}
-		for entry, pockets := d.gather(); entry != nil; entry, pockets = d.gather() {
-			d.append(ctx, entry, pockets)
+		if !busy {
+			if entry, pockets := d.gather(); entry != nil {
+				busy = true
+				go func() {
+					d.append(ctx, entry, pockets)
+					done <- struct{}{}
+				}()
+			}
 		}
 		if d.idle() {
 			timer.Stop()
@@ -378,11 +399,11 @@ func (d *desk) append(ctx context.Context, entry *tollkeeperv1.LeaseEntry, pocke
 	if err != nil {
 		if ctx.Err() == nil {
 			d.w.metrics.lost.Add(float64(len(entry.GetAsks())))
-			d.w.trouble.fails(err)
+			d.w.trouble.begins(err)
 		}
 		return
 	}
-	d.w.trouble.works()
+	d.w.trouble.ends()
 	d.w.metrics.asks.Add(float64(len(entry.GetAsks())))
 	d.mu.Lock()
 	defer d.mu.Unlock()

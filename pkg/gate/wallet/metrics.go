@@ -21,6 +21,7 @@ func meterLabel(m usage.Meter) int {
 
 type metrics struct {
 	asks, lost, answers, grants, above, undecodable prometheus.Counter
+	marks, unnoted                                  prometheus.Counter
 	waits                                           prometheus.Histogram
 	takes                                           *prometheus.CounterVec
 	byStanding                                      [Closed + 1]prometheus.Counter
@@ -41,6 +42,8 @@ func newMetrics(w *Wallet, r prometheus.Registerer) (*metrics, error) {
 		grants:      counter("grants_total", "Answers that brought units."),
 		above:       counter("above_reservation_units_total", "Units that calls cost beyond their reservations."),
 		undecodable: counter("undecodable_total", "Answers, and decisions in them, that could not be read."),
+		marks:       counter("marks_total", "Marks of how much of leases can have been used that were noted."),
+		unnoted:     counter("unnoted_marks_total", "Marks that could not be noted: their units are not used until they are."),
 		waits: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "tollkeeper_gate_lease_wait_seconds", Help: "How long calls waited for units that had to be fetched.",
 			Buckets: []float64{.0005, .001, .002, .005, .01, .025, .05, .1, .25, .5, 1, 2.5},
@@ -60,7 +63,7 @@ func newMetrics(w *Wallet, r prometheus.Registerer) (*metrics, error) {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tollkeeper_gate_lease_" + name, Help: help, ConstLabels: labels}, func() float64 { return float64(f()) })
 	}
 	all := []prometheus.Collector{
-		m.asks, m.lost, m.answers, m.grants, m.above, m.undecodable, m.waits, m.takes,
+		m.asks, m.lost, m.answers, m.grants, m.above, m.undecodable, m.marks, m.unnoted, m.waits, m.takes,
 		gauge("purses", "Open purses.", nil, w.purses.Load),
 		gauge("waiting_calls", "Calls that wait for units.", nil, w.waiting.Load),
 		gauge("open_reservations", "Reservations that are not settled.", nil, func() int64 { return int64(w.holds.Counts().Open) }),

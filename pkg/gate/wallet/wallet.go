@@ -22,6 +22,7 @@ import (
 	"github.com/segmentio/ksuid"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
 	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
@@ -62,9 +63,20 @@ type Options struct {
 	// to come back.
 	Skew, Wait                      time.Duration
 	MaxPurses, MaxWaiting, MaxHolds int
+	// Journal, where there is one, notes how much of its leases the gateway can have
+	// used, before it does: what is beyond comes back when it was killed. While it
+	// fails, calls go on with what is noted, and those that need more wait in vain.
+	Journal Journal
 
 	Logger     zerolog.Logger
 	Registerer prometheus.Registerer // nil: no metrics
+}
+
+// Journal keeps marks where a kill leaves them.
+type Journal interface {
+	// Write returns nil once the marks, at most marks.MaxBatch, are safe. now is the
+	// ledger's time.
+	Write(now usage.Micros, batch []marks.Mark) error
 }
 
 // Wallet is described at the package. Its methods are safe for concurrent use.
@@ -82,6 +94,7 @@ type Wallet struct {
 	closing atomic.Bool
 	gone    chan struct{} // a last word was heard or is out
 	trouble trouble
+	notary  *notary // nil: there is no journal
 }
 
 // New returns a wallet without purses; nothing is fetched before Run.
@@ -99,12 +112,19 @@ func New(o Options) (*Wallet, error) {
 	orInt(&o.MaxHolds, DefaultMaxHolds)
 	w := &Wallet{
 		o: o, gateway: lease.Gateway(o.Gateway), skew: lease.Micros(o.Skew.Microseconds()), grace: lease.Micros(o.Wait.Microseconds() / 4), desks: make([]desk, o.Shards),
-		holds: lease.NewHolds(o.MaxHolds), gone: make(chan struct{}, 1), trouble: trouble{log: o.Logger},
+		holds: lease.NewHolds(o.MaxHolds), gone: make(chan struct{}, 1), trouble: trouble{
+			log:    o.Logger,
+			failed: "asks for leases do not get into the ledger: calls go on with what leases hold, and are refused after that; trying again",
+			works:  "asks for leases get into the ledger again",
+		},
 	}
 	for i := range w.desks {
 		w.desks[i].init(w, uint32(i))
 	}
 	w.tell()
+	if o.Journal != nil {
+		w.notary = newNotary(w)
+	}
 	var err error
 	if w.metrics, err = newMetrics(w, o.Registerer); err != nil {
 		return nil, fmt.Errorf("wallet: %w", err)
@@ -151,6 +171,9 @@ func (w *Wallet) Run(ctx context.Context) error {
 	var all sync.WaitGroup
 	for i := range w.desks {
 		all.Go(func() { w.desks[i].run(ctx) })
+	}
+	if w.notary != nil {
+		all.Go(func() { w.notary.run(ctx) })
 	}
 	timer := time.NewTimer(clockEvery)
 	defer timer.Stop()
@@ -226,25 +249,26 @@ func (w *Wallet) Close(ctx context.Context) error {
 
 // trouble tells once that something fails, and once that it works again.
 type trouble struct {
-	log zerolog.Logger
-	mu  sync.Mutex
-	is  bool
+	log           zerolog.Logger
+	failed, works string
+	mu            sync.Mutex
+	is            bool
 }
 
-func (t *trouble) fails(err error) {
+func (t *trouble) begins(err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if !t.is {
 		t.is = true
-		t.log.Warn().Err(err).Msg("asks for leases do not get into the ledger: calls go on with what leases hold, and are refused after that; trying again")
+		t.log.Warn().Err(err).Msg(t.failed)
 	}
 }
 
-func (t *trouble) works() {
+func (t *trouble) ends() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.is {
 		t.is = false
-		t.log.Info().Msg("asks for leases get into the ledger again")
+		t.log.Info().Msg(t.works)
 	}
 }

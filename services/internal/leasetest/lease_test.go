@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -13,9 +15,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/rs/zerolog"
 	"go.uber.org/goleak"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -618,5 +625,128 @@ func TestTheTierLeasedMayPassUnknown(t *testing.T) {
 	}
 	if v, _ := open.Take(t.Context(), a, request, nil); v.Allowed {
 		t.Error("there is no bound")
+	}
+}
+
+// spooled lets the gateway have a spool directory.
+func spooled(dir string) func(*gate.Options) {
+	return func(o *gate.Options) {
+		o.OpenOutbox = func(nc *nats.Conn, _ jetstream.JetStream, shards uint32) (gate.Outbox, error) {
+			return outbox.Open(outbox.Options{NATS: nc, Shards: shards, Gateway: "test", SpoolDir: dir, Logger: zerolog.Nop()})
+		}
+	}
+}
+
+// A kill is a copy of the spool directory, and a gateway that nobody hears of any more.
+// Calls were under way that stand nowhere: they count against the limit; what the
+// gateway can't have used is used by others.
+func TestWhatAKilledGatewayCantHaveUsedIsUsedByOthers(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	own := w.owner()
+	const limit = 5000
+	w.account("acme", exactly(limit, usage.Lifetime), usage.Limit{ID: "tokens", Meter: usage.OutputTokens, Window: usage.Lifetime, Amount: 100_000, Tier: usage.TierExact})
+	bound := func(n int64) *gate.Cost {
+		var cost gate.Cost
+		cost.Bounds.SetBuiltIn(usage.OutputTokensIndex, n)
+		return &cost
+	}
+	dir, left := t.TempDir(), t.TempDir()
+	nc := w.connect()
+	victim := w.gate(spooled(dir), func(o *gate.Options) { o.Conn = nc })
+	a := victim.find("acme")
+	upstream, held := int64(0), int64(0)
+	for i := range 1000 {
+		v, k := victim.Take(t.Context(), a, request, bound(10))
+		if !v.Allowed {
+			t.Fatalf("call %d: %+v", i, v)
+		}
+		upstream++
+		if i%2 == 0 {
+			held += 10
+			continue // it has reached the upstream, and nobody has written it down
+		}
+		c := usage.Call{Account: "acme", Status: 200}
+		c.Quantities.SetBuiltIn(usage.OutputTokensIndex, 3)
+		held += 3
+		k.Stamp(&c)
+		k.Settle(&c.Quantities)
+		if err := victim.Settle(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if victim.metric("tollkeeper_gate_lease_marks_total") == 0 {
+		t.Error("nothing was noted")
+	}
+	nc.Close()
+	if err := os.CopyFS(left, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	before, beforeTokens := own.state("acme", "calls"), own.state("acme", "tokens")
+	next := w.gate(spooled(left))
+	a = next.find("acme")
+	until(t, "the ledger has heard of the marks", func() bool {
+		return own.state("acme", "calls").Counts.Returned > before.Counts.Returned && own.state("acme", "tokens").Counts.Returned > beforeTokens.Counts.Returned
+	})
+	calls, tokens := own.state("acme", "calls"), own.state("acme", "tokens")
+	t.Logf("after the kill: %+v, then %+v; tokens %+v, then %+v", before, calls, beforeTokens, tokens)
+	if kept := calls.Settled + calls.Outstanding; kept < upstream || kept > upstream+upstream/4+64 {
+		t.Errorf("%d calls are kept, %d reached the upstream", kept, upstream)
+	}
+	if kept := tokens.Settled + tokens.Outstanding; kept < held || kept > held+held/4+640 {
+		t.Errorf("%d tokens are kept, %d can have been used", kept, held)
+	}
+	for ctx := t.Context(); ; upstream++ {
+		if v, k := next.Take(ctx, a, request, bound(1)); !v.Allowed {
+			break
+		} else {
+			var q usage.Quantities
+			k.Settle(&q)
+		}
+	}
+	if s := own.state("acme", "calls"); upstream > limit || upstream < limit-(calls.Settled+calls.Outstanding-1000)-32 {
+		t.Errorf("%d calls reached the upstream of %d: %+v", upstream, limit, s)
+	}
+}
+
+// elsewhere is an outbox whose marks are noted in another directory.
+type elsewhere struct {
+	*outbox.Outbox
+	journal *marks.Journal
+}
+
+func (o elsewhere) Marks() *marks.Journal { return o.journal }
+
+// What can't be noted is not used: the calls that need it are refused as unknown, and
+// go on when it can be.
+func TestADiskThatTakesNoMarks(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	own := w.owner()
+	w.account("acme", exactly(100, usage.Lifetime))
+	dir := filepath.Join(t.TempDir(), "not there yet")
+	n := w.gate(func(o *gate.Options) {
+		o.Leases.Wait, o.Logger = 300*time.Millisecond, zerolog.Nop()
+		o.OpenOutbox = func(nc *nats.Conn, _ jetstream.JetStream, shards uint32) (gate.Outbox, error) {
+			out, err := outbox.Open(outbox.Options{NATS: nc, Shards: shards, Gateway: "test", SpoolDir: t.TempDir(), Logger: zerolog.Nop()})
+			if err != nil {
+				return nil, err
+			}
+			return elsewhere{out, marks.New(dir, out.Producer())}, nil
+		}
+	})
+	a := n.find("acme")
+	if v, _ := n.Take(t.Context(), a, request, nil); v.Allowed || v.Code != usage.BillingStateUnknown {
+		t.Errorf("%+v", v)
+	}
+	if n.metric("tollkeeper_gate_lease_unnoted_marks_total") == 0 || n.metric("tollkeeper_gate_lease_marks_total") != 0 {
+		t.Error("it is not counted")
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	admitted, _ := storm(t, []*node{n}, "acme", nil)
+	if admitted != 100 || own.state("acme", "calls").Amount != 100 {
+		t.Errorf("%d admitted", admitted)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"testing"
 
@@ -14,6 +15,8 @@ import (
 	"github.com/rs/zerolog"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 )
 
 // The test binary is its own victim: with childURL set it is a gateway that
@@ -24,6 +27,8 @@ const (
 	childFirst = "TOLLKEEPER_OUTBOXTEST_SPOOL_FIRST"
 	// childIdle: it only says that it is open.
 	childIdle = "TOLLKEEPER_OUTBOXTEST_IDLE"
+	// childMarks: it notes marks of leases, and says so before and after.
+	childMarks = "TOLLKEEPER_OUTBOXTEST_MARKS"
 )
 
 func TestMain(m *testing.M) {
@@ -55,6 +60,9 @@ func victim(url, dir string, spoolFirst bool) error {
 		}
 		return b.Run(context.Background())
 	}
+	if os.Getenv(childMarks) == "true" {
+		return note(b)
+	}
 	failed := make(chan error, workers+1)
 	go func() { failed <- b.Run(context.Background()) }()
 	for w := range workers {
@@ -75,6 +83,22 @@ func victim(url, dir string, spoolFirst bool) error {
 		}()
 	}
 	return <-failed
+}
+
+// note notes marks that grow by one.
+func note(b *outbox.Outbox) error {
+	j := b.Marks()
+	for n := 1; ; n++ {
+		if _, err := fmt.Fprintln(os.Stdout, "begun", n); err != nil {
+			return err
+		}
+		if err := j.Write(0, []marks.Mark{{Shard: 1, Account: "acme", Limit: "free/calls", UsedAtMost: int64(n)}}); err != nil {
+			return err
+		}
+		if _, err := fmt.Fprintln(os.Stdout, "noted", n); err != nil {
+			return err
+		}
+	}
 }
 
 // kill runs a victim until it has answered n calls and kills it; returns what
@@ -216,6 +240,105 @@ func TestAKilledProducerIsClosedAlsoWithNothingInItsSpool(t *testing.T) {
 				t.Errorf("closed %v, %d complete, %d calls", got.closed, got.complete, len(got.calls))
 			}
 		})
+	}
+}
+
+// What a killed gateway had noted of its leases the next one tells the ledger: all that
+// it was told is noted, and nothing that it had not begun to.
+func TestAKilledProducersMarksAreTold(t *testing.T) {
+	t.Parallel()
+	between := 0
+	for n := range 8 {
+		r := newRig(t)
+		dir := t.TempDir()
+		_, begun := kill(t, r, dir, false, 41+n, nil, childMarks+"=true")
+		recovered(t, r, dir)
+		got := r.read(t)
+		if len(got.leases) != shards || got.complete != 0 {
+			t.Fatalf("%d of %d closing entries speak of leases, %d are complete", len(got.leases), shards, got.complete)
+		}
+		for shard, leases := range got.leases {
+			if shard != 1 {
+				if len(leases.GetMarks()) != 0 {
+					t.Errorf("shard %d: %v", shard, leases)
+				}
+				continue
+			}
+			m := leases.GetMarks()
+			// The newest that was begun may not have been noted.
+			if len(m) != 1 || m[0].GetAccount() != "acme" || m[0].GetLimit() != "free/calls" || m[0].GetUsedAtMost() > int64(begun) || m[0].GetUsedAtMost() < int64(begun)-1 {
+				t.Fatalf("begun was mark %d; told are %v", begun, m)
+			}
+			if m[0].GetUsedAtMost() < int64(begun) {
+				between++
+			}
+		}
+	}
+	t.Logf("%d of 8 kills came before the newest mark was there", between)
+}
+
+// killed is a directory as a kill would leave it now.
+func killed(t *testing.T, dir string) string {
+	t.Helper()
+	at := t.TempDir()
+	if err := os.CopyFS(at, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	return at
+}
+
+func TestMarksThatAreTooManyOrDamagedGiveNothingBack(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	dir := t.TempDir()
+	b := open(t, outbox.Options{NATS: r.connect(), SpoolDir: dir})
+	if none := open(t, outbox.Options{NATS: r.connect()}).Marks(); none != nil {
+		t.Error("marks are kept nowhere")
+	}
+	nobody := killed(t, dir)
+	j := b.Marks()
+	began := killed(t, dir)
+	for from := 0; from <= ledger.MaxLeaseMarks; from += marks.MaxBatch {
+		batch := make([]marks.Mark, 0, marks.MaxBatch)
+		for i := from; i < min(from+marks.MaxBatch, ledger.MaxLeaseMarks+1); i++ {
+			batch = append(batch, marks.Mark{Shard: 1, Account: fmt.Sprint(i), Limit: "free/calls", UsedAtMost: 1}, marks.Mark{Shard: 2, Account: fmt.Sprint(i % 10), Limit: "free/calls", UsedAtMost: int64(i)})
+		}
+		for len(batch) > 0 {
+			n := min(len(batch), marks.MaxBatch)
+			if err := j.Write(0, batch[:n]); err != nil {
+				t.Fatal(err)
+			}
+			batch = batch[n:]
+		}
+	}
+	many, damaged := killed(t, dir), killed(t, dir)
+	if err := b.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(damaged, b.Producer().String(), marks.File)
+	if err := os.WriteFile(path, []byte("nonsense"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		what     string
+		dir      string
+		shards   int // that are told of leases
+		unmarked int64
+	}{
+		{"nothing was noted, and nobody said that it would be", nobody, 0, 0},
+		{"nothing was noted", began, shards, 0},
+		{"too many of one shard", many, shards - 1, 1},
+		{"damaged", damaged, 0, shards},
+	} {
+		r := newRig(t)
+		st := recovered(t, r, c.dir)
+		got := r.read(t)
+		if len(got.closed) != shards || len(got.leases) != c.shards || st.UnmarkedEnds != c.unmarked || got.complete != 0 {
+			t.Errorf("%s: %d shards are told of %d, %d unmarked, %d complete", c.what, len(got.leases), len(got.closed), st.UnmarkedEnds, got.complete)
+		}
+		if c.what == "too many of one shard" && (got.leases[1] != nil || len(got.leases[2].GetMarks()) != 10) {
+			t.Errorf("%s: %v", c.what, got.leases[2])
+		}
 	}
 }
 

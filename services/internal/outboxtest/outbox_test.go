@@ -23,6 +23,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
 )
 
@@ -133,6 +134,7 @@ type found struct {
 	gaps       int
 	closed     map[string]uint64 // producer/shard → last number
 	complete   int               // of them
+	leases     map[uint32]*tollkeeperv1.LeaseMarks
 	input      int64
 }
 
@@ -148,7 +150,7 @@ func (r *rig) read(t testing.TB) found {
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := found{calls: map[string]int{}, closed: map[string]uint64{}}
+	out := found{calls: map[string]int{}, closed: map[string]uint64{}, leases: map[uint32]*tollkeeperv1.LeaseMarks{}}
 	last := stream.CachedInfo().State.LastSeq
 	if last == 0 {
 		return out
@@ -195,6 +197,9 @@ func (r *rig) read(t testing.TB) found {
 				out.closed[fmt.Sprintf("%x/%d", pc.GetProducer(), shard)] = pc.GetLastNumber()
 				if pc.GetComplete() {
 					out.complete++
+				}
+				if pc.GetLeases() != nil {
+					out.leases[shard] = pc.GetLeases()
 				}
 			}
 		}

@@ -26,6 +26,7 @@ import (
 
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
@@ -238,6 +239,9 @@ type segment struct {
 	number uint64
 	size   int64 // up to here it is on disk, or was found there
 }
+
+// Dir returns the producer's directory.
+func (l *Log) Dir() string { return l.dir }
 
 // Identity returns whose log it is.
 func (l *Log) Identity() Identity { return l.identity }
@@ -557,7 +561,7 @@ func (l *Log) Destroy() error {
 	if err := l.Close(); err != nil {
 		return err
 	}
-	for _, name := range []string{wholeFile, identityFile} {
+	for _, name := range []string{wholeFile, marks.Fresh, marks.File, identityFile} {
 		if err := os.Remove(filepath.Join(l.dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("spool: %w", err)
 		}
