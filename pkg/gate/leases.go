@@ -227,10 +227,6 @@ func (g *Gate) unanswered(t *table.Table, a *Account, parts []wallet.Part, v Ver
 	return Verdict{Unknown: true, Code: usage.BillingStateUnknown}
 }
 
-// marker is an outbox that a kill leaves something of: where to note what leases can
-// have been used.
-type marker interface{ Marks() *marks.Journal }
-
 // openWallet makes the purses of this run.
 func (g *Gate) openWallet(nc *nats.Conn, js jetstream.JetStream, out Outbox, shards uint32) (*wallet.Wallet, error) {
 	o := wallet.Options{
@@ -239,7 +235,8 @@ func (g *Gate) openWallet(nc *nats.Conn, js jetstream.JetStream, out Outbox, sha
 		MaxPurses: g.o.Leases.MaxPurses, MaxWaiting: g.o.Leases.MaxWaiting, MaxHolds: g.o.Leases.MaxReservations,
 		Logger: g.o.Logger, Registerer: g.o.Registerer,
 	}
-	if m, ok := out.(marker); ok {
+	// A kill leaves something of such an outbox.
+	if m, ok := out.(interface{ Marks() *marks.Journal }); ok {
 		if j := m.Marks(); j != nil {
 			o.Journal = j
 		}
