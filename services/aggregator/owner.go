@@ -94,6 +94,7 @@ type owner struct {
 
 	// While it is.
 	tenure       *tenure
+	ended        int  // tenures
 	owns         bool // fenced: pub holds
 	pub          publish.Publisher
 	target       uint64 // what the ledger held of the shard at the start
@@ -352,6 +353,7 @@ func (o *owner) end() {
 	o.leaseUnits.Store(nil)
 	o.sumAt = time.Time{}
 	o.tenure, o.owns, o.ready = nil, false, false
+	o.ended++
 	o.publishing, o.burying, o.ticking, o.snapshotting, o.stopping, o.finalDone = false, false, false, false, false, false
 	o.retry.reset()
 	o.retryAt = time.Time{}
@@ -385,10 +387,10 @@ func (o *owner) last() bool {
 }
 
 // do runs work beside the owner; what it returns is then called by the owner,
-// unless the tenure is another by then.
+// unless a tenure has begun or ended since.
 func (o *owner) do(io context.Context, limit time.Duration, work func(ctx context.Context) func() error) {
 	o.running++
-	t := o.tenure
+	t, ended := o.tenure, o.ended
 	go func() {
 		ctx, cancel := context.WithTimeout(io, limit)
 		defer cancel()
@@ -399,7 +401,8 @@ func (o *owner) do(io context.Context, limit time.Duration, work func(ctx contex
 			finish = func() error { o.end(); return nil }
 		}
 		o.results <- func() error {
-			if o.tenure != t {
+			// Standing by before a tenure and after it look the same.
+			if o.tenure != t || o.ended != ended {
 				return nil
 			}
 			return finish()
@@ -633,8 +636,9 @@ func (o *owner) checkReady() {
 // publish stores a batch of decisions with the checkpoint.
 func (o *owner) publish(io context.Context, b *publish.Batch) {
 	o.publishing = true
+	pub := o.pub // ours may have ended before it is asked
 	o.do(io, ioTimeout, func(ctx context.Context) func() error {
-		msgs, err := o.pub.Messages(b)
+		msgs, err := pub.Messages(b)
 		if err != nil {
 			return func() error { return fmt.Errorf("shard %d: %w", o.shard, err) }
 		}
