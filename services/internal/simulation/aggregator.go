@@ -420,6 +420,9 @@ func (w *world) foldAll() *verdict {
 		}
 		fx := v.states[shard].Apply(e)
 		v.decisions = append(v.decisions, fx.Decisions...)
+		if e.Control != nil && e.Control.Marks != nil {
+			w.report.Returned += fx.Leases.Returned
+		}
 		if e.Batch != nil && fx.Admitted+fx.Refused == 0 {
 			v.twice++
 		}

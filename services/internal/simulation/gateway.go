@@ -1,6 +1,7 @@
 package simulation
 
 import (
+	"cmp"
 	"slices"
 
 	"github.com/segmentio/ksuid"
@@ -41,6 +42,7 @@ type purse struct {
 	end   usage.Micros
 	shard uint32
 	lease *lease.Purse
+	noted int64 // mark that is on its way to the disk, or there
 }
 
 // gateway admits calls, and brings them to the ledger.
@@ -64,6 +66,7 @@ type gateway struct {
 	denies   map[string]usage.Decision
 
 	written usage.Micros // when what is being written will be
+	noting  usage.Micros // likewise, of marks
 	disk    []spooled    // what a kill leaves
 	runs    []run        // likewise
 	feed    *reader
@@ -80,6 +83,13 @@ type spooled struct {
 type run struct {
 	producer ksuid.KSUID
 	ended    bool // in order: no call was under way, and all are on the disk
+	// marks are how much of its leases it can have used.
+	marks map[mark]int64
+}
+
+type mark struct {
+	shard uint32
+	leaseKey
 }
 
 type waiter struct {
@@ -120,20 +130,35 @@ func (g *gateway) begin() {
 				}
 			}
 			// Calls may have been under way that nobody has a record of: only a run
-			// that ended in order has used no more than the ledger says.
-			l.Retire(w.closing(r.producer, l.Last(), r.ended))
+			// that ended in order has used no more than the ledger says. Of others the
+			// marks tell.
+			l.Retire(w.closing(r.producer, l.Last(), r.ended, r.of(s)))
 			g.old = append(g.old, l)
 		}
 	}
-	g.runs = append(g.runs, run{producer: g.producer})
+	g.runs = append(g.runs, run{producer: g.producer, marks: make(map[mark]int64)})
 	g.feed = g.proc.read(&w.nats.decisions, 1, 200, g.follow)
 	g.beat()
 }
 
-func (w *world) closing(producer ksuid.KSUID, last uint64, complete bool) []byte {
+// of returns the marks of a shard.
+func (r *run) of(shard uint32) *tollkeeperv1.LeaseMarks {
+	out := &tollkeeperv1.LeaseMarks{}
+	for k, most := range r.marks {
+		if k.shard == shard {
+			out.Marks = append(out.Marks, &tollkeeperv1.LeaseMark{Account: k.account, Limit: k.limit, WindowStartUnixMicros: int64(k.start), UsedAtMost: most})
+		}
+	}
+	slices.SortFunc(out.Marks, func(a, b *tollkeeperv1.LeaseMark) int {
+		return cmp.Or(cmp.Compare(a.GetAccount(), b.GetAccount()), cmp.Compare(a.GetLimit(), b.GetLimit()), cmp.Compare(a.GetWindowStartUnixMicros(), b.GetWindowStartUnixMicros()))
+	})
+	return out
+}
+
+func (w *world) closing(producer ksuid.KSUID, last uint64, complete bool, leases *tollkeeperv1.LeaseMarks) []byte {
 	m, err := ledger.ControlMessage(0, &tollkeeperv1.ControlEntry{
 		Id: producer.String(), Author: "gateway",
-		Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: producer.Bytes(), LastNumber: last, Complete: complete}},
+		Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: producer.Bytes(), LastNumber: last, Complete: complete, Leases: leases}},
 	})
 	if err != nil {
 		w.fail("%v", err)
@@ -414,7 +439,7 @@ func (g *gateway) purse(l *pathLimit, now usage.Micros) *purse {
 	if p == nil {
 		habits := lease.Habits{
 			Skew: lease.Micros(maxSkew + 50_000), Term: lease.Micros(leaseTerm), ReportEvery: 1_000_000, RetryAfter: 100_000, Recheck: 500_000,
-			FirstWant: 10, MaxWant: 1000,
+			FirstWant: 10, MaxWant: 1000, Sealed: true,
 		}
 		p = &purse{key: key, end: end, shard: l.shard, lease: lease.NewPurse(lease.Gateway(g.producer), lease.Micros(end), habits)}
 		g.purses[key] = p
@@ -456,6 +481,7 @@ func (g *gateway) speak() {
 	w := g.w
 	asks := make([]*tollkeeperv1.LeaseEntry, shards)
 	kept := g.order[:0]
+	var wanted []*purse
 	for _, p := range g.order {
 		m, ok := p.lease.Next(lease.Micros(g.now()))
 		if p.lease.Done() {
@@ -463,6 +489,10 @@ func (g *gateway) speak() {
 			continue
 		}
 		kept = append(kept, p)
+		if to, more := p.lease.Mark(lease.Micros(g.now())); more && to > p.noted {
+			p.noted = to
+			wanted = append(wanted, p)
+		}
 		if !ok {
 			continue
 		}
@@ -476,6 +506,7 @@ func (g *gateway) speak() {
 		})
 	}
 	g.order = kept
+	g.note(wanted)
 	for s, e := range asks {
 		if e == nil {
 			continue
@@ -487,4 +518,41 @@ func (g *gateway) speak() {
 		}
 		g.proc.ask(func() any { return w.nats.publish(&w.nats.ledger, m) }, func(any, bool) {})
 	}
+}
+
+// note writes marks to the disk, and lets units be used up to them when they are
+// synced; whether they are there before that nobody knows.
+func (g *gateway) note(purses []*purse) {
+	if len(purses) == 0 {
+		return
+	}
+	w, r := g.w, &g.runs[len(g.runs)-1]
+	marks := make([]int64, len(purses))
+	for i, p := range purses {
+		marks[i] = p.noted
+	}
+	keep := func() {
+		for i, p := range purses {
+			k := mark{p.shard, p.key}
+			r.marks[k] = max(r.marks[k], marks[i])
+		}
+	}
+	fails := !w.calm && w.chance(w.o.Kills/100)
+	if w.chance(0.5) {
+		keep()
+	}
+	g.noting = max(g.noting, w.now) + w.between(200, 20_000)
+	g.proc.after(g.noting-w.now, func() {
+		for i, p := range purses {
+			switch {
+			case !fails:
+				keep()
+				p.lease.Unlocked(marks[i])
+			case p.noted == marks[i]:
+				p.noted = 0 // again, when somebody looks
+			}
+		}
+		g.retry()
+		g.speak()
+	})
 }

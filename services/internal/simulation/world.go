@@ -36,6 +36,8 @@ type Report struct {
 	DuplicateFrames, Blocks, RepeatedRows int
 	// Unsent calls were answered by gateways that did not spool before, and died.
 	Unsent int
+	// Returned units of killed gateways' leases came back by their marks.
+	Returned int64
 }
 
 // Add sums reports up.
@@ -58,11 +60,12 @@ func (r *Report) Add(o *Report) {
 	r.Blocks += o.Blocks
 	r.RepeatedRows += o.RepeatedRows
 	r.Unsent += o.Unsent
+	r.Returned += o.Returned
 }
 
 func (r *Report) String() string {
-	return fmt.Sprintf("%d calls: %d answered, %d refused, %d unknown, %d never sent; %d entries, %d frames twice, %d decisions, %d grants, %d denials; %d blocks, %d of them sent again; %d kills, %d ends, %d stops, %d cuts, %d takeovers, %d of them warm",
-		r.Calls, r.Answered, r.Refused, r.Unknown, r.Unsent, r.Entries, r.DuplicateFrames, r.Decisions, r.Grants, r.Denials, r.Blocks, r.RepeatedRows, r.Kills, r.Ends, r.Stops, r.Cuts, r.Takeovers, r.Warm)
+	return fmt.Sprintf("%d calls: %d answered, %d refused, %d unknown, %d never sent; %d entries, %d frames twice, %d decisions, %d grants, %d denials, %d units back by marks; %d blocks, %d of them sent again; %d kills, %d ends, %d stops, %d cuts, %d takeovers, %d of them warm",
+		r.Calls, r.Answered, r.Refused, r.Unknown, r.Unsent, r.Entries, r.DuplicateFrames, r.Decisions, r.Grants, r.Denials, r.Returned, r.Blocks, r.RepeatedRows, r.Kills, r.Ends, r.Stops, r.Cuts, r.Takeovers, r.Warm)
 }
 
 // event is something that happens at a moment.
