@@ -400,7 +400,9 @@ func (p *Purse) Next(now Micros) (Ask, bool) {
 		}
 	case m.Need > 0 || m.Want > 0 || m.Renew || m.Returned != p.sent.Returned:
 	case m.Used != p.sent.Used || m.Held != p.sent.Held || m.Over != p.sent.Over:
-		if now < p.sentAt+p.habits.ReportEvery {
+		// While others want what is here, whether they are denied, and how, may rest
+		// on it.
+		if !p.tight && now < p.sentAt+p.habits.ReportEvery {
 			return Ask{}, false
 		}
 	default:

@@ -185,6 +185,9 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 		r := Result{Standing: DeniedEarly, At: at, Decision: p.decision, Start: usage.Micros(p.start)}
 		if x.grace == 0 {
 			x.grace = now + d.w.grace
+			if x.reserve {
+				x.grace = x.until
+			}
 		}
 		if now >= x.grace || len(p.queue) >= maxGrace {
 			return end(r)

@@ -60,7 +60,8 @@ type Options struct {
 	Now func() usage.Micros
 	// Skew, Wait, MaxPurses, MaxWaiting and MaxHolds have defaults. A call that is
 	// denied early, because others hold what is left, waits a quarter of Wait for it
-	// to come back.
+	// to come back, and all of Wait where calls reserve: what others have reserved
+	// and do not use comes back when their calls are through.
 	Skew, Wait                      time.Duration
 	MaxPurses, MaxWaiting, MaxHolds int
 	// Journal, where there is one, notes how much of its leases the gateway can have
