@@ -133,7 +133,9 @@ func (r *streamReader) run(ctx context.Context) (err error) {
 	if err := r.compareLast(setup, stream); err != nil {
 		return err
 	}
-	in, err := openIterator(setup, r.js, stream, jetstream.ConsumerConfig{
+	opening, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	in, err := openIterator(opening, r.js, stream, jetstream.ConsumerConfig{
 		FilterSubjects: r.o.Subjects,
 		DeliverPolicy:  jetstream.DeliverByStartSequencePolicy,
 		OptStartSeq:    r.next,
@@ -173,6 +175,11 @@ func (r *streamReader) run(ctx context.Context) (err error) {
 		}
 	}
 }
+
+// openTimeout bounds the making of a consumer. It is far more than the short tries
+// for an election take together: what is left is for a server that is slow at it,
+// which would otherwise never be read from.
+const openTimeout = 30 * time.Second
 
 // findStream looks a stream up. While nobody leads it the servers answer nothing at
 // all, and whoever waits longer for that answer is late when there is a leader.

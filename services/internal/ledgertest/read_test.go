@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
@@ -446,6 +447,42 @@ func TestAReaderWaitsForAStreamThatIsNotThereYet(t *testing.T) {
 
 // What the server says of a request needs a place beside the messages: a
 // handler that takes longer than requests last must not lose any.
+// TestAServerThatIsSlowToMakeConsumersIsReadFrom: it needs longer than is waited
+// while there may be an election, every time.
+func TestAServerThatIsSlowToMakeConsumersIsReadFrom(t *testing.T) {
+	t.Parallel()
+	_, nc, js := provisioned(t)
+	want := appendEntries(t, js, "calls.1", 0, 3)
+	// A way to the server on which that takes long.
+	const way = "slow.API."
+	sub, err := nc.Subscribe(way+">", func(m *nats.Msg) {
+		subject := strings.TrimPrefix(m.Subject, way)
+		forward := func() { _ = nc.PublishRequest("$JS.API."+subject, m.Reply, m.Data) } // who asked finds out
+		if !strings.HasPrefix(subject, "CONSUMER.CREATE.") {
+			forward()
+			return
+		}
+		time.AfterFunc(1800*time.Millisecond, forward)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = sub.Unsubscribe() })
+	slow, err := jetstream.NewWithAPIPrefix(nc, strings.TrimSuffix(way, "."))
+	if err != nil {
+		t.Fatal(err)
+	}
+	begun := make(chan struct{})
+	var once sync.Once
+	r := read(t, slow, ledger.ReadOptions{}, func(ledger.Message) error { once.Do(func() { close(begun) }); return nil })
+	select {
+	case <-begun:
+	case <-time.After(30 * time.Second):
+		t.Fatal("nothing is read in 30 s")
+	}
+	r.has(want)
+}
+
 func TestAReaderThatIsSlowIsNeverInterrupted(t *testing.T) {
 	t.Parallel()
 	_, _, js := provisioned(t)
