@@ -242,6 +242,8 @@ func TestThePageShowsWhatHappens(t *testing.T) {
 	for selector, want := range map[string]string{
 		".refusals tbody tr":       "Quota exceeded",
 		".refusals .copy":          "…",
+		".limits tbody tr":         "pro/calls-per-minute, exact",
+		".limits .use":             "of 1k calls, minute, resets in",
 		".area-alerts":             "Firing",
 		".area-dead":               usage.ReasonMalformed,
 		".area-history .card-note": "calls, 5 s steps",

@@ -21,6 +21,26 @@ export interface LimitUsage {
   period_start_unix_micros: number
   period_end_unix_micros: number
   verdict: Verdict
+  tier: Tier
+  lease?: LeaseUsage
+}
+
+export type Tier = 'eventual' | 'exact' | 'leased'
+
+/** LeaseUsage is how an allowance is shared among gateways; units of its meter, and counts. */
+export interface LeaseUsage {
+  settled: number
+  outstanding: number
+  dead: number
+  free: number
+  exposure: number
+  overdraft: number
+  gateways: number
+  waiting: number
+  grants: number
+  recalls: number
+  denied_early: number
+  denied_final: number
 }
 
 export interface TopLimit extends LimitUsage {
@@ -176,6 +196,19 @@ export class Problem extends Error {
     this.status = status
     this.code = code
   }
+}
+
+/** getLimits are the limits that bind an account: its own, and those of the accounts above it. */
+export async function getLimits(account: string, signal: AbortSignal): Promise<TopLimit[]> {
+  const path = account.split('/').map(encodeURIComponent).join('/')
+  const of = await fetch(`/v1/accounts/${path}`, { headers: headers(), signal })
+  if (!of.ok) throw await problemOf(of)
+  const steps = ((await of.json()) as { path: string[] }).path
+  const query = new URLSearchParams(steps.map((s) => ['account', s]))
+  const res = await fetch(`/v1/usage?${query}`, { headers: headers(), signal })
+  if (!res.ok) throw await problemOf(res)
+  const usage = (await res.json()) as { accounts: { id: string; limits: LimitUsage[] }[] }
+  return steps.flatMap((step) => (usage.accounts.find((a) => a.id === step)?.limits ?? []).map((l) => ({ ...l, account: step })))
 }
 
 const tokenKey = 'tollkeeper-token'

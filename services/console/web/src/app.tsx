@@ -5,6 +5,7 @@ import { AccountsCard, AlertsCard, CodesCard, DeadLettersCard, Figures, LiveCard
 import { CorrectionsCard } from './corrections'
 import { clock } from './format'
 import { HistoryCard } from './history'
+import { LimitsCard } from './limits'
 import { empty, reduce, type Connection } from './model'
 import { Mark } from './parts'
 import { follow } from './stream'
@@ -46,6 +47,7 @@ export function App() {
         <CodesCard seconds={m.seconds} />
         <AccountsCard live={m.live} />
         <RefusalsCard live={m.live} />
+        <LimitsCard live={m.live} />
         <HistoryCard />
         <AlertsCard live={m.live} />
         <DeadLettersCard live={m.live} />

@@ -4,6 +4,7 @@ import { useMemo } from 'preact/hooks'
 import type { Alert, LiveMessage, Refusal, Second, TopAccount, TopLimit } from './api'
 import { Chart, type Area } from './chart'
 import { ago, clock, codeName, compact, countdown, exact, percent, quantity, rate, unit } from './format'
+import { ShareBar } from './limits'
 import { byCode, rates, refusedIn } from './model'
 import { lookOfCode } from './palette'
 import { Card, CopyID, Mark, Nothing, Swatch, VerdictTag } from './parts'
@@ -70,7 +71,7 @@ export function CodesCard({ seconds }: { seconds: Second[] }) {
   return (
     <Card area="codes" title="Refused by code" note="last 5 minutes">
       {five.length === 0 ? (
-        <Nothing>Nothing was refused.</Nothing>
+        seconds.length > 0 && <Nothing>Nothing was refused.</Nothing>
       ) : (
         <table class="codes">
           <thead>
@@ -154,7 +155,6 @@ export function AccountsCard({ live }: { live?: LiveMessage }) {
 
 function AccountRow({ a, now }: { a: TopAccount; now: number }) {
   const l = tightest(a.limits)
-  const part = l ? Math.min(1, l.used / l.amount) : 0
   const end = l && l.period_end_unix_micros > 0 ? l.period_end_unix_micros / 1e6 - now : undefined
   const worst = l && l.verdict !== 'allow' ? l.verdict : a.verdict
   return (
@@ -171,11 +171,10 @@ function AccountRow({ a, now }: { a: TopAccount; now: number }) {
       <td class="use">
         {l ? (
           <>
-            <span class={`bar bar-${l.verdict}`} role="meter" aria-valuemin={0} aria-valuemax={l.amount} aria-valuenow={Math.min(l.used, l.amount)} aria-label={`${l.limit_id}: used ${exact(l.used)} of ${exact(l.amount)}`}>
-              <i style={{ width: `${100 * part}%` }} />
-            </span>
+            <ShareBar l={l} />
             <span class="under" title={`${l.account}, ${l.limit_id}: ${exact(l.used)} of ${exact(l.amount)}`}>
               {quantity(l.meter, l.used)} of {quantity(l.meter, l.amount)} {unit(l.meter)}, {l.window}
+              {l.tier !== 'eventual' && `, ${l.tier}`}
             </span>
           </>
         ) : (

@@ -1,9 +1,10 @@
 import { describe, expect, it } from 'vitest'
-import type { History, TopLimit } from './api'
+import type { History, LiveMessage, TopLimit } from './api'
 import { stateOf } from './audit'
 import { tightest } from './cards'
 import { effectOf } from './corrections'
 import { areasOf } from './history'
+import { partsOf, shared } from './limits'
 import { lookOfCode, lookOfSeries } from './palette'
 import { Parser } from './stream'
 
@@ -22,6 +23,20 @@ it('shows the limit that is nearest to its end', () => {
   const l = (limit_id: string, used: number, amount: number) => ({ limit_id, used, amount }) as TopLimit
   expect(tightest([l('a', 1, 10), l('b', 900, 1000), l('c', 50, 1000)])?.limit_id).toBe('b')
   expect(tightest([])).toBeUndefined()
+})
+
+const lease = { settled: 60, outstanding: 30, dead: 12, free: 10, exposure: 0, overdraft: 0, gateways: 3, waiting: 0, grants: 9, recalls: 0, denied_early: 0, denied_final: 0 }
+
+it('shows who has what of a shared allowance', () => {
+  expect(partsOf({ amount: 100, used: 58, remaining: 42, lease })).toEqual({ used: 60, held: 18, dead: 12, free: 10 })
+  expect(partsOf({ amount: 100, used: 58, remaining: 42 })).toEqual({ used: 58, held: 0, dead: 0, free: 42 })
+})
+
+it('lists the shared limits of the busiest accounts once, nearest to their end first', () => {
+  const l = (account: string, tier: string, used: number) => ({ account, limit_id: 'p/l', tier, used, amount: 100 }) as TopLimit
+  const top = [{ limits: [l('a/b', 'exact', 5), l('a', 'leased', 50)] }, { limits: [l('a/c', 'eventual', 99), l('a', 'leased', 50)] }] as LiveMessage['top']
+  expect(shared({ top }).map((x) => x.account)).toEqual(['a', 'a/b'])
+  expect(shared(undefined)).toEqual([])
 })
 
 it('draws refused calls of a group together with admitted ones', () => {
