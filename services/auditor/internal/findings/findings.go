@@ -83,6 +83,9 @@ func New() *Book {
 // Restore takes over a finding that was stored.
 func (b *Book) Restore(f *Finding) {
 	b.all[f.ID] = f
+	if !f.Open() {
+		return // what differs where it did is another
+	}
 	for i := range f.Parts {
 		b.link(originKey(f.Pair, f.Parts[i].Origin), f.ID)
 	}
@@ -95,6 +98,13 @@ func (b *Book) link(origin, id string) {
 		b.origins[origin] = map[string]bool{}
 	}
 	b.origins[origin][id] = true
+}
+
+func (b *Book) unlink(origin, id string) {
+	delete(b.origins[origin], id)
+	if len(b.origins[origin]) == 0 {
+		delete(b.origins, origin)
+	}
 }
 
 // identity is the same for the same pair, minute and account; it can stand in a
@@ -121,11 +131,8 @@ func (b *Book) Hear(o *books.Outcome, now usage.Micros) {
 	for id := range b.origins[key] {
 		if !still[id] && (o.Only == "" || o.Only == id) {
 			b.agrees(id, o.Origin, now)
-			delete(b.origins[key], id)
+			b.unlink(key, id)
 		}
-	}
-	if len(b.origins[key]) == 0 {
-		delete(b.origins, key)
 	}
 }
 
@@ -149,6 +156,7 @@ func (b *Book) differs(id string, o *books.Outcome, d *audit.Difference, now usa
 			Account: d.Account, Others: d.Others, FirstSeen: now,
 		}
 		b.all[id] = f
+		delete(b.removed, id) // else it would be once it is stored
 		b.Total[[2]string{string(o.Pair), string(d.Kind)}]++
 	}
 	part := Part{Origin: o.Origin, From: o.From, To: o.To, Since: o.Since, Until: o.Until, Want: d.Want, Got: d.Got}
@@ -244,7 +252,7 @@ func (b *Book) Expire(now usage.Micros, keep time.Duration) {
 			f.ResolvedAt = now
 			b.changed[id] = true
 			for i := range f.Parts {
-				delete(b.origins[originKey(f.Pair, f.Parts[i].Origin)], id)
+				b.unlink(originKey(f.Pair, f.Parts[i].Origin), id)
 			}
 		}
 	}

@@ -108,8 +108,8 @@ func TestFindingsAreBounded(t *testing.T) {
 		}
 	}
 	b.Expire(usage.Micros((8 * 24 * time.Hour).Microseconds()), 7*24*time.Hour)
-	if b.open() != 0 || len(b.List()) != MaxResolved {
-		t.Errorf("%d are open, %d are kept", b.open(), len(b.List()))
+	if b.open() != 0 || len(b.List()) != MaxResolved || len(b.origins) != 0 {
+		t.Errorf("%d are open, %d are kept, %d stretches are remembered", b.open(), len(b.List()), len(b.origins))
 	}
 	changed, removed := b.Changes()
 	if len(changed) != MaxResolved || len(removed) != MaxOpen-MaxResolved {
@@ -143,5 +143,44 @@ func TestARestartKnowsWhatWasStored(t *testing.T) {
 	next.Hear(outcome("1-2"), 30)
 	if next.open() != 0 {
 		t.Error("it did not heal after a restart")
+	}
+}
+
+// TestAFindingThatComesAgainAfterItWasForgottenIsKept: what is to be removed is
+// not what has its name by then.
+func TestAFindingThatComesAgainAfterItWasForgottenIsKept(t *testing.T) {
+	t.Parallel()
+	b := New()
+	b.Hear(outcome("1-2", gap("acme", 5, 3)), 1)
+	b.Hear(outcome("1-2"), 2)
+	for i := range MaxResolved {
+		origin := fmt.Sprint("later-", i)
+		b.Hear(outcome(origin, gap(origin, 1, 0)), 3)
+		b.Hear(outcome(origin), 4)
+	}
+	if _, removed := b.Changes(); len(removed) != 1 {
+		t.Fatalf("to be removed: %v", removed)
+	}
+	b.Hear(outcome("7-8", gap("acme", 5, 3)), 5)
+	if _, removed := b.Changes(); len(removed) != 0 || b.open() != 1 {
+		t.Errorf("to be removed: %v; %d are open", removed, b.open())
+	}
+}
+
+func TestARestartDoesNotTakeWhatIsResolvedForWhatDiffersNow(t *testing.T) {
+	t.Parallel()
+	b := New()
+	counters := func(d ...audit.Difference) *books.Outcome {
+		return &books.Outcome{Pair: books.LedgerCounters, Origin: "1/acme", Differences: d}
+	}
+	b.Hear(counters(gap("acme", 5, 3)), 10)
+	b.Hear(counters(), 20)
+	next := New()
+	next.Restore(b.List()[0])
+	later := gap("acme", 9, 8)
+	later.Minute += 60
+	next.Hear(counters(later), 30)
+	if list := next.List(); len(list) != 2 || list[0].ID == list[1].ID || !strings.Contains(list[0].ID, fmt.Sprint(int64(later.Minute))) {
+		t.Errorf("%d findings: %+v", len(list), list)
 	}
 }
