@@ -20,18 +20,26 @@ import (
 func TestMain(m *testing.M) {
 	fleet.MaybeRunNode()
 	code := m.Run()
-	if dir, err := programs(); err == nil {
-		_ = os.RemoveAll(dir) // scratch
+	if scratch != "" {
+		_ = os.RemoveAll(scratch)
 	}
 	os.Exit(code)
 }
 
-// programs builds the real programs once a test binary.
+// scratch is where the programs were built for these tests alone.
+var scratch string
+
+// programs are the real ones: those that were just built for all tests, if somebody
+// says where, else they are built once.
 var programs = sync.OnceValues(func() (string, error) {
+	if dir := os.Getenv("TOLLKEEPER_TEST_PROGRAMS"); dir != "" {
+		return dir, nil
+	}
 	dir, err := os.MkdirTemp("", "tollkeeper-soak-programs-")
 	if err != nil {
 		return "", err
 	}
+	scratch = dir
 	const services = "github.com/tollkeeper/tollkeeper/services/"
 	build := exec.Command("go", "build", "-o", dir+string(filepath.Separator), services+"tollkeeper/cmd/tollkeeper",
 		services+"aggregator/cmd/aggregator", services+"historian/cmd/historian", services+"gateway/cmd/gateway", services+"auditor/cmd/auditor")
