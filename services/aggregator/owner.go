@@ -255,7 +255,7 @@ func (o *owner) begin(ctx context.Context, t *tenure) {
 		})
 		return func() error {
 			if err != nil {
-				return ignoreEnd(io, err)
+				return o.giveUp(io, err)
 			}
 			if o.state != nil && o.unkept <= anchor.SnapshotAt(at.Found.Snapshot) {
 				pub, ok := o.backlog.Resume(o.shard, at.Revision, at.Found, at.Newest, o.state.Sequence())
@@ -270,7 +270,16 @@ func (o *owner) begin(ctx context.Context, t *tenure) {
 	})
 }
 
-// ignoreEnd drops an error that is only the end of a tenure.
+// giveUp ends a tenure that could not be begun in its time: as long as it lasts
+// nobody else can try. An error that has another reason is returned.
+func (o *owner) giveUp(io context.Context, err error) error {
+	if err = ignoreEnd(io, err); err == nil {
+		o.end()
+	}
+	return err
+}
+
+// ignoreEnd drops an error that is only the end of the time for something.
 func ignoreEnd(ctx context.Context, err error) error {
 	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 		return nil
@@ -289,7 +298,7 @@ func (o *owner) reload(ctx context.Context, t *tenure, at publish.Position, end 
 		})
 		return func() error {
 			if err != nil {
-				return ignoreEnd(io, err)
+				return o.giveUp(io, err)
 			}
 			o.take(ctx, w)
 			pub, _ := o.backlog.Resume(o.shard, at.Revision, at.Found, at.Newest, o.state.Sequence())

@@ -2,6 +2,7 @@ package aggregator
 
 import (
 	"context"
+	"errors"
 	"testing"
 	"time"
 
@@ -48,4 +49,23 @@ func TestATenureEndsWhileItsDecisionsAreWritten(t *testing.T) {
 	o.publish(t.Context(), o.pub.Next())
 	o.pub = publish.Publisher{} // as the end of a tenure does
 	<-o.results
+}
+
+// TestAShardThatCannotBeTakenOverInTimeIsGivenBack: otherwise it would be claimed
+// and counted by nobody.
+func TestAShardThatCannotBeTakenOverInTimeIsGivenBack(t *testing.T) {
+	t.Parallel()
+	o := newOwner(&service{log: zerolog.Nop()}, 0)
+	over := make(chan error, 1)
+	o.tenure = &tenure{ctx: t.Context(), over: over}
+	io, cancel := context.WithTimeout(t.Context(), 0)
+	defer cancel()
+	<-io.Done()
+	if err := o.giveUp(io, io.Err()); err != nil || o.tenure != nil || len(over) != 1 {
+		t.Errorf("the tenure goes on: %v, %v", o.tenure, err)
+	}
+	o.tenure = &tenure{ctx: t.Context(), over: over}
+	if err := o.giveUp(io, anchor.ErrForGood); !errors.Is(err, anchor.ErrForGood) || o.tenure == nil {
+		t.Errorf("what does not come of the time is not told: %v", err)
+	}
 }
