@@ -206,7 +206,12 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handl
 	req := Request{Model: model, Route: x.o.Route, Method: x.call.Method}
 	cost, err := x.bound(r, req)
 	if err != nil {
-		x.refuseUnmetered(w, r, unreadable, asRefusal(err, id))
+		if f := asRefusal(err, id); f.Code == usage.CostExceedsLimit {
+			x.g.metrics.refused(f.Code)
+			x.refuseWith(w, r, f)
+		} else {
+			x.refuseUnmetered(w, r, unreadable, f)
+		}
 		return
 	}
 	v, ticket := x.g.Take(r.Context(), caller.Account, req, cost)
@@ -320,13 +325,15 @@ func (x *exchange) release() {
 
 // refuse answers and records a call that was not admitted.
 func (x *exchange) refuse(w http.ResponseWriter, r *http.Request, req Request, v Verdict) {
-	x.g.metrics.outcomes[refusedOutcome].Inc()
-	f := x.g.Refusal(x.caller.Account, req, v, x.call.RequestID)
-	x.call.Code = v.Code
-	x.call.Status = uint16(f.HTTPStatus())
 	if v.Decision != nil {
 		x.call.DecisionID = v.Decision.ID
 	}
+	x.refuseWith(w, r, x.g.Refusal(x.caller.Account, req, v, x.call.RequestID))
+}
+
+func (x *exchange) refuseWith(w http.ResponseWriter, r *http.Request, f *refusal.Refusal) {
+	x.g.metrics.outcomes[refusedOutcome].Inc()
+	x.call.Code, x.call.Status = f.Code, uint16(f.HTTPStatus())
 	if x.g.full.Refuses(x.began) {
 		x.g.metrics.unsettled.Inc() // an answer that is held waits for no room
 	} else {

@@ -143,6 +143,16 @@ func TestAnExactLimitOnTokensBoundsEveryCall(t *testing.T) {
 	if got := do(t, http.MethodGet, r.admin+"/v1/admit", "sk-tight", ""); got.status != 403 {
 		t.Errorf("a call that nobody here will see the end of: %+v", got)
 	}
+	// Who is refused because no bound is known of the call is refused as everybody else: it is in the ledger.
+	w.callsUntil(func(all []usage.Call) bool {
+		unbounded := 0
+		for _, c := range all {
+			if c.Code == usage.CostExceedsLimit && c.Status == 403 && c.Account == "tight" {
+				unbounded++
+			}
+		}
+		return unbounded == 2
+	})
 }
 
 func TestAStreamedAnswerIsChargedWhatItReports(t *testing.T) {
