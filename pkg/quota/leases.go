@@ -281,22 +281,18 @@ func (s *Shard) countLeased(p, k uint32, d int, used int64) {
 	}
 }
 
-// endLeases closes the leases of a gateway of which nothing is to come. Those of
-// limits of calls have used what was counted, when all its calls were; of others,
-// because what another meter of an open call might have used nobody knows, the
-// gateway's marks must say how much of them it can have used. Without, they stay.
+// endLeases closes the leases of a gateway of which nothing is to come. Its marks say
+// how much of them it can have used. Where it has none, those of limits of calls have
+// used what was counted, when all its calls were; others stay, because what another
+// meter of an open call might have used nobody knows.
 func (s *Shard) endLeases(g lease.Gateway, complete bool, marks *LeaseMarks) {
 	if !complete && marks == nil {
 		return
 	}
 	keep := s.marked(marks)
 	for key, x := range s.allowances {
-		calls := s.limitAt(x).meter == uint32(usage.CallsIndex)
-		if (complete && calls || marks != nil) && x.escrow.Holds(g) {
-			x.ended = lease.End{Gateway: g}
-			if !complete || !calls {
-				x.ended.Keep = keep[key]
-			}
+		if (marks != nil || s.limitAt(x).meter == uint32(usage.CallsIndex)) && x.escrow.Holds(g) {
+			x.ended = lease.End{Gateway: g, Keep: keep[key]}
 			x.entry.Ended = &x.ended
 			s.stir(x)
 		}

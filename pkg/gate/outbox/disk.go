@@ -6,8 +6,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/segmentio/ksuid"
-
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/bound"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/spool"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/lane"
@@ -561,43 +559,19 @@ func (d *disk) retire(src *source, j *job) {
 		if sl == nil {
 			continue
 		}
-		n := 0
-		for n < len(left) && left[n].Shard == uint32(shard) {
-			n++
-		}
 		var leases *tollkeeperv1.LeaseMarks
+		n := ofShard(left, uint32(shard))
 		if j.marked {
-			leases = d.marksOf(id.Producer, left[:n])
+			leases = d.s.marksOf(id.Producer, left[:n])
 		}
-		if leases == nil && (j.marked || j.marksErr != nil) && !whole {
+		unmarked := leases == nil && (j.marked || j.marksErr != nil)
+		if unmarked {
 			d.s.count(func(c *counts) { c.unmarked++ })
 		}
 		left = left[n:]
-		sl.lane.Retire(closing(id.Producer, sl.lane.Last(), whole, leases, d.s.b.o.Now()))
+		sl.lane.Retire(closing(id.Producer, sl.lane.Last(), whole && !unmarked, leases, d.s.b.o.Now()))
 		d.s.pump(sl)
 	}
-}
-
-// maxMarksBytes bounds a closing entry.
-const maxMarksBytes = 512 << 10
-
-// marksOf puts the marks of a shard into words of the ledger; nil: they are too many.
-func (d *disk) marksOf(producer ksuid.KSUID, all []marks.Mark) *tollkeeperv1.LeaseMarks {
-	size := 0
-	leases := &tollkeeperv1.LeaseMarks{}
-	for i := range all {
-		m := &all[i]
-		size += len(m.Account) + len(m.Limit) + 32
-		leases.Marks = append(leases.Marks, &tollkeeperv1.LeaseMark{
-			Account: m.Account, Limit: m.Limit, WindowStartUnixMicros: int64(m.Start), UsedAtMost: m.UsedAtMost,
-		})
-	}
-	if len(all) > ledger.MaxLeaseMarks || size > maxMarksBytes {
-		d.s.b.o.Logger.Error().Stringer("producer", producer).Uint32("shard", all[0].Shard).Int("leases", len(all)).
-			Msg("an earlier producer left more leases than a closing entry can speak of: what it held of them stays spent until the windows end")
-		return nil
-	}
-	return leases
 }
 
 // evict lets go of spooled frames while memory is short.

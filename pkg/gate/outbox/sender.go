@@ -16,6 +16,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/spool"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/wire"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/lane"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
@@ -481,7 +482,10 @@ func (s *sender) markWhole() {
 // retire ends a producer whose frames are all acknowledged. Where it can't, the
 // next Open does.
 func (s *sender) retire(ctx context.Context) error {
+	var left []marks.Mark
+	marked := false
 	if s.disk != nil {
+		left, marked = s.disk.marks.All()
 		if err := s.disk.marks.Close(); err != nil {
 			return fmt.Errorf("close outbox: %w", err)
 		}
@@ -491,8 +495,16 @@ func (s *sender) retire(ctx context.Context) error {
 		}
 	}
 	for _, sl := range s.slots {
-		if last := sl.lane.Last(); last > 0 {
-			sl.lane.Retire(closing(s.b.producer, last, s.b.whole(), nil, s.b.o.Now()))
+		var leases *tollkeeperv1.LeaseMarks
+		n := ofShard(left, sl.lane.Shard())
+		if marked {
+			// Most leases have had their last word; of what calls hold that did not end
+			// this is the last.
+			leases = s.marksOf(s.b.producer, left[:n])
+		}
+		left = left[n:]
+		if last := sl.lane.Last(); last > 0 || n > 0 {
+			sl.lane.Retire(closing(s.b.producer, last, s.b.whole() && (leases != nil || !marked), leases, s.b.o.Now()))
 		}
 	}
 	s.loop(ctx, func() bool { return s.drained() || !s.connected })
@@ -539,6 +551,37 @@ func (sl *slot) producer(b *Outbox) ksuid.KSUID {
 		return sl.src.log.Identity().Producer
 	}
 	return b.producer
+}
+
+// maxMarksBytes bounds a closing entry.
+const maxMarksBytes = 512 << 10
+
+// ofShard is how many of the marks, which are in the order of shards, are of the first.
+func ofShard(all []marks.Mark, shard uint32) int {
+	n := 0
+	for n < len(all) && all[n].Shard == shard {
+		n++
+	}
+	return n
+}
+
+// marksOf puts the marks of a shard into words of the ledger; nil: they are too many.
+func (s *sender) marksOf(producer ksuid.KSUID, all []marks.Mark) *tollkeeperv1.LeaseMarks {
+	size := 0
+	leases := &tollkeeperv1.LeaseMarks{}
+	for i := range all {
+		m := &all[i]
+		size += len(m.Account) + len(m.Limit) + 32
+		leases.Marks = append(leases.Marks, &tollkeeperv1.LeaseMark{
+			Account: m.Account, Limit: m.Limit, WindowStartUnixMicros: int64(m.Start), UsedAtMost: m.UsedAtMost,
+		})
+	}
+	if len(all) > ledger.MaxLeaseMarks || size > maxMarksBytes {
+		s.b.o.Logger.Error().Stringer("producer", producer).Uint32("shard", all[0].Shard).Int("leases", len(all)).
+			Msg("a producer leaves more leases than a closing entry can speak of: what it held and did not give back stays spent until the windows end")
+		return nil
+	}
+	return leases
 }
 
 // closing is the entry that retires a producer on a shard.

@@ -741,10 +741,12 @@ type ProducerClosed struct {
 	// The last frame number it sent on this shard.
 	LastNumber uint64 `protobuf:"varint,2,opt,name=last_number,json=lastNumber,proto3" json:"last_number,omitempty"`
 	// It ended in order: no call is under way, and every one that it let through is in
-	// the ledger. What is left of its leases on call counts comes back.
+	// the ledger. Where nothing is said of leases, what is left of those on call counts
+	// comes back.
 	Complete bool `protobuf:"varint,3,opt,name=complete,proto3" json:"complete,omitempty"`
-	// Of one that was killed: what it can have used of its leases in this shard.
-	// Absent, nobody knows, and what it held stays spent until the windows end.
+	// What it can have used of its leases in this shard: what is beyond comes back.
+	// Absent, nobody knows; if it was killed what it held stays spent until the windows
+	// end.
 	Leases        *LeaseMarks `protobuf:"bytes,4,opt,name=leases,proto3" json:"leases,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

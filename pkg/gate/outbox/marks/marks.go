@@ -97,6 +97,7 @@ type Journal struct {
 	written int              // marks since it was made
 	kept    int              // with which it was made
 	buf     []byte
+	begun   bool
 	closed  bool
 }
 
@@ -119,6 +120,7 @@ func (j *Journal) Write(now usage.Micros, batch []Mark) error {
 	if j.closed {
 		return ErrClosed
 	}
+	j.begun = true
 	for i := range batch {
 		m := &batch[i]
 		k := key{m.Account, m.Limit, m.Start, m.Shard}
@@ -231,6 +233,14 @@ func sum(record []byte) uint32 {
 	return crc32.Update(crc32.Checksum(record[:4], castagnoli), castagnoli, record[recordHead:])
 }
 
+// All returns what is noted, or may be; false: nothing was ever to be noted. In the
+// order of Read.
+func (j *Journal) All() ([]Mark, bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return sorted(j.marks), j.begun
+}
+
 // Close lets go of the file and leaves it.
 func (j *Journal) Close() error {
 	j.mu.Lock()
@@ -279,16 +289,23 @@ func Read(dir string, producer ksuid.KSUID) ([]Mark, bool, error) {
 	if len(data) > recordHead+maxRecord {
 		return nil, false, fmt.Errorf("%w: %d bytes of %s in %s can't be read", ErrDamaged, len(data), File, dir)
 	}
-	var out []Mark
 	for k, s := range all {
-		if !over(s.end, now) {
-			out = append(out, Mark{k.shard, k.account, k.limit, k.start, s.end, s.most})
+		if over(s.end, now) {
+			delete(all, k)
 		}
+	}
+	return sorted(all), true, nil
+}
+
+func sorted(all map[key]standing) []Mark {
+	out := make([]Mark, 0, len(all))
+	for k, s := range all {
+		out = append(out, Mark{k.shard, k.account, k.limit, k.start, s.end, s.most})
 	}
 	slices.SortFunc(out, func(a, b Mark) int {
 		return cmp.Or(cmp.Compare(a.Shard, b.Shard), cmp.Compare(a.Account, b.Account), cmp.Compare(a.Limit, b.Limit), cmp.Compare(a.Start, b.Start))
 	})
-	return out, true, nil
+	return out
 }
 
 // record returns the body of the one that begins here.

@@ -52,6 +52,9 @@ func TestTheGreatestMarkOfALeaseHolds(t *testing.T) {
 		t.Errorf("before the first: %v, %v, %v", all, kept, err)
 	}
 	j := New(dir, p)
+	if _, begun := j.All(); begun {
+		t.Error("nothing was to be noted yet")
+	}
 	write(t, j)
 	is(t, read(t, dir, p))
 	life := Mark{Shard: 0, Account: "acme", Limit: "plan/all", UsedAtMost: 7}
@@ -59,6 +62,9 @@ func TestTheGreatestMarkOfALeaseHolds(t *testing.T) {
 	write(t, j, mark("acme", 40))
 	write(t, j, mark("acme", 30), mark("bert", 1))
 	is(t, read(t, dir, p), life, mark("acme", 40), mark("bert", 1))
+	if all, begun := j.All(); !begun || !reflect.DeepEqual(all, read(t, dir, p)) {
+		t.Errorf("in memory: %v", all)
+	}
 	if err := j.Close(); err != nil {
 		t.Fatal(err)
 	}
