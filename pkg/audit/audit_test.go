@@ -257,6 +257,29 @@ func TestWhatDiffersIsSaidInWords(t *testing.T) {
 	}
 }
 
+// TestClaimsThatNobodyTakesAreBounded: a spool may be large, and the audit away.
+func TestClaimsThatNobodyTakesAreBounded(t *testing.T) {
+	t.Parallel()
+	l := NewLaneAgain("p", 2, 10)
+	frame := func(number uint64, accounts int) {
+		for i := range accounts {
+			l.Add(number, &usage.Call{Account: fmt.Sprint("a", i)})
+		}
+		l.Seal(start)
+	}
+	for number := range uint64(5) {
+		frame(number+1, 4)
+	}
+	if claims := l.Take(); len(claims) != 2 || claims[1].Through != 2 {
+		t.Errorf("waiting: %+v", claims)
+	}
+	frame(6, 20)
+	frame(7, 1)
+	if claims := l.Take(); len(claims) != 1 || claims[0].From != 6 || claims[0].Cells.Len() != 10 {
+		t.Errorf("then: %+v", claims)
+	}
+}
+
 // BenchmarkACallAtTheGateway is what the claim adds to a call's way.
 func BenchmarkACallAtTheGateway(b *testing.B) {
 	calls := make([]usage.Call, 1000)

@@ -41,8 +41,9 @@ type Lane struct {
 	index  int
 	open   map[string]*Tally
 
-	claims []Claim // of sealed frames
-	each   bool    // a claim a frame
+	claims  []Claim // of sealed frames
+	each    bool    // a claim a frame
+	waiting int     // cells of those claims, when each
 }
 
 // NewLane returns the lane of a producer (ksuid in text form) and shard. limit
@@ -52,7 +53,8 @@ func NewLane(producer string, shard uint32, limit int) *Lane {
 }
 
 // NewLaneAgain returns a lane for frames that may have been claimed before: each
-// gets a claim of its own.
+// gets a claim of its own, and none when those that were not taken yet have more
+// than limit cells. A frame without one is unclaimed.
 func NewLaneAgain(producer string, shard uint32, limit int) *Lane {
 	l := NewLane(producer, shard, limit)
 	l.each = true
@@ -81,6 +83,12 @@ func (l *Lane) Seal(sealedAt usage.Micros) {
 		return
 	}
 	n := len(l.claims)
+	if l.each && n > 0 && l.waiting+len(l.open) > l.limit {
+		clear(l.open)
+		l.number, l.index = 0, 0
+		return
+	}
+	l.waiting += len(l.open)
 	if n == 0 || l.each {
 		l.claims = append(l.claims, Claim{Shard: l.shard, From: l.number, Cells: NewCells(l.limit)})
 		n++
@@ -99,7 +107,7 @@ func (l *Lane) Seal(sealedAt usage.Micros) {
 // called from another goroutine, if it and Seal exclude each other.
 func (l *Lane) Take() []Claim {
 	claims := l.claims
-	l.claims = nil
+	l.claims, l.waiting = nil, 0
 	return claims
 }
 
