@@ -8,7 +8,6 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
-	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/wallet"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -229,19 +228,12 @@ func (g *Gate) unanswered(t *table.Table, a *Account, parts []wallet.Part, v Ver
 
 // openWallet makes the purses of this run.
 func (g *Gate) openWallet(nc *nats.Conn, js jetstream.JetStream, out Outbox, shards uint32) (*wallet.Wallet, error) {
-	o := wallet.Options{
+	w, err := wallet.New(wallet.Options{
 		Conn: nc, JS: js, Gateway: out.Producer(), Name: g.o.Leases.Name, Shards: shards, Now: g.LedgerNow,
 		Skew: g.o.Leases.Skew, Wait: g.o.Leases.Wait,
 		MaxPurses: g.o.Leases.MaxPurses, MaxWaiting: g.o.Leases.MaxWaiting, MaxHolds: g.o.Leases.MaxReservations,
-		Logger: g.o.Logger, Registerer: g.o.Registerer,
-	}
-	// A kill leaves something of such an outbox.
-	if m, ok := out.(interface{ Marks() *marks.Journal }); ok {
-		if j := m.Marks(); j != nil {
-			o.Journal = j
-		}
-	}
-	w, err := wallet.New(o)
+		Logger: g.o.Logger, Registerer: g.o.Registerer, Journal: wallet.JournalOf(out),
+	})
 	if err != nil {
 		return nil, fmt.Errorf("gate: %w", err)
 	}

@@ -10,6 +10,16 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
+// JournalOf returns that of an outbox which a kill leaves something of; else nil.
+func JournalOf(outbox any) Journal {
+	if m, ok := outbox.(interface{ Marks() *marks.Journal }); ok {
+		if j := m.Marks(); j != nil {
+			return j
+		}
+	}
+	return nil
+}
+
 // notary notes the marks of purses in the journal: what gathers while one batch is
 // written goes with the next.
 type notary struct {
