@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"container/heap"
 	"encoding/binary"
+	"math"
 	"slices"
 
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
@@ -515,7 +516,8 @@ func (s *Shard) Resume() []LeaseAnswer {
 }
 
 // appendAllowances appends the allowances of an account's limit: of the present
-// window and the next.
+// window and the next. Each says itself of which: that a window has ended changes
+// nothing here, so that what is not touched then has no other hash.
 func (s *Shard) appendAllowances(out []byte, t touch) []byte {
 	l, _, _ := s.limitOf(t)
 	if !l.leased {
@@ -525,15 +527,14 @@ func (s *Shard) appendAllowances(out []byte, t touch) []byte {
 	for ahead := int32(0); ahead <= 1 && !(l.kind == window.Lifetime && ahead > 0); ahead++ {
 		x := s.allowances[allowanceKey{t.account, t.limit, present + ahead}]
 		if x == nil {
-			out = append(out, 0)
 			continue
 		}
-		out = append(out, 1)
-		state := x.escrow.Append(nil)
+		state := x.escrow.Append(nil) // which is not empty
 		out = binary.AppendUvarint(out, uint64(len(state)))
 		out = append(out, state...)
+		out = binary.AppendVarint(out, int64(x.key.window))
 	}
-	return out
+	return append(out, 0)
 }
 
 func (s *Shard) readAllowances(r *reader, t touch, l *limit) bool {
@@ -541,15 +542,20 @@ func (s *Shard) readAllowances(r *reader, t touch, l *limit) bool {
 		return true
 	}
 	present := s.windows[l.kind].number
-	for ahead := int32(0); ahead <= 1 && !(l.kind == window.Lifetime && ahead > 0); ahead++ {
-		if r.byte() == 0 {
-			continue
+	for before := int64(math.MinInt64); ; {
+		state := r.bytes()
+		if len(state) == 0 {
+			return !r.bad
 		}
-		e, rest, err := lease.Read(r.bytes(), termsOf(l, present+ahead))
+		number := r.varint()
+		if number <= before || number < int64(present) || number > int64(present)+1 || l.kind == window.Lifetime && number != 0 {
+			return false
+		}
+		e, rest, err := lease.Read(state, termsOf(l, int32(number)))
 		if err != nil || len(rest) != 0 || r.bad {
 			return false
 		}
-		s.addAllowance(allowanceKey{t.account, t.limit, present + ahead}, l, e)
+		s.addAllowance(allowanceKey{t.account, t.limit, int32(number)}, l, e)
+		before = number
 	}
-	return true
 }

@@ -70,11 +70,32 @@ func (p *planBook) number(name string) uint32 {
 	return n
 }
 
+// checkPlans refuses what could not be counted by, and more meters than there
+// may be.
 func (s *Shard) checkPlans(set *PlanSet) *usage.InvalidError {
+	if err := checkPlanSet(set); err != nil {
+		return err
+	}
+	more := make(map[usage.Meter]bool)
+	for i := range set.Plans {
+		for k := range set.Plans[i].Limits {
+			if m := set.Plans[i].Limits[k].Meter; !more[m] {
+				if _, known := s.meterIDs[m]; !known {
+					more[m] = true
+				}
+			}
+		}
+	}
+	if len(s.meters)+len(more) > 2*MaxMeters {
+		return invalid(usage.ReasonOversized, "more than %d different meters in one shard", 2*MaxMeters)
+	}
+	return nil
+}
+
+func checkPlanSet(set *PlanSet) *usage.InvalidError {
 	if len(set.Plans) > MaxPlans {
 		return invalid(usage.ReasonOversized, "%d plans, at most %d in a set", len(set.Plans), MaxPlans)
 	}
-	meters := make(map[usage.Meter]bool)
 	plans := make(map[string]bool, len(set.Plans))
 	for i := range set.Plans {
 		p := &set.Plans[i]
@@ -105,13 +126,7 @@ func (s *Shard) checkPlans(set *PlanSet) *usage.InvalidError {
 				return err
 			}
 			limits[l.ID] = true
-			if _, ok := s.meterIDs[l.Meter]; !ok {
-				meters[l.Meter] = true
-			}
 		}
-	}
-	if len(s.meters)+len(meters) > 2*MaxMeters {
-		return invalid(usage.ReasonOversized, "more than %d different meters in one shard", 2*MaxMeters)
 	}
 	return nil
 }

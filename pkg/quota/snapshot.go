@@ -11,7 +11,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
-const snapshotMagic = "TKQ3"
+const snapshotMagic = "TKQ4"
 
 // AppendBinary appends the whole state: counters, plans, identities that were
 // seen, position. Accounts stand in the order in which the log named them, so
@@ -199,7 +199,11 @@ func appendPlanSet(out []byte, p *PlanSet) []byte {
 
 var errSnapshot = errors.New("the snapshot is cut off or not one of this program")
 
-// Read returns the state that AppendBinary wrote.
+// minAccountBytes is what an account takes in a snapshot at least.
+const minAccountBytes = 11
+
+// Read returns the state that AppendBinary wrote. Whatever data holds, it takes
+// memory in proportion to its length, and what it returns can be folded on.
 func Read(data []byte) (*Shard, error) {
 	if len(data) < len(snapshotMagic)+sha256.Size || string(data[:len(snapshotMagic)]) != snapshotMagic {
 		return nil, errSnapshot
@@ -215,21 +219,31 @@ func Read(data []byte) (*Shard, error) {
 	s.sequence = r.uvarint()
 	s.now = usage.Micros(r.varint())
 	s.advance(s.now)
-	for n := r.count(); n > 0; n-- {
-		s.meter(usage.Meter(r.string()))
+	for n := r.count(); n > 0 && !r.bad; n-- {
+		if before := len(s.meters); int(s.meter(usage.Meter(r.string()))) != before {
+			r.fail() // it has its number already
+		}
 	}
-	for n := r.count(); n > 0; n-- {
-		s.plans.number(r.string())
+	for n := r.count(); n > 0 && !r.bad; n-- {
+		if before := len(s.plans.names); int(s.plans.number(r.string())) != before {
+			r.fail()
+		}
 	}
 	set := r.planSet()
-	for n := r.count(); n > 0; n-- {
+	for n := r.count(); n > 0 && !r.bad; n-- {
 		s.pending = append(s.pending, r.planSet())
 	}
-	if r.bad {
+	if r.bad || len(s.pending) > MaxPendingPlans {
 		return nil, errSnapshot
 	}
+	for i := range s.pending {
+		// Its meters were counted when it came.
+		if err := checkPlanSet(&s.pending[i]); err != nil {
+			return nil, fmt.Errorf("%w: %w", errSnapshot, err)
+		}
+	}
 	s.plans.version, s.plans.plans = set.Version, set.Plans
-	if err := s.checkPlans(&set); err != nil {
+	if err := checkPlanSet(&set); err != nil {
 		return nil, fmt.Errorf("%w: %w", errSnapshot, err)
 	}
 	s.plans.limits, s.plans.defs = s.compile(set.Plans)
@@ -237,18 +251,24 @@ func Read(data []byte) (*Shard, error) {
 	s.total.sums = s.readSums(&r)
 	s.readAdjusted(&r, adjustmentKey{of: ofAll})
 	s.core = Core{Version: uint32(r.uvarint()), Horizon: usage.Micros(r.varint())}
+	if s.core.Version > CoreVersion {
+		return nil, fmt.Errorf("%w: it is folded by version %d of the rules, and this program knows version %d", errSnapshot, s.core.Version, CoreVersion)
+	}
 	var err error
 	if s.dedup, r.b, err = dedup.Read(r.b); err != nil {
 		return nil, fmt.Errorf("%w: %w", errSnapshot, err)
 	}
 	n := r.count()
+	if n > len(r.b)/minAccountBytes {
+		return nil, errSnapshot
+	}
 	s.accounts = make([]account, 0, n)
 	for range n {
 		if !s.readAccount(&r, n) {
 			return nil, errSnapshot
 		}
 	}
-	if r.bad || len(r.b) != 0 {
+	if r.bad || len(r.b) != 0 || !s.pathsEnd() {
 		return nil, errSnapshot
 	}
 	slots := 64
@@ -262,6 +282,27 @@ func Read(data []byte) (*Shard, error) {
 	return s, nil
 }
 
+// pathsEnd says whether every account's path ends, and leads over accounts that
+// can sum up what is below them.
+func (s *Shard) pathsEnd() bool {
+	walk := make([]uint32, len(s.accounts)) // in which the account was met; 0: none
+	for i := range s.accounts {
+		n := uint32(i) + 1
+		for at := int32(i); walk[at] == 0; {
+			walk[at] = n
+			parent := s.accounts[at].parent
+			if parent < 0 {
+				break
+			}
+			if walk[parent] == n || s.accounts[parent].rollup == 0 {
+				return false
+			}
+			at = parent
+		}
+	}
+	return true
+}
+
 func (s *Shard) readAccount(r *reader, accounts int) bool {
 	id := r.bytes()
 	if len(id) == 0 || len(id) > usage.MaxIDBytes {
@@ -270,12 +311,14 @@ func (s *Shard) readAccount(r *reader, accounts int) bool {
 	i := uint32(len(s.accounts))
 	a := account{id: uint32(len(s.ids)), idLen: uint16(len(id))}
 	s.ids = append(s.ids, id...)
-	a.flags = accountFlags(r.byte())
+	if a.flags = accountFlags(r.byte()); a.flags&^(known|closed|corrected) != 0 {
+		return false
+	}
 	if a.flags&known == 0 {
 		s.unknown++
 	}
 	parent, plan := r.uvarint(), r.uvarint()
-	if parent > uint64(accounts) || plan >= uint64(len(s.plans.defs)) {
+	if r.bad || parent > uint64(accounts) || plan >= uint64(len(s.plans.defs)) {
 		return false
 	}
 	a.parent, a.plan = int32(parent)-1, uint32(plan)
@@ -429,9 +472,9 @@ func (r *reader) strings() []string {
 
 func (r *reader) planSet() PlanSet {
 	p := PlanSet{Version: r.string(), EffectiveAt: usage.Micros(r.varint())}
-	for n := r.count(); n > 0; n-- {
+	for n := r.count(); n > 0 && !r.bad; n-- {
 		plan := usage.Plan{ID: r.string()}
-		for k := r.count(); k > 0; k-- {
+		for k := r.count(); k > 0 && !r.bad; k-- {
 			l := usage.Limit{
 				ID: r.string(), Meter: usage.Meter(r.string()),
 				Filter: usage.Filter{Models: r.strings(), Routes: r.strings(), Methods: r.strings()},
