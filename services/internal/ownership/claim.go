@@ -123,9 +123,3 @@ func (p *proof) remove(shard uint32) {
 		delete(p.claims, shard)
 	}
 }
-
-func (p *proof) count() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.claims)
-}

@@ -1,7 +1,6 @@
 package ownership
 
 import (
-	"errors"
 	"fmt"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -54,7 +53,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			for _, c := range m.all[:i] {
 				r.Unregister(c)
 			}
-			return nil, errors.Join(fmt.Errorf("metrics: %w", err))
+			return nil, fmt.Errorf("metrics: %w", err)
 		}
 	}
 	return m, nil
