@@ -541,7 +541,8 @@ func (d *disk) drained(j *job) {
 }
 
 // retire sends the closing entries of an earlier producer: on every shard that
-// it may have used, for what it sent from memory left no trace here.
+// it may have used, for what it sent from memory left no trace here. Its marks go with
+// them.
 func (d *disk) retire(src *source, j *job) {
 	id := src.log.Identity()
 	for shard := range min(id.Shards, ledger.MaxShards) {
