@@ -108,7 +108,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 		if p.transports[timeout] == nil {
 			p.transports[timeout] = newTransport(timeout)
 		}
-		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model, p.bodies), Bound: boundOf(c), Lifetime: timeout}
+		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model, p.bodies), Bound: boundOf(c, p.bodies), Lifetime: timeout}
 		if o.trustEventTime {
 			m.Time = replayedTime
 		}
@@ -434,8 +434,8 @@ func modelOf(c *ModelConfig, bodies *models.Room) func(*http.Request) (string, e
 }
 
 // boundOf says what a route's calls can cost at most.
-func boundOf(c *RouteConfig) func(*http.Request, string, []usage.Meter) (usage.Quantities, error) {
-	rules := &bounds.Rules{AskUsage: c.readsUsage(), Reserve: make(map[usage.Meter]int64, len(c.Reserve)), ClampMember: c.Clamp.Member, Clamp: c.Clamp.Tokens, InputOverhead: c.InputOverhead, MaxBody: c.Model.MaxBody}
+func boundOf(c *RouteConfig, bodies *models.Room) func(*http.Request, string, []usage.Meter) (usage.Quantities, error) {
+	rules := &bounds.Rules{Bodies: bodies, AskUsage: c.readsUsage(), Reserve: make(map[usage.Meter]int64, len(c.Reserve)), ClampMember: c.Clamp.Member, Clamp: c.Clamp.Tokens, InputOverhead: c.InputOverhead, MaxBody: c.Model.MaxBody}
 	for m, units := range c.Reserve {
 		rules.Reserve[usage.Meter(m)] = units
 	}

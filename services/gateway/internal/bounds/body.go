@@ -34,15 +34,30 @@ func (rules *Rules) read(r *http.Request) ([]byte, error) {
 			return nil, unreadable("The body's characters are not said to be UTF-8")
 		}
 	}
-	body, err := io.ReadAll(io.LimitReader(r.Body, rules.MaxBody+1))
-	switch {
-	case err != nil:
-		return nil, unreadable("The body could not be read to its end")
-	case int64(len(body)) > rules.MaxBody:
-		return nil, &refusal.Refusal{Code: refusal.TooLarge, Detail: "The body is too large to find out what the call can cost."}
+	var body bytes.Buffer
+	for taken := int64(smallBody); ; taken += roomStep {
+		// One byte more tells whether it ends there.
+		_, err := io.CopyN(&body, r.Body, min(taken, rules.MaxBody)+1-int64(body.Len()))
+		switch {
+		case errors.Is(err, io.EOF):
+			return body.Bytes(), nil
+		case err != nil:
+			return nil, unreadable("The body could not be read to its end")
+		case int64(body.Len()) > rules.MaxBody:
+			return nil, &refusal.Refusal{Code: refusal.TooLarge, Detail: "The body is too large to find out what the call can cost."}
+		case rules.Bodies != nil && !rules.Bodies.Take(r.Context(), copies*roomStep):
+			return nil, &refusal.Refusal{Code: refusal.TooLarge, Status: http.StatusServiceUnavailable, Detail: "Too many large bodies are being read at once: try again in a moment."}
+		}
 	}
-	return body, nil
 }
+
+const (
+	// smallBody is not worth counting: connections bound those.
+	smallBody = 64 << 10
+	roomStep  = 1 << 20
+	// copies of a body while it is looked at: itself, its members, written again.
+	copies = 3
+)
 
 // parse takes the body apart. A member that stands twice, wherever, is refused: which
 // of them counts is the upstream's choice.

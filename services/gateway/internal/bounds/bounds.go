@@ -5,6 +5,7 @@ package bounds
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -29,9 +30,17 @@ type Rules struct {
 	InputOverhead int64
 	// MaxBody bounds what is read of a request, in bytes.
 	MaxBody int64
+	// Bodies bounds what large bodies take together; nil: nothing does.
+	Bodies Room
 	// AskUsage makes streamed chat completions report their usage, which they do
 	// only if they are asked; without it the whole bound would count as used.
 	AskUsage bool
+}
+
+// Room hands out memory. Take reports whether there are n more bytes, which are free
+// again when the request's context is done.
+type Room interface {
+	Take(request context.Context, n int64) bool
 }
 
 // Of returns bounds of the meters that are asked for, as far as there are any. It

@@ -2,6 +2,7 @@ package bounds
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"io"
 	"net/http"
@@ -255,6 +256,33 @@ func TestAStreamIsAskedForItsUsage(t *testing.T) {
 		in, _ := q.Get(usage.InputTokens)
 		if want := cmp.Or(c.want, c.body); err != nil || string(sent) != want || AsksUsage(r) != (c.want != "") || in != int64(len(want)) || r.ContentLength != in {
 			t.Errorf("%s %s became %s, of %d tokens: %v", c.path, c.body, sent, in, err)
+		}
+	}
+}
+
+// room counts what is taken and has no more than it begins with.
+type room int64
+
+func (r *room) Take(_ context.Context, n int64) bool {
+	*r -= room(n)
+	return *r >= 0
+}
+
+func TestLargeBodiesTakeRoom(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		size int
+		has  room
+		left room
+		ok   bool
+	}{{1 << 10, 0, 0, true}, {smallBody, 0, 0, true}, {smallBody + 1, copies * roomStep, 0, true}, {smallBody + 1, 0, -copies * roomStep, false}, {2*roomStep + smallBody, 9 * roomStep, 3 * roomStep, true}} {
+		const frame = len(`{"user":""}`)
+		body := `{"user":"` + strings.Repeat("a", c.size-frame) + `"}`
+		has := c.has
+		r := httptest.NewRequest(http.MethodPost, "/v1/chat/completions", strings.NewReader(body))
+		q, err := (&Rules{MaxBody: 4 << 20, Bodies: &has}).Of(r, []usage.Meter{usage.InputTokens})
+		if n, _ := q.Get(usage.InputTokens); has != c.left || (err == nil) != c.ok || c.ok && n != int64(c.size) {
+			t.Errorf("%d bytes: %d tokens, room for %d is left: %v", c.size, n, has, err)
 		}
 	}
 }

@@ -41,7 +41,7 @@ func InBody(r *http.Request, member string, bound int64, bodies *Room) (string, 
 	chunk := make([]byte, 4096)
 	for taken := int64(0); ; {
 		if need := int64(kept.Len()); need > smallBody && need >= taken {
-			if !bodies.take(r.Context(), roomStep) {
+			if !bodies.Take(r.Context(), roomStep) {
 				return "", &refusal.Refusal{Code: refusal.TooLarge, Status: http.StatusServiceUnavailable, Detail: "Too many large bodies are being read at once: try again in a moment."}
 			}
 			taken = need + roomStep
@@ -64,7 +64,7 @@ func InBody(r *http.Request, member string, bound int64, bodies *Room) (string, 
 	}
 }
 
-// Room bounds what the bodies that are read for their models take together. Safe for
+// Room bounds what the bodies that are read before their calls are admitted take together. Safe for
 // concurrent use.
 type Room struct {
 	limit int64
@@ -82,9 +82,9 @@ const (
 // NewRoom returns one of that many bytes.
 func NewRoom(limit int64) *Room { return &Room{limit: limit} }
 
-// take reports whether there are n more bytes; they are free again when the request
+// Take reports whether there are n more bytes; they are free again when the request
 // is over.
-func (r *Room) take(request context.Context, n int64) bool {
+func (r *Room) Take(request context.Context, n int64) bool {
 	if r.used.Add(n) > r.limit {
 		r.used.Add(-n)
 		return false

@@ -163,6 +163,32 @@ func TestUsageThatTheClientDidNotAskForIsNotPassedOn(t *testing.T) {
 	}
 }
 
+func TestWhatAnAnswerIsSaysHowItIsRead(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		contentType, encoding, body string
+		outcome                     Outcome // empty: it is not looked at
+	}{
+		{"text/event-stream; charset=utf-8", "", chatStream, Measured},
+		{"text/event-stream", "identity", chatStream, Measured},
+		{"text/event-stream", "gzip", "\x1f\x8b", Encoded},
+		{"application/json", "", `{"usage":{"prompt_tokens":1}}`, Measured},
+		{"text/plain", "", chatStream, ""},
+		{"", "", chatStream, ""},
+	} {
+		var outcome Outcome
+		r := NewReader(io.NopCloser(strings.NewReader(c.body)), c.contentType, c.encoding, false, func(_ []Reading, o Outcome) { outcome = o })
+		if r != nil {
+			if got, err := io.ReadAll(r); err != nil || string(got) != c.body {
+				t.Errorf("%q, %v", got, err)
+			}
+		}
+		if outcome != c.outcome || (r == nil) != (c.outcome == "") {
+			t.Errorf("%s, %s: %q", c.contentType, c.encoding, outcome)
+		}
+	}
+}
+
 // An event that is whole is passed on before anything else comes.
 func TestAStreamIsNotHeldUp(t *testing.T) {
 	t.Parallel()
