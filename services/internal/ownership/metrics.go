@@ -25,20 +25,20 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		return g
 	}
 	counter := func(name, help string) prometheus.Counter {
-		c := prometheus.NewCounter(prometheus.CounterOpts{Name: "tollkeeper_ownership_" + name + "_total", Help: help})
+		c := prometheus.NewCounter(prometheus.CounterOpts{Name: "tollkeeper_ownership_" + name, Help: help})
 		m.all = append(m.all, c)
 		return c
 	}
 	m.held = gauge("shards", "Shards that this member owns.")
 	m.standby = gauge("standby_shards", "Shards that this member would own next.")
 	m.members = gauge("members", "Members that shards are shared among, as this one sees it.")
-	m.acquired = counter("acquired", "Shards that this member came to own.")
-	m.released = counter("released", "Shards whose callback has ended.")
-	m.lapses = counter("lapses", "Times that this member could not prove its session in time and stopped to act.")
-	m.lost = counter("sessions_lost", "Sessions of this member that another ended.")
-	m.fenced = counter("sessions_fenced", "Sessions of others that this member ended.")
-	m.failed = counter("failures", "Shards that their callback gave up by itself.")
-	m.readErrors = counter("read_errors", "Readings of the bucket that failed.")
+	m.acquired = counter("acquired_total", "Shards that this member came to own.")
+	m.released = counter("released_total", "Shards whose callback has ended.")
+	m.lapses = counter("lapses_total", "Times that this member could not prove its session in time and stopped to act.")
+	m.lost = counter("sessions_lost_total", "Sessions of this member that another ended.")
+	m.fenced = counter("sessions_fenced_total", "Sessions of others that this member ended.")
+	m.failed = counter("failures_total", "Shards that their callback gave up by itself.")
+	m.readErrors = counter("read_errors_total", "Readings of the bucket that failed.")
 	m.writes = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "tollkeeper_ownership_writes_total", Help: "Conditional writes, by what became of them."}, []string{"outcome"})
 	m.renewal = prometheus.NewHistogram(prometheus.HistogramOpts{
 		Name: "tollkeeper_ownership_renewal_seconds", Help: "How long renewals of the session took.",
