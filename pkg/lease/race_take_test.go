@@ -35,3 +35,51 @@ func TestWhoIsAdmittedHasItsUnits(t *testing.T) {
 	}
 	all.Wait()
 }
+
+// However many take at a time, and give back, what they have had is never more than
+// what was noted before.
+func TestNobodyTakesBeyondTheMark(t *testing.T) {
+	t.Parallel()
+	const granted = 20_000
+	p := NewPurse(Gateway{1}, 0, Habits{Term: second, RetryAfter: ms, Sealed: true})
+	p.Receive(Answer{Gateway: Gateway{1}, Epoch: 1, Revision: 1, Granted: granted, Expiry: second}, 0)
+	holds := NewHolds(100)
+	var noted, had atomic.Int64
+	var all sync.WaitGroup
+	for g := range 4 {
+		all.Go(func() {
+			for had.Load() < granted {
+				if g%2 == 0 {
+					if o, _ := Take([]Part{{p, 1}}, 1); o.OK() && had.Add(1) > noted.Load() {
+						t.Error("beyond the mark")
+						return
+					}
+					continue
+				}
+				// A call that reserves three and costs two.
+				h, o, _ := holds.Reserve([]Part{{p, 3}}, 1, 1<<40)
+				if !o.OK() {
+					if had.Load() > granted-6 {
+						return
+					}
+					continue
+				}
+				if had.Add(2)+1 > noted.Load() {
+					t.Error("beyond the mark")
+				}
+				h.Settle([]int64{2}, 1)
+			}
+		})
+	}
+	for had.Load() < granted && !t.Failed() {
+		p.Need(3, second)
+		if m, ok := p.Mark(1); ok {
+			noted.Store(m)
+			p.Unlocked(m)
+		}
+	}
+	all.Wait()
+	if used := p.used.Load(); used != had.Load() {
+		t.Errorf("%d used, %d had", used, had.Load())
+	}
+}
