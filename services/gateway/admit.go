@@ -12,6 +12,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
 )
 
 // Headers of an answer of /v1/admit.
@@ -202,7 +203,7 @@ func (a *admit) asked(r *http.Request) (req gate.Request, profile refusal.Profil
 			profile = refusal.Problem
 		}
 	}
-	if !resolved(path) {
+	if !paths.Resolved(path) {
 		return req, profile, false
 	}
 	req.Method, req.Model, req.Route = usage.CleanText(req.Method), usage.CleanText(req.Model), usage.CleanText(req.Route)

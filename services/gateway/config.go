@@ -21,6 +21,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
 )
 
 // Example is a commented configuration with every field.
@@ -267,7 +268,7 @@ func (c *Config) problems() []problem {
 			add(at+".prefix", "%q does not begin with /", r.Prefix)
 		case strings.ContainsAny(r.Prefix, "*?#{}"):
 			add(at+".prefix", "%q is not a prefix: there are no patterns, /v1 means all below it", r.Prefix)
-		case strings.Contains(r.Prefix, "//") || !resolved(r.Prefix):
+		case strings.Contains(r.Prefix, "//") || !paths.Resolved(r.Prefix):
 			add(at+".prefix", "%q is never met: write it without empty segments, . and ..", r.Prefix)
 		}
 		if strings.ContainsAny(r.Host, "*?") {

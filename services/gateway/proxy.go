@@ -24,6 +24,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/models"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
 )
 
@@ -160,7 +161,7 @@ func newTransport(timeout time.Duration) *http.Transport {
 // ServeHTTP implements http.Handler.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f := refusal.Refusal{Code: refusal.NoRoute}
-	if !resolved(r.URL.Path) {
+	if !paths.Resolved(r.URL.Path) {
 		f = unresolved
 	} else if found := p.find(r.Host, r.URL.Path, r.Method); found != nil {
 		found.handler.ServeHTTP(w, r)
@@ -175,17 +176,6 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // to the upstream. Clients resolve such paths before they send them.
 var unresolved = refusal.Refusal{Code: refusal.BadRequest, Detail: "The path has a . or .. in it: send it resolved."}
 
-// resolved reports that no segment of a path is "." or "..", also not with
-// parameters behind it, which some servers take off first.
-func resolved(path string) bool {
-	for segment := range strings.SplitSeq(path, "/") {
-		if name, _, _ := strings.Cut(segment, ";"); name == "." || name == ".." {
-			return false
-		}
-	}
-	return true
-}
-
 // find returns the route of a request, nil when there is none.
 func (p *proxy) find(host, path, method string) *route {
 	if h, _, err := net.SplitHostPort(host); err == nil {
@@ -196,7 +186,7 @@ func (p *proxy) find(host, path, method string) *route {
 		if r.host != "" && r.host != host {
 			continue
 		}
-		if _, below := cutPrefix(path, r.prefix); !below {
+		if _, below := paths.Cut(path, r.prefix); !below {
 			continue
 		}
 		if len(r.o.Methods) > 0 && !slices.Contains(r.o.Methods, method) {
@@ -205,25 +195,6 @@ func (p *proxy) find(host, path, method string) *route {
 		return r
 	}
 	return nil
-}
-
-// cutPrefix returns what follows a prefix of whole segments: /v1 is none of /v10.
-// Several slashes are one, as they are to most upstreams: a client must not choose
-// another route by their number.
-func cutPrefix(path, prefix string) (rest string, ok bool) {
-	if prefix == "/" {
-		return path, true
-	}
-	at := 0
-	for i := range len(prefix) {
-		if at == len(path) || path[at] != prefix[i] {
-			return "", false
-		}
-		for at++; prefix[i] == '/' && at < len(path) && path[at] == '/'; at++ {
-		}
-	}
-	rest = path[at:]
-	return rest, rest == "" || rest[0] == '/'
 }
 
 func replayedTime(r *http.Request, now time.Time) time.Time {
@@ -251,9 +222,9 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 		ErrorLog:   stdlog.New(debugLog{p.logger}, "", 0),
 		Rewrite: func(r *httputil.ProxyRequest) {
 			if c.StripPrefix && prefix != "/" {
-				r.Out.URL.Path = stripped(r.Out.URL.Path, prefix)
+				r.Out.URL.Path = paths.Stripped(r.Out.URL.Path, prefix)
 				if r.Out.URL.RawPath != "" {
-					r.Out.URL.RawPath = stripped(r.Out.URL.RawPath, prefix)
+					r.Out.URL.RawPath = paths.Stripped(r.Out.URL.RawPath, prefix)
 				}
 			}
 			r.SetURL(target)
@@ -364,15 +335,6 @@ func (p *proxy) readMeters(resp *http.Response, header string) {
 		}
 		p.meters.WithLabelValues("read").Inc()
 	}
-}
-
-// stripped takes a prefix off a path. Where an escaped path does not begin with the
-// prefix as it is written, net/url goes by the plain one.
-func stripped(path, prefix string) string {
-	if rest, _ := cutPrefix(path, prefix); rest != "" {
-		return rest
-	}
-	return "/"
 }
 
 // failed answers for an upstream that did not.
