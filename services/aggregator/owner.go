@@ -379,17 +379,28 @@ func (o *owner) settle() {
 	}
 }
 
-// idle reports whether an orderly end has nothing left to do.
+// idle reports whether an orderly end has nothing left to do. Who takes the shard
+// over does not wait for a snapshot to be stored, unless the process would cut it
+// off.
 func (o *owner) idle() bool {
-	return o.running == 0 && o.pub.Queued() == 0 && len(o.dead) == 0 && !o.pub.Offered() && o.pub.Flight() == nil && (o.finalDone || o.entries == 0 || !o.last())
+	busy := o.running
+	if o.snapshotting && !o.ends() {
+		busy--
+	}
+	return busy == 0 && o.pub.Queued() == 0 && len(o.dead) == 0 && !o.pub.Offered() && o.pub.Flight() == nil && (o.finalDone || o.entries == 0 || !o.last())
 }
 
 // last says whether the process ends and nobody takes the shard, who would have
 // folded it already: then the next start is to find a snapshot.
 func (o *owner) last() bool {
+	return o.ends() && o.tenure.claim.Heir() == ""
+}
+
+// ends says whether the process is to end.
+func (o *owner) ends() bool {
 	select {
 	case <-o.stop:
-		return o.tenure.claim.Heir() == ""
+		return true
 	default:
 		return false
 	}
@@ -526,7 +537,7 @@ func (o *owner) serve(io context.Context, now time.Time) (wake time.Duration) {
 		final := o.stopping && !o.finalDone && o.last()
 		if final || (!o.stopping && (o.entries >= o.o.SnapshotEntries || now.Sub(o.lastSnapshot) >= o.o.SnapshotEvery)) {
 			o.finalDone = final
-			o.snapshot(io)
+			o.snapshot()
 		}
 	}
 	return wake

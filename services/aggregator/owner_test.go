@@ -6,9 +6,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/anchor"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/meter"
@@ -67,5 +69,46 @@ func TestAShardThatCannotBeTakenOverInTimeIsGivenBack(t *testing.T) {
 	o.tenure = &tenure{ctx: t.Context(), over: over}
 	if err := o.giveUp(io, anchor.ErrForGood); !errors.Is(err, anchor.ErrForGood) || o.tenure == nil {
 		t.Errorf("what does not come of the time is not told: %v", err)
+	}
+}
+
+// slowObjects store when they are told to.
+type slowObjects struct {
+	jetstream.ObjectStore
+	put  chan context.Context
+	done chan struct{}
+}
+
+func (s *slowObjects) PutBytes(ctx context.Context, _ string, _ []byte) (*jetstream.ObjectInfo, error) {
+	s.put <- ctx
+	<-s.done
+	return nil, ctx.Err()
+}
+
+// TestAHandOverDoesNotWaitForASnapshot, and does not cut it off; the end of the
+// process, which would, waits.
+func TestAHandOverDoesNotWaitForASnapshot(t *testing.T) {
+	t.Parallel()
+	stop := make(chan struct{})
+	objects := &slowObjects{put: make(chan context.Context, 1), done: make(chan struct{})}
+	o := newOwner(&service{log: zerolog.Nop(), objects: objects, alive: t.Context(), stop: stop}, 0)
+	o.state = quota.New(quota.Options{})
+	o.snapshot()
+	storing := <-objects.put
+	if !o.idle() {
+		t.Error("who takes the shard over waits for a snapshot")
+	}
+	close(stop)
+	if o.finalDone = true; o.idle() {
+		t.Error("the process ends and cuts a snapshot off")
+	}
+	o.tenure = &tenure{over: make(chan error, 1)}
+	o.end()
+	if storing.Err() != nil {
+		t.Error("the tenure's end cut the snapshot off")
+	}
+	close(objects.done)
+	if err := (<-o.results)(); err != nil || o.pub.Offered() {
+		t.Errorf("a snapshot of before is offered: %v", err)
 	}
 }

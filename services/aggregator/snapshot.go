@@ -11,8 +11,10 @@ import (
 )
 
 // snapshot writes the state; the checkpoint names it when every decision up to
-// its position is published.
-func (o *owner) snapshot(io context.Context) {
+// its position is published. What is cut off leaves its beginning in the bucket
+// for good, so an end of the tenure does not: the whole nobody names, and the next
+// who takes the shard over removes it.
+func (o *owner) snapshot() {
 	begin := time.Now()
 	data := o.state.AppendBinary(make([]byte, 0, o.snapshotSize+o.snapshotSize/8))
 	// Whoever folds the same log comes to the same: tollkeeper audit compares.
@@ -25,7 +27,7 @@ func (o *owner) snapshot(io context.Context) {
 	at := o.state.Sequence()
 	name := anchor.SnapshotName(o.shard, at, o.pub.Last().Epoch)
 	o.snapshotting, o.entries, o.lastSnapshot = true, 0, begin
-	o.do(io, snapshotTimeout, func(ctx context.Context) func() error {
+	o.do(o.alive, snapshotTimeout, func(ctx context.Context) func() error {
 		_, err := o.objects.PutBytes(ctx, name, data)
 		return func() error {
 			o.snapshotting = false
