@@ -60,7 +60,7 @@ type Shard struct {
 // Same reports whether everybody came to the same.
 func (s *Shard) Same() bool {
 	for i := range s.Compared {
-		if !s.Compared[i].Same {
+		if !s.Compared[i].Same && !s.Compared[i].Unreadable {
 			return false
 		}
 	}
@@ -83,6 +83,9 @@ type Comparison struct {
 	// Replayed is the hash that the ledger gives there.
 	Replayed string `json:"replayed_hash"`
 	Same     bool   `json:"same"`
+	// Unreadable: a snapshot that another version of this program wrote, or that is
+	// damaged. Owners count from the ledger without it, so it contradicts nothing.
+	Unreadable bool `json:"unreadable,omitempty"`
 	// Difference says, for people, what differs first.
 	Difference string `json:"difference,omitempty"`
 }
@@ -168,6 +171,8 @@ func (p *point) compare(replayed *quota.Shard) Comparison {
 	c := p.Comparison
 	c.Replayed = hashOf(replayed)
 	switch {
+	case c.Unreadable:
+		c.Difference = "another version of this program wrote it, or it is damaged; owners count from the ledger without it, and the next snapshots replace it"
 	case c.Sequence != replayed.Sequence():
 		c.Difference = fmt.Sprintf("it stands at entry %d, which the shard's ledger does not have: the nearest is %d", c.Sequence, replayed.Sequence())
 	case c.Hash == c.Replayed:
@@ -250,7 +255,7 @@ func (a *Auditor) snapshots(ctx context.Context, shard uint32) ([]point, error) 
 		p := point{Comparison: Comparison{With: WithSnapshot, Name: o.Name, Epoch: epoch, Sequence: at}}
 		switch state, err := quota.Read(data); {
 		case err != nil:
-			p.Hash = "unreadable"
+			p.Unreadable = true
 		case state.Number() != shard || state.Sequence() != at:
 			return nil, fmt.Errorf("snapshot %s holds shard %d at %d", o.Name, state.Number(), state.Sequence())
 		default:

@@ -218,6 +218,29 @@ func TestWhoCountedSomethingElseIsToldWithTheAccount(t *testing.T) {
 	}
 }
 
+// After an upgrade the kept snapshots are those of the version before.
+func TestASnapshotThatCannotBeReadContradictsNothing(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.call(2)
+	store, err := w.js.ObjectStore(t.Context(), ledger.SnapshotsBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for s := range uint32(shards) {
+		state := w.state(s, nil)
+		if _, err := store.PutBytes(t.Context(), fmt.Sprintf("shard-%d/%d-1", s, state.Sequence()), []byte("of another version")); err != nil {
+			t.Fatal(err)
+		}
+		w.count(state)
+	}
+	text, err := w.audit(false)
+	if err != nil || !strings.Contains(text, "can't be read: another version of this program wrote it") || !strings.Contains(text, fmt.Sprint(shards, " states compared")) ||
+		!strings.Contains(text, "the ledger gives the state that was counted") || strings.Contains(text, "DIFFERENT") {
+		t.Errorf("%v\n%s", err, text)
+	}
+}
+
 func TestAnAggregatorThatIsAheadOfTheLedgerIsDifferent(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -131,15 +131,21 @@ func (r *Report) text() string {
 	entries, took, compared, empty := uint64(0), int64(0), 0, 0
 	for i := range r.Shards {
 		s := &r.Shards[i]
-		entries, took, compared = entries+s.Entries, took+s.Took, compared+len(s.Compared)
+		entries, took = entries+s.Entries, took+s.Took
 		if s.Sequence == 0 && s.Same() {
 			empty++
 			continue
 		}
 		verdict := map[string]string{WithSnapshot: "-", WithAggregator: "-"}
 		for _, c := range s.Compared {
-			if verdict[c.With] != "DIFFERENT" {
-				verdict[c.With] = map[bool]string{true: "same", false: "DIFFERENT"}[c.Same]
+			if !c.Unreadable {
+				compared++
+			}
+			switch {
+			case !c.Same && !c.Unreadable:
+				verdict[c.With] = "DIFFERENT"
+			case verdict[c.With] == "-" || verdict[c.With] == "unreadable":
+				verdict[c.With] = map[bool]string{true: "unreadable", false: "same"}[c.Unreadable]
 			}
 		}
 		line(s.Shard, s.Sequence, s.Entries, s.Accounts, (time.Duration(s.Took) * time.Microsecond).Round(time.Millisecond), verdict[WithSnapshot], verdict[WithAggregator], s.StateHash)
@@ -155,7 +161,10 @@ func (r *Report) text() string {
 			fmt.Fprintf(&b, "shard %d: the ledger's beginning is gone, so this is from snapshot %s on\n", s.Shard, s.Snapshot)
 		}
 		for _, c := range s.Compared {
-			if c.Same {
+			if c.Unreadable {
+				fmt.Fprintf(&b, "shard %d: snapshot %s at entry %d can't be read: %s\n", s.Shard, c.Name, c.Sequence, c.Difference)
+			}
+			if c.Same || c.Unreadable {
 				continue
 			}
 			who := "the running aggregator"
