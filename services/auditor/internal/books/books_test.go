@@ -328,6 +328,31 @@ func (g *gateway) row(shard uint32, number uint64, index int) uint64 {
 	return audit.RowHash(audit.FrameHash(audit.ProducerHash(g.id.String()), shard, number), index)
 }
 
+// TestAnAccountThatIsCountedWithOthersIsNoGap: a shard with too many unknown
+// accounts counts the calls of some together, and lacks none of them.
+func TestAnAccountThatIsCountedWithOthersIsNoGap(t *testing.T) {
+	t.Parallel()
+	for name, lost := range map[string]bool{"counted with others": false, "lost": true} {
+		w := &world{t: t, b: New(Options{}), now: clock}
+		g := newGateway(1)
+		w.frame(g.seal(1, begin, call("a", 3), call("b", 4)))
+		w.b.Out()
+		a, b := g.row(1, 1, 0), g.row(1, 1, 1)
+		total := totals(2, 0, 7, a, b)
+		if lost {
+			total = totals(1, 0, 3, a)
+		}
+		w.b.Counters(w.b.Ask(1, 1000), reply(1, total, map[string]ledger.Totals{"a": totals(1, 0, 3, a)}))
+		var found []audit.Difference
+		for _, o := range w.b.Out() {
+			found = append(found, o.Differences...)
+		}
+		if lost != (len(found) == 1 && found[0].Account == "b" && found[0].Kind == audit.Gap) || !lost && len(found) > 0 || len(w.b.Ask(1, 1000)) != 0 {
+			t.Errorf("%s: %+v", name, found)
+		}
+	}
+}
+
 // TestCountersAreComparedAtTheirOwnPosition, account by account, and a difference
 // has the minute since which they may differ.
 func TestCountersAreComparedAtTheirOwnPosition(t *testing.T) {
