@@ -201,6 +201,9 @@ func leaseReason(d *usage.Decision, e *Explanation) Reason {
 		held, leases = e.Allowance.Outstanding, len(e.Allowance.Leases)
 	}
 	of := fmt.Sprintf("%d of %d %s were used for certain, %d were held by %d gateways", d.Used, d.Amount, d.Meter, held, leases)
+	if leases == 1 {
+		of = strings.TrimSuffix(of, "s")
+	}
 	switch {
 	case d.Verdict == usage.Deny && d.Room > 0:
 		return Reason{ReasonLease, fmt.Sprintf("a gateway needed more than could be given, while %s; a call that needs less may pass: %s", of, d.Verdict)}

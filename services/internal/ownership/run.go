@@ -346,7 +346,7 @@ func (r *runner) tell(n fleet.Note) {
 		log.Warn().Msg("another member has ended our session: what was owned is not ours any more")
 	case fleet.NoteFenced:
 		r.metrics.fenced.Inc()
-		log.Warn().Str("gone", n.Member).Dur("silent_ms", n.Took).Msg("a member was not heard of: its shards are free")
+		log.Warn().Str("gone", n.Member).Dur("silent_ms", n.Took).Msg("a member was not heard of, or is an earlier run of this one: its shards are free")
 	case fleet.NoteStuck:
 		log.Error().Uint32("shard", n.Shard).Msg("a shard's callback does not return though its context is cancelled: nobody can own the shard before this process ends")
 	case fleet.NoteDouble:

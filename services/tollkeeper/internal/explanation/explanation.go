@@ -193,6 +193,9 @@ func writeLeases(b *strings.Builder, a *explain.Allowance) {
 
 func allowanceText(a *explain.Allowance) string {
 	text := fmt.Sprintf("%d used for certain, %d outstanding with %d gateways", a.Settled, a.Outstanding, len(a.Leases))
+	if len(a.Leases) == 1 {
+		text = strings.TrimSuffix(text, "s")
+	}
 	for _, f := range [...]struct {
 		n    int64
 		what string
