@@ -323,20 +323,31 @@ func (r *Ratio) summary(a *usage.Alert) string {
 	}
 	switch {
 	case a.Transition == usage.AlertFiring:
-		fmt.Fprintf(&b, "%s%d of %d active accounts (%s) began to be refused with 402 within %s, the threshold is %s", about, a.Refused, a.Active, percent(a.Value), r.rule.Window, percent(a.Threshold))
+		fmt.Fprintf(&b, "%s%d of %d active accounts (%s) began to be refused with 402 within %s, the threshold is %s", about, a.Refused, a.Active, percent(a.Value), span(r.rule.Window), percent(a.Threshold))
 		for i, c := range a.Codes[:min(len(a.Codes), 3)] {
 			b.WriteString([]string{"; codes: ", ", ", ", "}[i])
 			fmt.Fprintf(&b, "%s %d", c.Code, c.Accounts)
 		}
 	case a.Reason == usage.ResolvedNoTraffic:
-		fmt.Fprintf(&b, "no calls for %s: nobody can say whether accounts are still refused", r.rule.NoTrafficAfter)
+		fmt.Fprintf(&b, "no calls for %s: nobody can say whether accounts are still refused", span(r.rule.NoTrafficAfter))
 	default:
-		fmt.Fprintf(&b, "%s%d of %d active accounts (%s) began to be refused with 402 within %s; %d still get 402s", about, a.Refused, a.Active, percent(a.Value), r.rule.Window, a.StillRefused)
+		fmt.Fprintf(&b, "%s%d of %d active accounts (%s) began to be refused with 402 within %s; %d still get 402s", about, a.Refused, a.Active, percent(a.Value), span(r.rule.Window), a.StillRefused)
 	}
 	if a.LagSeconds > r.rule.MaxLag.Seconds() {
 		fmt.Fprintf(&b, "; the pipeline is %.0f s behind", a.LagSeconds)
 	}
 	return b.String()
+}
+
+// span writes 1m0s as 1m.
+func span(d time.Duration) string {
+	s := d.String()
+	for _, none := range []string{"m0s", "h0m"} {
+		if strings.HasSuffix(s, none) {
+			s = s[:len(s)-2]
+		}
+	}
+	return s
 }
 
 func percent(v float64) string { return strconv.FormatFloat(v*100, 'f', 0, 64) + "%" }

@@ -159,7 +159,7 @@ func TestNoTrafficIsNotHealthy(t *testing.T) {
 	if len(got) != 1 || got[0].Reason != usage.ResolvedNoTraffic || got[0].At != day+65*second || got[0].Value != 0 {
 		t.Fatalf("a minute after the last call: %+v", got)
 	}
-	if !strings.HasPrefix(got[0].Summary, "no calls for 1m0s") {
+	if !strings.HasPrefix(got[0].Summary, "no calls for 1m:") {
 		t.Errorf("summary %q", got[0].Summary)
 	}
 

@@ -270,7 +270,7 @@ func callIdentity(c *explain.Call) string {
 }
 
 func fedText(f *trace.Fed) string {
-	text := fmt.Sprintf("%d calls with %d, since entry %d", f.Calls, f.Used, f.Since)
+	text := fmt.Sprintf("%d calls that added %d, since entry %d", f.Calls, f.Used, f.Since)
 	if f.Carried != 0 {
 		text += fmt.Sprintf("; %d of before the snapshot", f.Carried)
 	}

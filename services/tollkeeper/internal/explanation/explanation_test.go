@@ -625,7 +625,7 @@ func TestTheCommandWritesForPeopleAndForMachines(t *testing.T) {
 		return out.String()
 	}
 	text := run(Options{Calls: 2000})
-	for _, want := range []string{"DENY  free/calls for acme  (QUOTA_EXCEEDED)", "replayed: same verdict", "1001 before the entry, 1003 after it", "request request-1003, account acme", "1003 calls with 1003", fmt.Sprintf("  %d.0 ", first), "plans version v1"} {
+	for _, want := range []string{"DENY  free/calls for acme  (QUOTA_EXCEEDED)", "replayed: same verdict", "1001 before the entry, 1003 after it", "request request-1003, account acme", "1003 calls that added 1003", fmt.Sprintf("  %d.0 ", first), "plans version v1"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is missing in\n%.3000s", want, text)
 		}
