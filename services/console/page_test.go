@@ -244,6 +244,7 @@ func TestThePageShowsWhatHappens(t *testing.T) {
 		".refusals .copy":          "…",
 		".limits tbody tr":         "pro/calls-per-minute, exact",
 		".limits .use":             "of 1k calls, minute, resets in",
+		".area-explain":            "Paste the decision_id of a 402",
 		".area-alerts":             "Firing",
 		".area-dead":               usage.ReasonMalformed,
 		".area-history .card-note": "calls, 5 s steps",

@@ -198,6 +198,25 @@ export class Problem extends Error {
   }
 }
 
+/** Explanation is the part of /v1/decisions/{id}/explain that is shown. */
+export interface Explanation {
+  decision: { id: string; account: string; limit_id: string; verdict: Verdict; used: number; amount: number; decided_at_unix_micros: number }
+  replay: { same: boolean; text: string; entries: number }
+  limit: { meter: string; window: string; amount: number; tier: Tier; plan_version: string }
+  counter: { before: number; after: number }
+  reason: { text: string }
+  entry: { shard: number; sequence: number; kind: string }
+  fed: { calls: number; adjusted: number }
+  allowance?: { settled: number; outstanding: number; dead: number; exposure: number }
+  calls: { time_unix_micros: number; account: string; adds: number; used_after: number }[]
+}
+
+export async function getExplanation(id: string): Promise<Explanation> {
+  const res = await fetch(`/v1/decisions/${encodeURIComponent(id)}/explain`, { headers: headers() })
+  if (!res.ok) throw await problemOf(res)
+  return (await res.json()) as Explanation
+}
+
 /** getLimits are the limits that bind an account: its own, and those of the accounts above it. */
 export async function getLimits(account: string, signal: AbortSignal): Promise<TopLimit[]> {
   const path = account.split('/').map(encodeURIComponent).join('/')

@@ -3,6 +3,7 @@ import { setToken, type Part, type State } from './api'
 import { AuditCard } from './audit'
 import { AccountsCard, AlertsCard, CodesCard, DeadLettersCard, Figures, LiveCard, RefusalsCard } from './cards'
 import { CorrectionsCard } from './corrections'
+import { ExplainCard } from './explain'
 import { clock } from './format'
 import { HistoryCard } from './history'
 import { LimitsCard } from './limits'
@@ -48,6 +49,7 @@ export function App() {
         <AccountsCard live={m.live} />
         <RefusalsCard live={m.live} />
         <LimitsCard live={m.live} />
+        <ExplainCard />
         <HistoryCard />
         <AlertsCard live={m.live} />
         <DeadLettersCard live={m.live} />

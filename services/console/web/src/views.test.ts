@@ -1,8 +1,9 @@
 import { describe, expect, it } from 'vitest'
-import type { History, LiveMessage, TopLimit } from './api'
+import type { Explanation, History, LiveMessage, TopLimit } from './api'
 import { stateOf } from './audit'
 import { tightest } from './cards'
 import { effectOf } from './corrections'
+import { factsOf } from './explain'
 import { areasOf } from './history'
 import { partsOf, shared } from './limits'
 import { lookOfCode, lookOfSeries } from './palette'
@@ -37,6 +38,15 @@ it('lists the shared limits of the busiest accounts once, nearest to their end f
   const top = [{ limits: [l('a/b', 'exact', 5), l('a', 'leased', 50)] }, { limits: [l('a/c', 'eventual', 99), l('a', 'leased', 50)] }] as LiveMessage['top']
   expect(shared({ top }).map((x) => x.account)).toEqual(['a', 'a/b'])
   expect(shared(undefined)).toEqual([])
+})
+
+it('tells what led to a decision', () => {
+  const e = {
+    decision: { used: 50, amount: 50, decided_at_unix_micros: 0 }, limit: { meter: 'calls', window: 'day', amount: 50, tier: 'exact', plan_version: 'v1' },
+    counter: { before: 49, after: 49 }, entry: { shard: 6, sequence: 2282, kind: 'lease' }, fed: { calls: 49, adjusted: -5 }, allowance: { settled: 50, outstanding: 0, dead: 0, exposure: 0 },
+  } as Explanation
+  expect(Object.fromEntries(factsOf(e))).toMatchObject({ Limit: '50 calls, day, tier exact, of plans version v1', Counter: '49 before that entry, 49 after it; fed by 49 calls, corrected by -5', Leases: '50 used, 0 with gateways, 0 of it dead, 0 exposed' })
+  expect(factsOf({ ...e, allowance: undefined }).map(([name]) => name)).not.toContain('Leases')
 })
 
 it('draws refused calls of a group together with admitted ones', () => {
