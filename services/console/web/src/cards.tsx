@@ -4,7 +4,7 @@ import { useMemo } from 'preact/hooks'
 import type { Alert, LiveMessage, Refusal, Second, TopAccount, TopLimit } from './api'
 import { Chart, type Area } from './chart'
 import { ago, clock, codeName, compact, countdown, exact, percent, quantity, rate, unit } from './format'
-import { ShareBar } from './limits'
+import { ShareBar, usable } from './limits'
 import { byCode, rates, refusedIn } from './model'
 import { lookOfCode } from './palette'
 import { Card, CopyID, Mark, Nothing, Swatch, VerdictTag } from './parts'
@@ -181,8 +181,8 @@ function AccountRow({ a, now }: { a: TopAccount; now: number }) {
           <span class="under">no limit</span>
         )}
       </td>
-      <td class="num left" data-name="left" title={l ? exact(l.remaining) : ''}>
-        {l ? quantity(l.meter, l.remaining) : '–'}
+      <td class="num left" data-name="left" title={l ? exact(usable(l)) : ''}>
+        {l ? quantity(l.meter, usable(l)) : '–'}
       </td>
       <td class="num" data-name="resets in">
         {end === undefined ? '–' : countdown(end)}

@@ -29,6 +29,12 @@ export function partsOf(l: Pick<TopLimit, 'amount' | 'used' | 'remaining' | 'lea
   return { used: Math.max(l.used, s.settled), held: s.outstanding - s.dead, dead: s.dead, free: s.free }
 }
 
+/** usable is what may yet be used of an allowance: what is dead may not. */
+export function usable(l: Pick<TopLimit, 'amount' | 'used' | 'remaining' | 'lease'>): number {
+  const p = partsOf(l)
+  return p.free + p.held
+}
+
 /** ShareBar draws them; what is with gateways is hatched, what is dead is dotted. */
 export function ShareBar({ l }: { l: TopLimit }) {
   const p = partsOf(l)

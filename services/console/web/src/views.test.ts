@@ -5,7 +5,7 @@ import { tightest } from './cards'
 import { effectOf } from './corrections'
 import { factsOf } from './explain'
 import { areasOf } from './history'
-import { partsOf, shared } from './limits'
+import { partsOf, shared, usable } from './limits'
 import { lookOfCode, lookOfSeries } from './palette'
 import { Parser } from './stream'
 
@@ -30,6 +30,7 @@ const lease = { settled: 60, outstanding: 30, dead: 12, free: 10, exposure: 0, o
 
 it('shows who has what of a shared allowance', () => {
   expect(partsOf({ amount: 100, used: 58, remaining: 42, lease })).toEqual({ used: 60, held: 18, dead: 12, free: 10 })
+  expect(usable({ amount: 100, used: 58, remaining: 42, lease })).toBe(28)
   expect(partsOf({ amount: 100, used: 58, remaining: 42 })).toEqual({ used: 58, held: 0, dead: 0, free: 42 })
 })
 
