@@ -29,7 +29,8 @@ const maxAdjusted = math.MaxInt64 / 4
 // would leave their range.
 const maxHorizon = usage.Micros(math.MaxInt64 / 4)
 
-func checkCore(c *Core) *usage.InvalidError {
+// Check says why the core can't be folded by; nil: it can.
+func (c *Core) Check() *usage.InvalidError {
 	switch {
 	case c.Version > CoreVersion:
 		return invalid(usage.ReasonUnknownSchema, "the ledger is folded by version %d of the rules from here on, and this program knows version %d: run a newer one", c.Version, CoreVersion)

@@ -531,7 +531,7 @@ func (s *Shard) checkControl(c *Control) *usage.InvalidError {
 		return s.checkCorrection(c.Correction)
 	}
 	if c.Core != nil {
-		return checkCore(c.Core)
+		return c.Core.Check()
 	}
 	return s.checkAccounts(c.Accounts)
 }

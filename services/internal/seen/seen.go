@@ -14,6 +14,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 )
@@ -105,13 +106,20 @@ func (s *Shard) Calls(f *ledger.Frame, scratch []uint32) Fresh {
 }
 
 // Control takes note of a control entry: a producer that has closed is
-// forgotten after a while, and an act counts once.
+// forgotten after a while, an act counts once, and the ledger says itself how long
+// foreign events are remembered.
 func (s *Shard) Control(e *tollkeeperv1.ControlEntry) {
 	if id := e.GetId(); id != "" && !s.set.Foreign(dedup.ForeignID(nil, []byte("control"), []byte(id)), s.high) {
 		return
 	}
 	if closed := e.GetProducerClosed(); closed != nil && len(closed.GetProducer()) == len(dedup.Producer{}) {
 		s.set.Close(dedup.Producer(closed.GetProducer()), s.high)
+	}
+	if c := e.GetCoreVersion(); c != nil {
+		core := quota.Core{Version: c.GetVersion(), Horizon: usage.Micros(c.GetForeignHorizonMicros())}
+		if core.Check() == nil {
+			s.set.SetHorizon(core.Horizon, s.high)
+		}
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 )
 
 func TestForeignEventsAreKnownAgainWhoeverBringsThem(t *testing.T) {
@@ -30,5 +31,41 @@ func TestForeignEventsAreKnownAgainWhoeverBringsThem(t *testing.T) {
 	f.Number = 2
 	if got := s.Calls(&f, nil); got.Keep == nil || len(got.Keep) != 0 || got.Foreign != 3 {
 		t.Errorf("a frame of events that are all known keeps %v", got.Keep)
+	}
+}
+
+// The counters forget foreign events when the ledger says so; history must forget
+// the same, or it would count what they don't, or the other way round.
+func TestTheLedgerSaysHowLongForeignEventsAreRemembered(t *testing.T) {
+	t.Parallel()
+	const hour = usage.Micros(3_600_000_000)
+	var b ledger.Builder
+	b.Add(&usage.Call{Time: usage.OldestTimeMicros, Account: "a", Source: "s", EventID: "1"})
+	var f ledger.Frame
+	if err := f.Decode(b.Seal(ledger.Header{Producer: ksuid.KSUID{1}, Number: 1})); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		core *tollkeeperv1.CoreVersion
+		kept int
+	}{
+		"nothing said":               {nil, 1},
+		"ten hours":                  {&tollkeeperv1.CoreVersion{Version: 1, ForeignHorizonMicros: int64(10 * hour)}, 0},
+		"rules that are not known":   {&tollkeeperv1.CoreVersion{Version: 1 << 20, ForeignHorizonMicros: int64(10 * hour)}, 1},
+		"a horizon that can't be it": {&tollkeeperv1.CoreVersion{Version: 1, ForeignHorizonMicros: -1}, 1},
+	} {
+		fold := New(hour)
+		s := fold.Pass(0, usage.OldestTimeMicros)
+		if c.core != nil {
+			s.Control(&tollkeeperv1.ControlEntry{Id: "core", Body: &tollkeeperv1.ControlEntry_CoreVersion{CoreVersion: c.core}})
+		}
+		f.Number = 1
+		s.Calls(&f, nil)
+		s = fold.Pass(0, usage.OldestTimeMicros+4*hour)
+		f.Number = 2
+		got := s.Calls(&f, nil)
+		if kept := f.N - got.Foreign; kept != c.kept {
+			t.Errorf("%s: after four hours %d of one event are new, wanted %d", name, kept, c.kept)
+		}
 	}
 }

@@ -12,7 +12,7 @@ import (
 
 var (
 	seed   = flag.Uint64("simulation.seed", 0, "seed of the first world; 0: a new one")
-	worlds = flag.Int("simulation.worlds", 1000, "how many worlds are simulated")
+	worlds = flag.Int("simulation.worlds", 500, "how many worlds are simulated")
 	trace  = flag.Bool("simulation.trace", false, "print what happens")
 )
 

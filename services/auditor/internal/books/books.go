@@ -14,6 +14,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/audit"
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 )
@@ -244,6 +245,12 @@ func (b *Books) Control(n uint32, sequence uint64, at usage.Micros, e *tollkeepe
 		s.set.Close(p, s.high)
 		if l := b.lanes[laneKey{p, n}]; l != nil {
 			l.closed = now
+		}
+	}
+	if c := e.GetCoreVersion(); c != nil {
+		core := quota.Core{Version: c.GetVersion(), Horizon: usage.Micros(c.GetForeignHorizonMicros())}
+		if core.Check() == nil {
+			s.set.SetHorizon(core.Horizon, s.high)
 		}
 	}
 }
