@@ -709,26 +709,39 @@ func TestHowCallsAreCutIntoFramesDoesNotMatter(t *testing.T) {
 			}
 			order = order[n:]
 		}
-		if len(asks) > 0 {
+		// Half of a frame may show more used without a lease than there is, until
+		// the other half says that a lease paid for the rest: then units are called
+		// back that the whole frame leaves where they are. What is used, held and
+		// decided is the same; who is asked next is not.
+		calledBack := false
+		compare := func() {
+			if diff := cmp.Diff(wholeVerdicts, cutVerdicts); diff != "" {
+				t.Fatalf("verdicts: -whole +cut\n%s", diff)
+			}
+			for _, id := range accountIDs {
+				x, _ := whole.Account(id)
+				y, _ := cut.Account(id)
+				x.Own.Hash, y.Own.Hash = 0, 0 // a call's is of its frame
+				for i := range x.Limits {
+					// Which entry decided is the one thing that differs.
+					x.Limits[i].DecisionID, y.Limits[i].DecisionID, x.Limits[i].Revision, y.Limits[i].Revision = "", "", 0, 0
+					if a, b := x.Limits[i].Lease, y.Limits[i].Lease; a != nil && b != nil && a.Counts.Recalls < b.Counts.Recalls {
+						calledBack = true
+						b.Counts.Recalls = a.Counts.Recalls
+					}
+				}
+				if diff := cmp.Diff(x, y); diff != "" {
+					t.Fatalf("account %s: -whole +cut\n%s", id, diff)
+				}
+			}
+		}
+		compare()
+		if len(asks) > 0 && !calledBack {
 			x, y := withAsks(whole, wholeVerdicts, seq, lease.Gateway{2}, 1), withAsks(cut, cutVerdicts, seq, lease.Gateway{2}, 1)
 			if diff := cmp.Diff(x, y); diff != "" {
 				t.Fatalf("answers: -whole +cut\n%s", diff)
 			}
-		}
-		if diff := cmp.Diff(wholeVerdicts, cutVerdicts); diff != "" {
-			t.Fatalf("verdicts: -whole +cut\n%s", diff)
-		}
-		for _, id := range accountIDs {
-			x, _ := whole.Account(id)
-			y, _ := cut.Account(id)
-			x.Own.Hash, y.Own.Hash = 0, 0 // a call's is of its frame
-			for i := range x.Limits {
-				// Which entry decided is the one thing that differs.
-				x.Limits[i].DecisionID, y.Limits[i].DecisionID, x.Limits[i].Revision, y.Limits[i].Revision = "", "", 0, 0
-			}
-			if diff := cmp.Diff(x, y); diff != "" {
-				t.Fatalf("account %s: -whole +cut\n%s", id, diff)
-			}
+			compare()
 		}
 	})
 }
