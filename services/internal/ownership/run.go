@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -153,6 +154,8 @@ type runner struct {
 	writes  chan struct{}
 	running int // callbacks
 	view    View
+	// How often in a row the bucket could not be written and read.
+	unwritten, unread atomic.Int64
 }
 
 // open makes the bucket, however long it takes until NATS is there.
@@ -311,9 +314,11 @@ func (r *runner) write(io context.Context, m *fleet.Machine, w fleet.Write) {
 	revision, result, err := r.bucket.put(ctx, w)
 	took := steady() - start
 	r.metrics.writes.WithLabelValues(result.String()).Inc()
-	if err != nil {
-		r.o.Logger.Debug().Err(err).Msg("it is not clear whether a key was stored")
-	} else if w.Kind == fleet.WriteSession {
+	switch {
+	case err != nil:
+		r.trouble(&r.unwritten).Err(err).Msg("it is not clear whether a key of the ownership bucket was stored: without its session a member owns nothing")
+	case w.Kind == fleet.WriteSession:
+		r.unwritten.Store(0)
 		r.metrics.renewal.Observe(took.Seconds())
 	}
 	r.give(func(now time.Duration, fx *fleet.Effects) { m.Wrote(now, w.ID, revision, result, fx) })
@@ -326,13 +331,24 @@ func (r *runner) read(io context.Context, m *fleet.Machine) {
 	all, err := r.bucket.read(ctx)
 	if err != nil && io.Err() == nil {
 		r.metrics.readErrors.Inc()
-		r.o.Logger.Debug().Err(err).Msg("the ownership bucket cannot be read")
+		r.trouble(&r.unread).Err(err).Msg("the ownership bucket cannot be read: no shard is taken until it can; may the user of NATS do so?")
 		// It may be gone: then it is made again.
 		if open := r.bucket.open(ctx); open != nil {
 			r.o.Logger.Debug().Err(open).Msg("the ownership bucket cannot be opened")
 		}
 	}
+	if err == nil {
+		r.unread.Store(0)
+	}
 	r.give(func(now time.Duration, fx *fleet.Effects) { m.Read(now, asked, all, err == nil, fx) })
+}
+
+// trouble tells of what goes on failing at its begin, and of every hundredth time.
+func (r *runner) trouble(times *atomic.Int64) *zerolog.Event {
+	if n := times.Add(1); n == 3 || n%100 == 0 { // one or two are an election's
+		return r.o.Logger.Warn().Int64("times", n)
+	}
+	return r.o.Logger.Debug()
 }
 
 func (r *runner) tell(n fleet.Note) {
