@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"os/exec"
@@ -34,17 +35,47 @@ func startUp(t *testing.T, dir string, args ...string) *up {
 	if err != nil {
 		t.Fatal(err)
 	}
-	u := &up{
-		api: freeAddr(t), gateway: freeAddr(t), admin: freeAddr(t), nats: freeAddr(t), clickhouse: freeAddr(t), clickhouseHTTP: freeAddr(t),
-		s: &system{t: t, running: map[string]*exec.Cmd{}, ended: map[string]chan struct{}{}},
+	var u *up
+	for range 3 {
+		u = &up{
+			api: freeAddr(t), gateway: freeAddr(t), admin: freeAddr(t), nats: freeAddr(t), clickhouse: freeAddr(t), clickhouseHTTP: freeAddr(t),
+			s: &system{t: t, running: map[string]*exec.Cmd{}, ended: map[string]chan struct{}{}},
+		}
+		u.s.run("up", exec.Command(filepath.Join(programs, "tollkeeper"), append([]string{
+			"up", "--data-dir", dir, "--api-listen", u.api, "--gateway-listen", u.gateway, "--gateway-admin-listen", u.admin,
+			"--nats-listen", u.nats, "--clickhouse-listen", u.clickhouse, "--clickhouse-http-listen", u.clickhouseHTTP,
+		}, args...)...))
+		t.Cleanup(func() { _ = u.s.running["up"].Process.Kill() }) // after a failure it is still there
+		if u.listens(t) {
+			return u
+		}
+		// A port that was free a moment ago is somebody else's: other tests run beside.
+		t.Log("the program has ended at its start: trying other ports")
 	}
-	args = append([]string{
-		"up", "--data-dir", dir, "--api-listen", u.api, "--gateway-listen", u.gateway, "--gateway-admin-listen", u.admin,
-		"--nats-listen", u.nats, "--clickhouse-listen", u.clickhouse, "--clickhouse-http-listen", u.clickhouseHTTP,
-	}, args...)
-	u.s.run("up", exec.Command(filepath.Join(programs, "tollkeeper"), args...))
-	t.Cleanup(func() { _ = u.s.running["up"].Process.Kill() }) // after a failure it is still there
-	return u
+	t.Fatal("the program ends at its start, on whatever ports")
+	return nil
+}
+
+// listens waits until the API listens, and reports false when the program has ended
+// before.
+func (u *up) listens(t *testing.T) bool {
+	t.Helper()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	tooLong := time.After(2 * time.Minute) // the engine may have to be fetched
+	for {
+		select {
+		case <-u.s.ended["up"]:
+			return false
+		case <-tooLong:
+			t.Fatal("the program does not listen after two minutes")
+		case <-tick.C:
+			if c, err := net.Dial("tcp", u.api); err == nil {
+				_ = c.Close()
+				return true
+			}
+		}
+	}
 }
 
 // interrupt sends Ctrl-C and returns how long the program took to end.
