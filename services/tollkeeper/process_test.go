@@ -132,6 +132,7 @@ func (s *system) run(name string, c *exec.Cmd) {
 	if err := c.Start(); err != nil {
 		s.t.Fatal(err)
 	}
+	s.t.Cleanup(func() { _ = c.Process.Kill() }) // what the test did not end itself
 	ended := make(chan struct{})
 	s.mu.Lock()
 	s.running[name], s.ended[name] = c, ended

@@ -45,7 +45,6 @@ func startUp(t *testing.T, dir string, args ...string) *up {
 			"up", "--data-dir", dir, "--api-listen", u.api, "--gateway-listen", u.gateway, "--gateway-admin-listen", u.admin,
 			"--nats-listen", u.nats, "--clickhouse-listen", u.clickhouse, "--clickhouse-http-listen", u.clickhouseHTTP,
 		}, args...)...))
-		t.Cleanup(func() { _ = u.s.running["up"].Process.Kill() }) // after a failure it is still there
 		if u.listens(t) {
 			return u
 		}
