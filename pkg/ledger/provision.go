@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/segmentio/ksuid"
 
@@ -102,6 +103,56 @@ func noRoom(err error) bool {
 		api.ErrorCode == errCodeNoPeers && strings.Contains(api.Description, noPeersForStorage))
 }
 
+// How long streams can't be made because a cluster has just started, lost a node
+// or elects: its leader knows what each node has room for only once it has heard
+// from it, and forgets it when a route is made anew; and what it is asked while
+// another takes its place nobody answers.
+const (
+	settlesWithin = 30 * time.Second
+	makeTimeout   = 5 * time.Second // of one try
+)
+
+// errCodeUnavailable is JetStream's code while it has no leader.
+const errCodeUnavailable = 10008
+
+// unsettled says that the same request may succeed a moment later.
+func unsettled(err error) bool {
+	var api *jetstream.APIError
+	if errors.As(err, &api) {
+		return api.ErrorCode == errCodeUnavailable || api.ErrorCode == errCodeNoPeers && !noRoom(err)
+	}
+	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, nats.ErrTimeout) || errors.Is(err, nats.ErrNoResponders) || errors.Is(err, jetstream.ErrNoStreamResponse)
+}
+
+// settled makes a request, again and again while the cluster is unsettled. The
+// request must be one that may be carried out twice: of a try without an answer
+// nobody knows whether it was.
+func settled(ctx context.Context, request func(context.Context) error) error {
+	over := time.Now().Add(settlesWithin)
+	for {
+		try, cancel := context.WithTimeout(ctx, makeTimeout)
+		err := request(try)
+		cancel()
+		if err == nil || !unsettled(err) || ctx.Err() != nil || time.Now().After(over) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// remove deletes a stream, which may be gone already.
+func remove(ctx context.Context, js jetstream.JetStream, name string) error {
+	err := settled(ctx, func(ctx context.Context) error { return js.DeleteStream(ctx, name) })
+	if err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
+		return fmt.Errorf("delete stream %s: %w", name, err)
+	}
+	return nil
+}
+
 // Provision makes the streams and buckets of schemas/streams.json that do not
 // exist yet and returns the ledger's geometry. Streams that exist are left as
 // they are: an operator may have tuned them. The sizes of streams.json are for
@@ -127,13 +178,22 @@ func Provision(ctx context.Context, js jetstream.JetStream, o ProvisionOptions) 
 			return Geometry{}, err
 		}
 	}
-	return setGeometry(ctx, js, o.Shards)
+	var g Geometry
+	err = settled(ctx, func(ctx context.Context) (err error) {
+		g, err = setGeometry(ctx, js, o.Shards)
+		return err
+	})
+	return g, err
 }
 
 func missingOf(ctx context.Context, js jetstream.JetStream, all []piece) ([]piece, error) {
 	var missing []piece
 	for _, p := range all {
-		switch _, err := findStream(ctx, js, p.stream); {
+		err := settled(ctx, func(ctx context.Context) error {
+			_, err := findStream(ctx, js, p.stream)
+			return err
+		})
+		switch {
 		case errors.Is(err, jetstream.ErrStreamNotFound):
 			missing = append(missing, p)
 		case err != nil:
@@ -158,23 +218,20 @@ func takeTurn(ctx context.Context, js jetstream.JetStream) (give func() error, e
 		Subjects: []string{"tollkeeper.provisioning." + id}, MaxBytes: 1 << 16,
 	}
 	for {
-		_, err := js.CreateStream(ctx, cfg)
+		err := settled(ctx, func(ctx context.Context) error {
+			_, err := js.CreateStream(ctx, cfg)
+			return err
+		})
 		if err == nil {
-			return func() error {
-				if err := js.DeleteStream(ctx, turnStream); err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
-					return fmt.Errorf("delete stream %s: %w", turnStream, err)
-				}
-				return nil
-			}, nil
+			return func() error { return remove(ctx, js, turnStream) }, nil
 		}
 		if !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
 			return nil, fmt.Errorf("create stream %s: %w", turnStream, err)
 		}
-		if s, err := js.Stream(ctx, turnStream); err == nil {
+		if s, err := findStream(ctx, js, turnStream); err == nil {
 			if i := s.CachedInfo(); i.TimeStamp.Sub(i.Created) > turnLasts {
-				// Somebody else may do the same: not found is fine.
-				if err := js.DeleteStream(ctx, turnStream); err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
-					return nil, fmt.Errorf("delete stream %s: %w", turnStream, err)
+				if err := remove(ctx, js, turnStream); err != nil {
+					return nil, err
 				}
 				continue
 			}
@@ -226,7 +283,7 @@ const roomReturns = 5 * time.Second
 func (p *piece) createInRoom(ctx context.Context, maxBytes int64) error {
 	over := time.After(roomReturns)
 	for {
-		err := p.create(ctx, maxBytes)
+		err := settled(ctx, func(ctx context.Context) error { return p.create(ctx, maxBytes) })
 		if !noRoom(err) {
 			return err
 		}
@@ -253,11 +310,14 @@ func findRoom(ctx context.Context, js jetstream.JetStream, total int64, replicas
 	cfg.Subjects = []string{"tollkeeper.room." + cfg.Name}
 	for divisor := int64(1); ; divisor *= 2 {
 		cfg.MaxBytes = total / divisor
-		_, err := js.CreateStream(ctx, cfg)
+		err := settled(ctx, func(ctx context.Context) error {
+			_, err := js.CreateStream(ctx, cfg)
+			return err
+		})
 		switch {
 		case err == nil:
-			if err := js.DeleteStream(ctx, cfg.Name); err != nil {
-				return 0, fmt.Errorf("delete stream %s: %w", cfg.Name, err)
+			if err := remove(ctx, js, cfg.Name); err != nil {
+				return 0, err
 			}
 			return divisor, nil
 		case !noRoom(err):
