@@ -18,31 +18,47 @@ import (
 
 const decisionsStream = "KV_" + ledger.DecisionsBucket
 
-// cluster returns clients of three servers with streams on all of them.
-func cluster(t *testing.T, clients int) (ncs []*nats.Conn, jss []jetstream.JetStream) {
+// nodes starts a cluster without streams.
+func nodes(t *testing.T, n int) []*embednats.Server {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
-	var nodes []embednats.Options
-	for i := range 3 {
-		nodes = append(nodes, embednats.Options{
-			Name: fmt.Sprint("n", i), StoreDir: t.TempDir(), MaxFile: 100 << 30, Sync: time.Minute,
-			Cluster: &embednats.ClusterOptions{Name: "toll", User: "route", Password: "s3cret"},
-		})
+	var all []embednats.Options
+	for i := range n {
+		all = append(all, node(t, i))
 	}
-	servers, err := embednats.StartCluster(ctx, nodes)
+	servers, err := embednats.StartCluster(ctx, all)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, s := range servers {
-		t.Cleanup(func() {
-			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-			defer cancel()
-			if err := s.Stop(ctx); err != nil {
-				t.Error(err)
-			}
-		})
+		t.Cleanup(func() { stop(t, s) })
 	}
+	return servers
+}
+
+func node(t *testing.T, i int) embednats.Options {
+	return embednats.Options{
+		Name: fmt.Sprint("n", i), StoreDir: t.TempDir(), MaxFile: 100 << 30, Sync: time.Minute,
+		Cluster: &embednats.ClusterOptions{Name: "toll", User: "route", Password: "s3cret"},
+	}
+}
+
+func stop(t *testing.T, s *embednats.Server) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if err := s.Stop(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
+// cluster returns clients of three servers with streams on all of them.
+func cluster(t *testing.T, clients int) (ncs []*nats.Conn, jss []jetstream.JetStream) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	servers := nodes(t, 3)
 	for i := range clients {
 		nc, err := nats.Connect(servers[i%len(servers)].ClientURL(), nats.MaxReconnects(-1), nats.ReconnectWait(20*time.Millisecond))
 		if err != nil {
@@ -71,6 +87,50 @@ func TestALoneDecisionOfAStaleOwnerIsRejectedByACluster(t *testing.T) {
 	t.Parallel()
 	ncs, jss := cluster(t, 2)
 	fence(t, ncs, jss)
+}
+
+// Services of a cluster are started together with it, and one node may be late.
+func TestStreamsForAllNodesAreMadeWhenTheLastNodeIsThere(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	servers := nodes(t, 2)
+	nc, err := nats.Connect(servers[1].ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	provisioned := make(chan error, 1)
+	go func() {
+		_, err := ledger.Provision(ctx, js, ledger.ProvisionOptions{Replicas: 3})
+		provisioned <- err
+	}()
+	// Now streams are refused: whoever gave up at that would have given up here.
+	for i := 0; ; i++ {
+		name := fmt.Sprint("REFUSED_", i)
+		_, err := js.CreateStream(ctx, jetstream.StreamConfig{Name: name, Subjects: []string{name}, Replicas: 3})
+		var api *jetstream.APIError
+		if errors.As(err, &api) && api.ErrorCode == 10005 {
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatal(err)
+		}
+	}
+	third := node(t, 2)
+	third.Cluster.Host, third.Cluster.Routes = "127.0.0.1", servers[0].Options().Cluster.Routes
+	late, err := embednats.Start(ctx, third)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stop(t, late) })
+	if err := <-provisioned; err != nil {
+		t.Fatal(err)
+	}
 }
 
 // fence lets an owner publish decisions one by one while another takes its
