@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"github.com/nats-io/nats.go"
+	"github.com/segmentio/ksuid"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -30,6 +31,51 @@ func DecodeControl(header nats.Header, data []byte) (*tollkeeperv1.ControlEntry,
 		return nil, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("the control entry is not protobuf: %v", err)}
 	}
 	return &e, nil
+}
+
+// ClosingMessage returns the message that appends a closing entry: data is a
+// control entry as DecodeClosing takes it.
+func ClosingMessage(shard uint32, data []byte) *nats.Msg {
+	return &nats.Msg{Subject: ClosingsSubject(shard), Header: nats.Header{CodecHeader: {CodecControl}}, Data: data}
+}
+
+// DecodeClosing decodes a message of a closings subject: a control entry that
+// retires a producer, under the producer's name. Anything else there is refused,
+// for whoever may close may do nothing else by it. Its errors are
+// *usage.InvalidError.
+//
+// Control subjects take ProducerClosed too: ledgers from before there were closings
+// hold it there and must be folded to the same, and who may write there may do
+// more than that.
+func DecodeClosing(header nats.Header, data []byte) (*tollkeeperv1.ControlEntry, error) {
+	e, err := DecodeControl(header, data)
+	if err != nil {
+		return nil, err
+	}
+	closed := e.GetProducerClosed()
+	if closed == nil {
+		return nil, &usage.InvalidError{Reason: usage.ReasonMisplaced, Message: "a closings subject takes the end of a producer and nothing else: other control entries go to a control subject"}
+	}
+	p, err := ksuid.FromBytes(closed.GetProducer())
+	if err != nil {
+		return nil, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("the closed producer is not a ksuid: %v", err)}
+	}
+	// An id counts once among all acts: with another's it would keep that one out.
+	if e.GetId() != p.String() {
+		return nil, &usage.InvalidError{Reason: usage.ReasonMisplaced, Message: fmt.Sprintf("the closing entry of producer %s has another id: it needs the producer's", p)}
+	}
+	if n := len(closed.GetLeases().GetMarks()); n > MaxLeaseMarks {
+		return nil, &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("the closing entry speaks of %d leases: at most %d are folded", n, MaxLeaseMarks)}
+	}
+	return e, nil
+}
+
+// DecodeAct decodes a message of a control or a closings subject by its kind.
+func DecodeAct(kind Kind, header nats.Header, data []byte) (*tollkeeperv1.ControlEntry, error) {
+	if kind == KindClosing {
+		return DecodeClosing(header, data)
+	}
+	return DecodeControl(header, data)
 }
 
 // LimitFromProto and LimitToProto convert between wire and words.

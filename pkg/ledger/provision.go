@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -153,9 +154,44 @@ func remove(ctx context.Context, js jetstream.JetStream, name string) error {
 	return nil
 }
 
+// subjectsTimeout bounds the change of a stream: whoever lacks the right to it is
+// not answered.
+const subjectsTimeout = 2 * time.Second
+
+// addSubjects lets the ledger take the subjects that it did not have when it was
+// made. Nothing else of it is changed; and where it cannot be done here, everything
+// but those subjects works.
+func addSubjects(ctx context.Context, js jetstream.JetStream, defs *definitions, notice func(string)) error {
+	defined := slices.IndexFunc(defs.Streams, func(c jetstream.StreamConfig) bool { return c.Name == Stream })
+	var cfg jetstream.StreamConfig
+	err := settled(ctx, func(ctx context.Context) error {
+		s, err := findStream(ctx, js, Stream)
+		if err == nil {
+			cfg = s.CachedInfo().Config
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("stream %s: %w", Stream, err)
+	}
+	missing := slices.DeleteFunc(slices.Clone(defs.Streams[defined].Subjects), func(s string) bool { return slices.Contains(cfg.Subjects, s) })
+	if len(missing) == 0 {
+		return nil
+	}
+	cfg.Subjects = append(slices.Clone(cfg.Subjects), missing...)
+	try, cancel := context.WithTimeout(ctx, subjectsTimeout)
+	defer cancel()
+	if _, err := js.UpdateStream(try, cfg); err != nil && notice != nil {
+		notice(fmt.Sprintf("the stream %s was made by a version without the subjects %s and could not be given them (%v): what is meant for them waits at the gateways; run `nats stream edit %s --subjects %s` as an operator",
+			Stream, strings.Join(missing, ", "), err, Stream, strings.Join(cfg.Subjects, ",")))
+	}
+	return nil
+}
+
 // Provision makes the streams and buckets of schemas/streams.json that do not
 // exist yet and returns the ledger's geometry. Streams that exist are left as
-// they are: an operator may have tuned them. The sizes of streams.json are for
+// they are, for an operator may have tuned them; only the ledger is given subjects
+// that an older version did not know. The sizes of streams.json are for
 // a server with room for all of them; where there is less, all are divided by
 // the same power of two, and Notice is told. It can be called by every service
 // at the same time.
@@ -177,6 +213,9 @@ func Provision(ctx context.Context, js jetstream.JetStream, o ProvisionOptions) 
 		if err := makeMissing(ctx, js, all, replicas, o.Notice); err != nil {
 			return Geometry{}, err
 		}
+	}
+	if err := addSubjects(ctx, js, &defs, o.Notice); err != nil {
+		return Geometry{}, err
 	}
 	var g Geometry
 	err = settled(ctx, func(ctx context.Context) (err error) {

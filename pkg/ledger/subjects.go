@@ -22,11 +22,12 @@ const (
 	AlertsStream     = "ALERTS"
 
 	beaconPrefix = "beacon."
-	// AllCalls, AllControl match every shard.
-	AllCalls   = "calls.*"
-	AllControl = "control.*"
-	AllLeases  = "leases.*"
-	AllBeacons = beaconPrefix + "*"
+	// AllCalls, AllControl, AllLeases, AllClosings match every shard.
+	AllCalls    = "calls.*"
+	AllControl  = "control.*"
+	AllLeases   = "leases.*"
+	AllClosings = "closings.*"
+	AllBeacons  = beaconPrefix + "*"
 )
 
 // DefaultShards is the number of shards of a clustered ledger. One machine
@@ -46,6 +47,11 @@ func ControlSubject(shard uint32) string { return "control." + strconv.FormatUin
 // LeasesSubject is where the lease entries of a shard are appended.
 func LeasesSubject(shard uint32) string { return "leases." + strconv.FormatUint(uint64(shard), 10) }
 
+// ClosingsSubject is where producers are retired on a shard. It is not
+// ControlSubject, so that who may say that it has come to its end (every gateway)
+// need not have the right to change plans, accounts and counters.
+func ClosingsSubject(shard uint32) string { return "closings." + strconv.FormatUint(uint64(shard), 10) }
+
 // BeaconSubject is where the owner of a shard says how far it is (core NATS,
 // not stored).
 func BeaconSubject(shard uint32) string {
@@ -55,7 +61,7 @@ func BeaconSubject(shard uint32) string {
 // ShardSubjects are the subjects that together order all that decides for the
 // accounts of a shard.
 func ShardSubjects(shard uint32) []string {
-	return []string{CallsSubject(shard), ControlSubject(shard), LeasesSubject(shard)}
+	return []string{CallsSubject(shard), ControlSubject(shard), LeasesSubject(shard), ClosingsSubject(shard)}
 }
 
 // Kind of a ledger entry.
@@ -66,6 +72,7 @@ const (
 	KindCalls Kind = iota + 1
 	KindControl
 	KindLease
+	KindClosing
 )
 
 // ParseSubject returns the kind and shard of a ledger subject.
@@ -83,6 +90,8 @@ func ParseSubject(subject string) (Kind, uint32, error) {
 		return KindControl, uint32(n), nil
 	case "leases":
 		return KindLease, uint32(n), nil
+	case "closings":
+		return KindClosing, uint32(n), nil
 	}
 	return 0, 0, fmt.Errorf("%q is not a ledger subject", subject)
 }

@@ -5,6 +5,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/nats-io/nats.go"
+	"github.com/segmentio/ksuid"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 	"pgregory.net/rapid"
 
@@ -15,7 +17,7 @@ import (
 func TestASubjectsShardIsReadAsItWasWritten(t *testing.T) {
 	t.Parallel()
 	for _, shard := range []uint32{0, 1, 9, 10, 63, MaxShards - 1} {
-		for kind, subject := range map[Kind]string{KindCalls: CallsSubject(shard), KindControl: ControlSubject(shard), KindLease: LeasesSubject(shard)} {
+		for kind, subject := range map[Kind]string{KindCalls: CallsSubject(shard), KindControl: ControlSubject(shard), KindLease: LeasesSubject(shard), KindClosing: ClosingsSubject(shard)} {
 			if k, s, err := ParseSubject(subject); err != nil || k != kind || s != shard {
 				t.Errorf("%s is read as kind %d, shard %d, %v", subject, k, s, err)
 			}
@@ -114,5 +116,63 @@ func TestAControlEntryIsReadAsItWasWritten(t *testing.T) {
 	_, err = DecodeControl(m.Header, []byte{0xff})
 	invalid(t, err, usage.ReasonMalformed)
 	_, err = DecodeControl(nats.Header{}, m.Data)
+	invalid(t, err, usage.ReasonUnknownSchema)
+}
+
+// Every gateway may write there, so nothing else may be done by it.
+func TestAClosingsSubjectTakesTheEndOfAProducerAndNothingElse(t *testing.T) {
+	t.Parallel()
+	p := ksuid.New()
+	closing := func(id string, marks int) *tollkeeperv1.ControlEntry {
+		c := &tollkeeperv1.ProducerClosed{Producer: p.Bytes(), LastNumber: 4, Complete: true, Leases: &tollkeeperv1.LeaseMarks{}}
+		for range marks {
+			c.Leases.Marks = append(c.Leases.Marks, &tollkeeperv1.LeaseMark{Account: "a"})
+		}
+		return &tollkeeperv1.ControlEntry{Id: id, Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: c}}
+	}
+	write := func(e *tollkeeperv1.ControlEntry) *nats.Msg {
+		data, err := proto.Marshal(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ClosingMessage(7, data)
+	}
+	good := closing(p.String(), MaxLeaseMarks)
+	m := write(good)
+	if m.Subject != "closings.7" {
+		t.Errorf("it is for %s", m.Subject)
+	}
+	got, err := DecodeAct(KindClosing, m.Header, m.Data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(good, got, protocmp.Transform()); diff != "" {
+		t.Error(diff)
+	}
+	// A ledger from before there were closings is folded to the same.
+	if _, err := DecodeAct(KindControl, m.Header, m.Data); err != nil {
+		t.Error(err)
+	}
+	another := &tollkeeperv1.ProducerClosed{Producer: []byte{1}}
+	for reason, list := range map[string][]*tollkeeperv1.ControlEntry{
+		usage.ReasonMisplaced: {
+			{Id: p.String()},
+			{Id: p.String(), Body: &tollkeeperv1.ControlEntry_Tick{Tick: &tollkeeperv1.Tick{}}},
+			{Id: p.String(), Body: &tollkeeperv1.ControlEntry_CoreVersion{CoreVersion: &tollkeeperv1.CoreVersion{Version: 9}}},
+			{Id: p.String(), Body: &tollkeeperv1.ControlEntry_PlanSet{PlanSet: &tollkeeperv1.PlanSet{Version: "v"}}},
+			{Id: p.String(), Body: &tollkeeperv1.ControlEntry_AccountSet{AccountSet: &tollkeeperv1.AccountSet{}}},
+			{Id: p.String(), Body: &tollkeeperv1.ControlEntry_Correction{Correction: &tollkeeperv1.Correction{Account: "a"}}},
+			closing("of-another-act", 0), closing("", 0),
+		},
+		usage.ReasonOversized: {closing(p.String(), MaxLeaseMarks+1)},
+		usage.ReasonMalformed: {{Id: p.String(), Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: another}}},
+	} {
+		for _, e := range list {
+			m := write(e)
+			_, err := DecodeAct(KindClosing, m.Header, m.Data)
+			invalid(t, err, reason)
+		}
+	}
+	_, err = DecodeClosing(nats.Header{}, m.Data)
 	invalid(t, err, usage.ReasonUnknownSchema)
 }

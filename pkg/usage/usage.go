@@ -259,6 +259,7 @@ const (
 	ReasonUnknownAccount = "unknown_account"
 	ReasonChecksum       = "checksum"
 	ReasonWrongShard     = "wrong_shard"
+	ReasonMisplaced      = "misplaced" // it stands where such entries are not taken
 )
 
 // Validate reports, as an *InvalidError, what makes the call uncountable at

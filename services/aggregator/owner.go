@@ -563,6 +563,10 @@ func (o *owner) apply(m ledger.Message) {
 		if o.owns {
 			o.m.Controls.Inc()
 		}
+	case ledger.KindClosing:
+		if o.owns {
+			o.m.Controls.Inc()
+		}
 	case ledger.KindLease:
 		if o.owns {
 			o.m.Asks.Add(float64(len(e.Asks)))

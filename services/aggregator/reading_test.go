@@ -9,12 +9,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/rs/zerolog"
 	"github.com/segmentio/ksuid"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -173,12 +175,65 @@ func TestTheLostTailOfAProducerIsToldLikeAGap(t *testing.T) {
 	r := w.run(Options{})
 	p := ksuid.New()
 	w.send(p, calls("acme", 1))
-	w.control(0, &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: p.Bytes(), LastNumber: 4}}})
+	w.publish(closing(t, 0, &tollkeeperv1.ControlEntry{Id: p.String(), Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: p.Bytes(), LastNumber: 4}}}))
 	r.counts(t, `
 # HELP tollkeeper_aggregator_skipped_frames_total Frame numbers that a producer has used and that never came.
 # TYPE tollkeeper_aggregator_skipped_frames_total counter
 tollkeeper_aggregator_skipped_frames_total 3
 `, "tollkeeper_aggregator_skipped_frames_total")
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+}
+
+// closing puts a control entry where gateways may write.
+func closing(t *testing.T, shard uint32, e *tollkeeperv1.ControlEntry) *nats.Msg {
+	t.Helper()
+	data, err := proto.Marshal(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ledger.ClosingMessage(shard, data)
+}
+
+// A gateway that is mistaken, or somebody's, may close producers. It may not change
+// what is counted, and must not stop a shard.
+func TestWhatIsNoClosingChangesNothingWhereProducersAreClosed(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 1, time.Minute)
+	r := w.run(Options{})
+	p := ksuid.New()
+	w.send(p, calls("acme", 1))
+	forged := []*tollkeeperv1.ControlEntry{
+		{Id: "1", Body: &tollkeeperv1.ControlEntry_CoreVersion{CoreVersion: &tollkeeperv1.CoreVersion{Version: 99, ForeignHorizonMicros: 1}}},
+		{Id: "2", Body: &tollkeeperv1.ControlEntry_Correction{Correction: &tollkeeperv1.Correction{Account: "acme", Adjustments: []*tollkeeperv1.Quantity{{Meter: "input_tokens", Value: -10}}}}},
+		{Id: "3", Body: &tollkeeperv1.ControlEntry_PlanSet{PlanSet: &tollkeeperv1.PlanSet{Version: "mine"}}},
+		{Id: "4", Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: p.Bytes(), LastNumber: 9}}},
+	}
+	var kept []uint64
+	for _, e := range forged {
+		kept = append(kept, w.publish(closing(t, 0, e)))
+	}
+	w.send(p, calls("acme", 1))
+	u := w.counted(0, kept[len(kept)-1]+1)
+	if u.PlanVersion != "" || u.Total.Admitted != 2 || u.Total.Meters[usage.InputTokens] != 20 || u.Total.Adjusted[usage.InputTokens] != 0 {
+		t.Errorf("counted is %+v", u)
+	}
+	stream, err := w.js.Stream(t.Context(), ledger.DeadLetterStream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, seq := range kept {
+		eventually(t, "it is kept", func() bool {
+			m, err := stream.GetLastMsgForSubject(t.Context(), ledger.DeadLetterSubject(0, seq))
+			return err == nil && m.Header.Get(ledger.ReasonHeader) == usage.ReasonMisplaced && m.Header.Get(ledger.OriginHeader) == fmt.Sprint("closings.0 ", seq)
+		})
+	}
+	r.counts(t, `
+# HELP tollkeeper_aggregator_dead_letters_total Ledger entries that could not be counted, by reason.
+# TYPE tollkeeper_aggregator_dead_letters_total counter
+tollkeeper_aggregator_dead_letters_total{reason="misplaced"} 4
+`, "tollkeeper_aggregator_dead_letters_total")
 	if err := r.stop(t); err != nil {
 		t.Error(err)
 	}

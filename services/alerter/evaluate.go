@@ -229,8 +229,8 @@ func (e *evaluator) fold(m ledger.Message) {
 	switch kind {
 	case ledger.KindCalls:
 		e.foldCalls(set, m)
-	case ledger.KindControl:
-		entry, err := ledger.DecodeControl(m.Header, m.Data)
+	case ledger.KindControl, ledger.KindClosing:
+		entry, err := ledger.DecodeAct(kind, m.Header, m.Data)
 		if err != nil {
 			return // dead-lettered by the aggregator
 		}

@@ -145,8 +145,8 @@ func (a *auditor) fold(m ledger.Message) {
 			return
 		}
 		a.books.Calls(m.Sequence, at, &a.frame, time.Now())
-	case ledger.KindControl:
-		e, err := ledger.DecodeControl(m.Header, m.Data)
+	case ledger.KindControl, ledger.KindClosing:
+		e, err := ledger.DecodeAct(kind, m.Header, m.Data)
 		if err != nil {
 			a.books.Undecodable(shard, m.Sequence, at)
 			return

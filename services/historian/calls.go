@@ -58,8 +58,8 @@ func (c *calls) take(m ledger.Message, keep bool) {
 	}
 	shard := c.fold.Pass(c.shard, streamTime(m))
 	switch {
-	case c.kind == ledger.KindControl:
-		if e, err := ledger.DecodeControl(m.Header, m.Data); err == nil {
+	case c.kind == ledger.KindControl || c.kind == ledger.KindClosing:
+		if e, err := ledger.DecodeAct(c.kind, m.Header, m.Data); err == nil {
 			shard.Control(e)
 		}
 		// The control lane counts the ones that can't be decoded.

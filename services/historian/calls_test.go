@@ -30,9 +30,12 @@ func drawMessages(t *rapid.T) []ledger.Message {
 			m.Subject, m.Data = ledger.CallsSubject(shard), []byte("rubbish")
 		case 1:
 			producer := ksuid.KSUID{byte(rapid.IntRange(1, 2).Draw(t, "producer"))}
-			msg, err := ledger.ControlMessage(shard, &tollkeeperv1.ControlEntry{Id: fmt.Sprint("act-", k/2), Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: producer[:]}}})
+			msg, err := ledger.ControlMessage(shard, &tollkeeperv1.ControlEntry{Id: rapid.SampledFrom([]string{producer.String(), fmt.Sprint("act-", k/2)}).Draw(t, "id"), Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: producer[:]}}})
 			if err != nil {
 				t.Fatal(err)
+			}
+			if rapid.Bool().Draw(t, "closing") { // not all under the producer's name: those are left out
+				msg = ledger.ClosingMessage(shard, msg.Data)
 			}
 			m.Subject, m.Header, m.Data = msg.Subject, msg.Header, msg.Data
 		default:

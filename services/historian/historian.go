@@ -254,7 +254,7 @@ func lanes(o Options, s seams, m *metrics, js jetstream.JetStream, h *history.Hi
 	all.gather = newCalls(usage.Micros(o.Horizon.Microseconds()), func(b *history.Block) []part { return wrap(h.Parts(b)) }, m, o.Logger)
 	all.snapshots, all.snapshotEvery = &objectSnapshots{js: js}, o.SnapshotEvery
 
-	control := base("control", ledger.Stream, []string{"control", "corrections"}, ledger.AllControl)
+	control := base("control", ledger.Stream, []string{"control", "corrections"}, ledger.AllControl, ledger.AllClosings)
 	control.gather = &pump[act]{lane: "control", read: readControl, metrics: m, log: o.Logger,
 		parts: func(acts []act, s blocks.Span) []part {
 			rows, corrections := actRows(acts)

@@ -123,13 +123,13 @@ func correctionRow(m *ledger.Message, row *history.ControlRow, c *tollkeeperv1.C
 	return out
 }
 
-// readControl reads a control entry of the ledger.
+// readControl reads a control or closing entry of the ledger.
 func readControl(m ledger.Message) (act, bool, error) {
 	kind, shard, err := ledger.ParseSubject(m.Subject)
-	if err != nil || kind != ledger.KindControl {
+	if err != nil || kind != ledger.KindControl && kind != ledger.KindClosing {
 		return act{}, false, nil
 	}
-	e, err := ledger.DecodeControl(m.Header, m.Data)
+	e, err := ledger.DecodeAct(kind, m.Header, m.Data)
 	if err != nil {
 		return act{}, true, err
 	}

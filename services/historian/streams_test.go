@@ -12,6 +12,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/rs/zerolog"
+	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -77,6 +78,16 @@ func TestDecisionsAlertsAndActsAreInTheHistory(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.publish(refused.Subject, refused.Header, refused.Data)
+	ended := ksuid.New()
+	closing, err := ledger.ControlMessage(1, &tollkeeperv1.ControlEntry{Id: ended.String(), Author: "gateway", Body: &tollkeeperv1.ControlEntry_ProducerClosed{ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: ended.Bytes()}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	closing = ledger.ClosingMessage(1, closing.Data)
+	w.publish(closing.Subject, closing.Header, closing.Data)
+	// What a gateway may not do is no act either.
+	forged := ledger.ClosingMessage(1, correction.Data)
+	w.publish(forged.Subject, forged.Header, forged.Data)
 	corrected := w.publish(correction.Subject, correction.Header, correction.Data)
 
 	stop := w.start(w.options(), seams{})
@@ -94,7 +105,7 @@ func TestDecisionsAlertsAndActsAreInTheHistory(t *testing.T) {
 		}
 		return n
 	}
-	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 3, "corrections": 1} {
+	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 4, "corrections": 1} {
 		eventually(t, table+" has "+strconv.FormatUint(want, 10)+" rows", 15*time.Second, func() bool { return rows(table) >= want })
 	}
 	// A restart brings none of them again.
@@ -104,7 +115,7 @@ func TestDecisionsAlertsAndActsAreInTheHistory(t *testing.T) {
 	w.start(w.options(), seams{})
 	c := newClients(w, 9)
 	c.agree()
-	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 3, "corrections": 1} {
+	for table, want := range map[string]uint64{"decisions": 2, "alerts": 1, "control": 4, "corrections": 1} {
 		if n := rows(table); n != want {
 			t.Errorf("%s has %d rows, wanted %d", table, n, want)
 		}

@@ -386,14 +386,14 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 		if g.Shards != 64 {
 			t.Errorf("%d shards", g.Shards)
 		}
-		for _, subject := range []string{ledger.CallsSubject(3), ledger.ControlSubject(3), ledger.LeasesSubject(3), ledger.DeadLetterIntake("x")} {
+		for _, subject := range []string{ledger.CallsSubject(3), ledger.ClosingsSubject(3), ledger.LeasesSubject(3), ledger.DeadLetterIntake("x")} {
 			_, err := gateway.js.Publish(ctx, subject, []byte("x"))
 			must(t, subject, err)
 		}
 	})
-	t.Run("gateway may not decide, register or read calls", func(t *testing.T) {
+	t.Run("gateway may not decide, correct, register or read calls", func(t *testing.T) {
 		for _, subject := range []string{
-			"$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.ledger.shards", "alerts.x", "beacon.3", "feed.decisions.3.a.l",
+			"control.3", "$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.ledger.shards", "alerts.x", "beacon.3", "feed.decisions.3.a.l",
 			"answers.x", "$KV.ownership.shard.3", "feed.ownership.shard.3",
 			"deadletter.ledger.3.1", "$O.snapshots.C.x", "query.usage.3",
 			"$JS.API.STREAM.DELETE.LEDGER", "$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.UPDATE.LEDGER", "$JS.API.STREAM.CREATE.X",
@@ -401,7 +401,7 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 		} {
 			gateway.mayNot(t, subject)
 		}
-		for _, subject := range []string{"calls.*", ">", "$KV.>", "query.usage.*"} {
+		for _, subject := range []string{"calls.*", "closings.*", ">", "$KV.>", "query.usage.*"} {
 			gateway.mayNotHear(t, subject)
 		}
 	})
@@ -495,7 +495,7 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 	t.Run("aggregator has had every right it needed", func(t *testing.T) { noViolations(t, aggregator) })
 	t.Run("aggregator may not call, register, delete or purge", func(t *testing.T) {
 		for _, subject := range []string{
-			"calls.3", "$KV.directory.key.x", "$KV.config.plans.applied", "alerts.x", "$KV.alerter.x", "$KV.historian.calls", "deadletter.intake.x",
+			"calls.3", "closings.3", "$KV.directory.key.x", "$KV.config.plans.applied", "alerts.x", "$KV.alerter.x", "$KV.historian.calls", "deadletter.intake.x",
 			"$JS.API.STREAM.DELETE.LEDGER", "$JS.API.STREAM.DELETE.KV_decisions", "$JS.API.STREAM.DELETE.OBJ_snapshots", "$JS.API.STREAM.DELETE.ALERTS", "$JS.API.STREAM.DELETE.KV_ownership",
 			"$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.UPDATE.LEDGER", "$JS.API.STREAM.MSG.DELETE.LEDGER", "$JS.API.CONSUMER.CREATE.ALERTS.x",
 		} {
@@ -551,7 +551,7 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 	})
 	t.Run("console may not call or decide", func(t *testing.T) {
 		for _, subject := range []string{
-			"calls.3", "$KV.decisions.3.a.l", "$KV.config.ledger.shards", "alerts.x", "beacon.3", "$O.snapshots.C.x", "deadletter.intake.x",
+			"calls.3", "closings.3", "$KV.decisions.3.a.l", "$KV.config.ledger.shards", "alerts.x", "beacon.3", "$O.snapshots.C.x", "deadletter.intake.x",
 			"$JS.API.STREAM.DELETE.LEDGER", "$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.CREATE.X", "$JS.API.STREAM.PURGE.DEADLETTER",
 		} {
 			console.mayNot(t, subject)
@@ -592,7 +592,7 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 	})
 	t.Run("alerter may not call, decide or register", func(t *testing.T) {
 		for _, subject := range []string{
-			"calls.3", "control.3", "$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.plans.applied", "$KV.historian.calls", "beacon.3",
+			"calls.3", "control.3", "closings.3", "$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.plans.applied", "$KV.historian.calls", "beacon.3",
 			"$JS.API.STREAM.DELETE.ALERTS", "$JS.API.STREAM.PURGE.ALERTS", "$JS.API.STREAM.CREATE.X", "$JS.ACK.LEDGER.x.1.1.1.1.0",
 		} {
 			alerter.mayNot(t, subject)
@@ -607,7 +607,7 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 			_, err := historian.read(ctx, stream, 1, subjects...)
 			must(t, "read "+stream, err)
 		}
-		_, err = historian.read(ctx, ledger.Stream, 1, ledger.AllControl)
+		_, err = historian.read(ctx, ledger.Stream, 1, ledger.AllControl, ledger.AllClosings)
 		must(t, "read control entries", err)
 		boundaries := kv(t, historian, ledger.HistorianBucket)
 		rev, err := boundaries.Update(ctx, "calls", []byte("1"), 0)
@@ -662,7 +662,7 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 	})
 	t.Run("auditor may change nothing that it looks at", func(t *testing.T) {
 		for _, subject := range []string{
-			"calls.3", "control.3", "leases.3", "audit.gateway.p", "alerts.x", "$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.plans.applied", "$KV.historian.calls",
+			"calls.3", "control.3", "leases.3", "closings.3", "audit.gateway.p", "alerts.x", "$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.plans.applied", "$KV.historian.calls",
 			"$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.DELETE.AUDIT", "$JS.API.STREAM.PURGE.AUDIT",
 		} {
 			auditor.mayNot(t, subject)
@@ -670,7 +670,7 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 	})
 	t.Run("historian may write nothing that changes a verdict", func(t *testing.T) {
 		for _, subject := range []string{
-			"calls.3", "control.3", "leases.3", "alerts.x", "$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.plans.applied", "$KV.alerter.x", "beacon.3",
+			"calls.3", "control.3", "leases.3", "closings.3", "alerts.x", "$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.plans.applied", "$KV.alerter.x", "beacon.3",
 			"$JS.API.STREAM.DELETE.LEDGER", "$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.PURGE.KV_decisions", "$JS.API.STREAM.CREATE.X",
 		} {
 			historian.mayNot(t, subject)

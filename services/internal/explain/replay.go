@@ -143,7 +143,7 @@ func describe(t *trace.Trace, d *usage.Decision, e *Explanation, m *ledger.Messa
 		if f.Producer != ksuid.Nil {
 			e.Entry.Producer, e.Entry.Frame = f.Producer.String(), f.Number
 		}
-	case ledger.KindControl:
+	case ledger.KindControl, ledger.KindClosing:
 		e.Entry.Kind = "control"
 		if c := t.Decoder.Control; c != nil {
 			e.Entry.ID, e.Entry.Author, e.Entry.CreatedAt, e.Entry.What = c.GetId(), c.GetAuthor(), usage.Micros(c.GetCreatedAtUnixMicros()), what(c)

@@ -20,7 +20,7 @@ import (
 type Decoder struct {
 	// Frame is the entry's when it was one of calls, until the next Decode.
 	Frame ledger.Frame
-	// Control is the entry's when it was one of control, else nil.
+	// Control is the entry's when it was one of control or a closing, else nil.
 	Control *tollkeeperv1.ControlEntry
 
 	batch quota.Batch
@@ -43,8 +43,8 @@ func (d *Decoder) Decode(m *ledger.Message) (quota.Entry, ledger.Kind, error) {
 			batchOf(&d.batch, &d.Frame)
 			e.Batch = &d.batch
 		}
-	case ledger.KindControl:
-		if d.Control, err = ledger.DecodeControl(m.Header, m.Data); err == nil {
+	case ledger.KindControl, ledger.KindClosing:
+		if d.Control, err = ledger.DecodeAct(kind, m.Header, m.Data); err == nil {
 			e.Control, err = controlOf(d.Control)
 		}
 	case ledger.KindLease:

@@ -97,6 +97,21 @@ func TestControlEntriesAreTranslatedOrRefused(t *testing.T) {
 			t.Errorf("%s: %+v, %v", name, e, err)
 		}
 	}
+	closing := func(e *tollkeeperv1.ControlEntry) *ledger.Message {
+		return entry(ledger.ClosingMessage(3, control(t, e).Data))
+	}
+	if e, kind, err := d.Decode(closing(&tollkeeperv1.ControlEntry{Id: p.String(), Body: &tollkeeperv1.ControlEntry_ProducerClosed{
+		ProducerClosed: &tollkeeperv1.ProducerClosed{Producer: p[:], LastNumber: 3, Complete: true},
+	}})); err != nil || kind != ledger.KindClosing || *e.Control.Closed != dedup.Producer(p) || e.Control.ClosedAt != 3 || !e.Control.Complete {
+		t.Errorf("a closing: %+v, kind %d, %v", e.Control, kind, err)
+	}
+	// Whoever may close may not change what is counted.
+	var misplaced *usage.InvalidError
+	if e, kind, err := d.Decode(closing(&tollkeeperv1.ControlEntry{Id: p.String(), Body: &tollkeeperv1.ControlEntry_Correction{
+		Correction: &tollkeeperv1.Correction{Account: "acme"},
+	}})); !errors.As(err, &misplaced) || misplaced.Reason != usage.ReasonMisplaced || e.Control != nil || kind != ledger.KindClosing {
+		t.Errorf("a correction where producers are retired: %+v, kind %d, %v", e.Control, kind, err)
+	}
 	if _, kind, err := d.Decode(&ledger.Message{Subject: "elsewhere"}); err == nil || kind != 0 {
 		t.Errorf("a subject of nobody: kind %d, %v", kind, err)
 	}

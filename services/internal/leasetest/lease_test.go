@@ -416,8 +416,8 @@ func TestTheLastWordOfAGatewayIsBeforeItsEnd(t *testing.T) {
 			return err
 		case kind == ledger.KindLease:
 			lastAsk = m.Sequence
-		case kind == ledger.KindControl:
-			e, err := ledger.DecodeControl(m.Header, m.Data)
+		case kind == ledger.KindClosing:
+			e, err := ledger.DecodeClosing(m.Header, m.Data)
 			if err != nil {
 				return err
 			}

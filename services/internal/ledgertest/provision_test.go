@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -89,6 +90,37 @@ func TestAProvisionedStreamIsLeftAsTheOperatorTunedIt(t *testing.T) {
 	}
 	if s, err = js.Stream(t.Context(), ledger.Stream); err != nil || s.CachedInfo().Config.MaxBytes != 1<<30 {
 		t.Errorf("the stream has %+v, %v; want the operator's 1 GiB", s.CachedInfo().Config, err)
+	}
+}
+
+// A ledger that an older version made does not know all subjects: they are added,
+// and nothing else of what an operator has tuned is changed.
+func TestALedgerOfAnOlderVersionIsGivenTheSubjectsThatItLacks(t *testing.T) {
+	t.Parallel()
+	_, _, js := provisioned(t)
+	s, err := js.Stream(t.Context(), ledger.Stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := s.CachedInfo().Config
+	whole := cfg.Subjects
+	cfg.Subjects, cfg.MaxBytes = []string{ledger.AllCalls, ledger.AllControl, ledger.AllLeases}, 1<<30
+	if _, err := js.UpdateStream(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := js.Publish(t.Context(), ledger.ClosingsSubject(0), nil); err == nil {
+		t.Fatal("the old ledger takes closings")
+	}
+	for range 2 {
+		if _, err := ledger.Provision(t.Context(), js, ledger.ProvisionOptions{Notice: func(text string) { t.Error(text) }}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s, err = js.Stream(t.Context(), ledger.Stream); err != nil || !slices.Equal(s.CachedInfo().Config.Subjects, whole) || s.CachedInfo().Config.MaxBytes != 1<<30 {
+		t.Errorf("the stream has %+v, %v; want %v and the operator's 1 GiB", s.CachedInfo().Config, err, whole)
+	}
+	if _, err := js.Publish(t.Context(), ledger.ClosingsSubject(0), nil); err != nil {
+		t.Errorf("a closing: %v", err)
 	}
 }
 

@@ -188,8 +188,8 @@ func (r *rig) read(t testing.TB) found {
 					out.input += n
 				}
 			}
-		case ledger.KindControl:
-			e, err := ledger.DecodeControl(m.Header, m.Data)
+		case ledger.KindClosing:
+			e, err := ledger.DecodeClosing(m.Header, m.Data)
 			if err != nil {
 				return err
 			}

@@ -408,8 +408,7 @@ func (g *gateway) send(l *lane.Lane) {
 	}
 	m := ledger.FrameMessage(l.Shard(), f.Data)
 	if f.Closing {
-		m.Subject = ledger.ControlSubject(l.Shard())
-		m.Header.Set(ledger.CodecHeader, ledger.CodecControl)
+		m = ledger.ClosingMessage(l.Shard(), f.Data)
 	}
 	w := g.w
 	number := f.Number

@@ -181,8 +181,8 @@ func (h *historian) take(m ledger.Message, pending uint64) bool {
 	}
 	sh := h.fold.Pass(shard, entryTime(&m))
 	switch kind {
-	case ledger.KindControl:
-		e, err := ledger.DecodeControl(m.Header, m.Data)
+	case ledger.KindControl, ledger.KindClosing:
+		e, err := ledger.DecodeAct(kind, m.Header, m.Data)
 		if err != nil {
 			h.w.fail("entry %d: %v", m.Sequence, err)
 			return false

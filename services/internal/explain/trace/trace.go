@@ -151,6 +151,9 @@ func (t *Trace) Apply(m *ledger.Message) error {
 	state := t.o.State
 	// What can't be decoded still lets time pass.
 	e, kind, _ := t.Decoder.Decode(m)
+	if kind == ledger.KindClosing {
+		kind = ledger.KindControl // it is one, on a subject of its own
+	}
 	t.Entries++
 	last := m.Sequence == t.o.Target.Revision
 	if !t.tracking && (last || t.o.Target.PeriodEnd == 0 || max(e.Time, state.Now()) >= t.o.Target.PeriodStart) {

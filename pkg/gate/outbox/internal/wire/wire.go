@@ -150,7 +150,7 @@ func (w *Wire) Close() {
 // Message returns what is to be published for a lane's frame.
 func Message(shard uint32, closing bool, data []byte) *nats.Msg {
 	if closing {
-		return &nats.Msg{Subject: ledger.ControlSubject(shard), Header: nats.Header{ledger.CodecHeader: {ledger.CodecControl}}, Data: data}
+		return ledger.ClosingMessage(shard, data)
 	}
 	return ledger.FrameMessage(shard, data)
 }
