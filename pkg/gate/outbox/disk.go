@@ -35,6 +35,7 @@ type disk struct {
 	budget  bound.Budget // of frames read back
 	retryAt usage.Micros
 	trouble trouble
+	noting  trouble
 }
 
 // source is a producer's log and how far it is sent.
@@ -50,6 +51,8 @@ type source struct {
 	active     uint64       // segment that is written
 	emptySince usage.Micros // no live records since; 0: there are some
 	stage      stage
+	unnoted    []*slot      // of which more is acknowledged than is noted
+	notedAt    usage.Micros // when that was last written
 	// lossy: something that was in the log did not get into the ledger.
 	lossy bool
 }
@@ -77,6 +80,7 @@ type job struct {
 	remove  uint64            // segments before this one
 	marks   bool              // read those of its leases
 	destroy bool
+	notes   []spool.Acked // of what is acknowledged
 
 	at        []spool.Position
 	appendErr error
@@ -86,6 +90,7 @@ type job struct {
 	torn      []spool.Torn
 	loadErr   error
 	removeErr error
+	noteErr   error
 	leases    []marks.Mark
 	marked    bool
 	marksErr  error
@@ -109,6 +114,9 @@ const (
 	pauseAfterError = 500_000
 	// keepEmpty is for how long an active segment without live records is kept.
 	keepEmpty = 2_000_000
+	// noteEvery is how often what is acknowledged is noted where nothing else is to
+	// be done, microseconds.
+	noteEvery = 10_000
 )
 
 func newDisk(s *sender) (*disk, error) {
@@ -120,7 +128,7 @@ func newDisk(s *sender) (*disk, error) {
 		}
 		return nil, fmt.Errorf("open outbox: %w", err)
 	}
-	d := &disk{s: s, store: store, trouble: trouble{log: o.Logger}}
+	d := &disk{s: s, store: store, trouble: trouble{log: o.Logger}, noting: trouble{log: o.Logger}}
 	d.budget.Limit = o.MemoryBytes / 4
 	d.earlier, err = store.Earlier()
 	if err != nil {
@@ -166,6 +174,9 @@ func (j *job) do() {
 	}
 	if j.load > 0 {
 		j.doLoad(log)
+	}
+	if len(j.notes) > 0 {
+		j.noteErr = log.NoteAcked(j.notes)
 	}
 	if j.remove > 0 {
 		j.removeErr = log.Remove(j.remove)
@@ -252,10 +263,37 @@ func (d *disk) ownJob(now usage.Micros) *job {
 		j.remove = keep
 		src.first = keep
 	}
-	if len(j.append) == 0 && j.load == 0 && j.remove == 0 {
+	if len(j.append) == 0 && j.load == 0 && j.remove == 0 && !src.noteDue(now) {
 		return nil
 	}
+	j.notes = src.takeNotes(now)
 	return j
+}
+
+// note: more of the slot is acknowledged than is noted.
+func (src *source) note(sl *slot) {
+	if !sl.unnoted {
+		sl.unnoted = true
+		src.unnoted = append(src.unnoted, sl)
+	}
+}
+
+func (src *source) noteDue(now usage.Micros) bool {
+	return len(src.unnoted) > 0 && now-src.notedAt >= noteEvery
+}
+
+func (src *source) takeNotes(now usage.Micros) []spool.Acked {
+	if len(src.unnoted) == 0 {
+		return nil
+	}
+	notes := make([]spool.Acked, len(src.unnoted))
+	for i, sl := range src.unnoted {
+		sl.unnoted = false
+		notes[i] = spool.Acked{Shard: sl.lane.Shard(), Number: sl.lane.Known()}
+	}
+	clear(src.unnoted)
+	src.unnoted, src.notedAt = src.unnoted[:0], now
+	return notes
 }
 
 // keep returns the oldest segment that is still needed.
@@ -350,9 +388,11 @@ func (d *disk) drainJob() *job {
 		if keep := min(src.keep(), src.cursor.Segment); keep > src.first {
 			j.remove, src.first = keep, keep
 		}
-		if j.load == 0 && j.remove == 0 {
+		now := d.s.b.now()
+		if j.load == 0 && j.remove == 0 && !src.noteDue(now) {
 			return nil
 		}
+		j.notes = src.takeNotes(now)
 		return j
 	case exhausted:
 		if src.empty() {
@@ -360,6 +400,7 @@ func (d *disk) drainJob() *job {
 			// only be retired again, never sent again to somebody who forgot it.
 			return &job{src: src, remove: src.active + 1, marks: true}
 		}
+		return src.noteJob(d.s.b.now())
 	case cleared:
 		if src.empty() {
 			src.stage = closed
@@ -370,14 +411,22 @@ func (d *disk) drainJob() *job {
 		d.drain = nil
 		return d.drainJob()
 	case damaged:
-		if !src.empty() {
-			return nil // what was read is still being sent
+		if now := d.s.b.now(); !src.empty() || src.noteDue(now) {
+			return src.noteJob(now) // what was read is still being sent
 		}
 		d.s.b.o.Logger.Error().Stringer("producer", src.log.Identity().Producer).Msg("the spool of an earlier producer can't be read or deleted: it is left for the next start")
 		d.drain = nil
 		return d.drainJob()
 	}
 	return nil
+}
+
+// noteJob only notes, where that is due.
+func (src *source) noteJob(now usage.Micros) *job {
+	if !src.noteDue(now) {
+		return nil
+	}
+	return &job{src: src, cursor: src.cursor, notes: src.takeNotes(now)}
 }
 
 func (src *source) empty() bool {
@@ -415,6 +464,7 @@ func (d *disk) handle(j *job) {
 	if j.removeErr != nil {
 		d.failed(j.removeErr)
 	}
+	d.noted(j)
 	if j.src != d.own {
 		d.drained(j)
 		return
@@ -424,12 +474,25 @@ func (d *disk) handle(j *job) {
 	}
 }
 
+// noted tells when notes can't be written. The newest are not written again: what is
+// noted too little is sent again, and known by its number.
+func (d *disk) noted(j *job) {
+	switch {
+	case len(j.notes) == 0:
+	case j.noteErr != nil:
+		d.noting.is(d.s.b.o.Now(), "what of the spool is acknowledged can't be noted: after a kill more of it is sent again than has to be: "+j.noteErr.Error())
+	default:
+		d.noting.over(d.s.b.o.Now(), "what of the spool is acknowledged is noted again")
+	}
+}
+
 func (d *disk) appended(j *job) {
 	s := d.s
 	for i, r := range j.refs[:len(j.at)] {
 		at := lane.Position{Segment: j.at[i].Segment, Offset: j.at[i].Offset}
 		f, freed := r.slot.lane.Spooled(r.number, at)
 		if f == nil {
+			j.src.note(r.slot)
 			continue // acknowledged in the meantime
 		}
 		j.src.live[at.Segment]++
@@ -478,6 +541,12 @@ func (d *disk) loaded(j *job) {
 			sl = d.slotOf(src, l.record.Shard)
 		}
 		if !sl.lane.Wants(l.record.Number) {
+			continue
+		}
+		if src != d.own && l.record.Number <= src.log.Acked(l.record.Shard) {
+			d.claim(sl, &l.record) // which its producer may not have done
+			sl.lane.Passed(l.record.Number)
+			s.count(func(c *counts) { c.knownFrames++ })
 			continue
 		}
 		room -= int64(len(l.record.Data))
@@ -605,14 +674,22 @@ func (d *disk) release() error {
 }
 
 // acked takes note that a frame which the spool has is acknowledged.
-func (src *source) acked(f *lane.Frame) {
+func (src *source) acked(sl *slot, f *lane.Frame) {
 	n := f.Position.Segment
 	if n == 0 {
 		return
 	}
+	src.note(sl)
 	if src.live[n]--; src.live[n] <= 0 {
 		delete(src.live, n)
 	}
+}
+
+// noteRest notes what is acknowledged, at the end and for the last time.
+func (d *disk) noteRest() {
+	j := &job{src: d.own, cursor: d.own.cursor, notes: d.own.takeNotes(d.s.b.now())}
+	j.do()
+	d.handle(j)
 }
 
 // secure writes what memory holds, at the end and for the last time.

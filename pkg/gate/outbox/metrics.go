@@ -23,6 +23,9 @@ type Stats struct {
 	// each of them counted it as Sent itself.
 	Recovered       Totals
 	RecoveredFrames int64
+	// KnownFrames of earlier producers' spools were not sent again: they were known to
+	// be acknowledged.
+	KnownFrames int64
 	// TornSegments: segments of the spool whose end a crash had cut.
 	TornSegments int64
 	// UnmarkedEnds: closing entries of killed producers that could not say what was
@@ -48,7 +51,7 @@ type Stats struct {
 // counts are the sender's own.
 type counts struct {
 	acked, frames, resent, bytes, rejected, rejectedFrames int64
-	spooled, recoveredFrames, torn, unmarked               int64
+	spooled, recoveredFrames, knownFrames, torn, unmarked  int64
 	sent, recovered                                        Totals
 	inflight                                               int64
 	oldest                                                 usage.Micros
@@ -70,7 +73,7 @@ func (o *Outbox) Stats() Stats {
 	st := Stats{
 		Acked: c.acked, Sent: c.sent, Dropped: o.dropped.Load(), Refused: o.refused.Load(), Invalid: o.invalid.Load(), Rejected: c.rejected,
 		Frames: c.frames, Resent: c.resent, RejectedFrames: c.rejectedFrames, Bytes: c.bytes,
-		Spooled: c.spooled, Recovered: c.recovered, RecoveredFrames: c.recoveredFrames, TornSegments: c.torn, UnmarkedEnds: c.unmarked,
+		Spooled: c.spooled, Recovered: c.recovered, RecoveredFrames: c.recoveredFrames, KnownFrames: c.knownFrames, TornSegments: c.torn, UnmarkedEnds: c.unmarked,
 		InFlight: c.inflight, MemoryBytes: o.budget.Used(), Connected: c.connected, SpoolFailing: o.spoolFails.Load(), Full: o.full.Load(),
 	}
 	if d := o.s.disk; d != nil {
@@ -159,7 +162,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	} {
 		ch <- prometheus.MustNewConstMetric(m.calls, prometheus.CounterValue, float64(n), outcome)
 	}
-	for outcome, n := range map[string]int64{"acked": st.Frames, "resent": st.Resent, "recovered": st.RecoveredFrames, "rejected": st.RejectedFrames} {
+	for outcome, n := range map[string]int64{"acked": st.Frames, "resent": st.Resent, "recovered": st.RecoveredFrames, "known": st.KnownFrames, "rejected": st.RejectedFrames} {
 		ch <- prometheus.MustNewConstMetric(m.frames, prometheus.CounterValue, float64(n), outcome)
 	}
 	for _, g := range m.gauges {

@@ -2,7 +2,8 @@
 // by shard into frames, numbers the frames, keeps exactly one unacknowledged
 // frame per shard, and sends it again under the same identity until the ledger
 // has it. While the ledger can't be reached frames go to a spool on disk, in
-// order, and a spool that a killed process left is sent by the next one. So are the
+// order, and a spool that a killed process left is sent by the next one, but for what
+// is known to be acknowledged. So are the
 // marks beside it, of how much of its leases the process can have used (package marks).
 package outbox
 

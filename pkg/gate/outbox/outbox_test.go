@@ -4,13 +4,16 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/rs/zerolog"
+	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/lane"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -161,3 +164,79 @@ func TestAnEarlierProducersSpoolHasItsTurnUnderLoad(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// doNext does the disk's next job, if there is one.
+func (d *disk) doNext() (did bool) {
+	d.work()
+	if !d.busy {
+		return false
+	}
+	d.handle(<-d.results)
+	return true
+}
+
+// What was killed had an acknowledgement for two of three frames, and had noted it
+// for both: only the third leaves again, and all three are claimed again.
+func TestWhatIsKnownToBeAcknowledgedIsNotSentAgain(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	first := spooling(t, dir)
+	d, sl := first.s.disk, first.s.slots[0]
+	d.begin()
+	first.s.connected = true
+	for n := range 3 {
+		add(t, first)
+		if !d.doNext() {
+			t.Fatal("nothing is spooled")
+		}
+		first.s.pump(sl)
+		if n < 2 {
+			first.s.acked(sl, uint64(n+1))
+		}
+	}
+	d.own.notedAt = 0 // long ago
+	for d.doNext() {
+	}
+	left := t.TempDir() // as a kill would leave it now
+	if err := os.CopyFS(left, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	d.end()
+	first.s.connected = false
+	if err := first.Close(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+
+	claimed := &claims{}
+	o, err := Open(Options{NATS: away(t), Shards: 1, Logger: zerolog.Nop(), SpoolDir: left, Claims: func(_ ksuid.KSUID, _ uint32, again bool) lane.Claims {
+		if again {
+			return claimed
+		}
+		return &claims{}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d = o.s.disk
+	d.begin()
+	o.s.connected = true
+	for d.doNext() {
+	}
+	again := d.drain.slots[0].lane
+	if number, _, ok := again.Inflight(); !ok || number != 3 || again.Last() != 3 {
+		t.Errorf("frame %d leaves first, the last is %d", number, again.Last())
+	}
+	if st := o.Stats(); st.KnownFrames != 2 || len(claimed.numbers) != 3 {
+		t.Errorf("%d frames are known to be acknowledged, claimed are %v", st.KnownFrames, claimed.numbers)
+	}
+	d.end()
+	o.s.connected = false
+	if err := o.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+}
+
+type claims struct{ numbers []uint64 }
+
+func (c *claims) Add(number uint64, _ *usage.Call) { c.numbers = append(c.numbers, number) }
+func (c *claims) Seal(usage.Micros)                {}

@@ -51,6 +51,8 @@ type slot struct {
 	spare  []*chunk
 	budget *bound.Budget
 	claims lane.Claims // of an earlier producer's frames
+	// unnoted: more is acknowledged than is noted beside the spool.
+	unnoted bool
 }
 
 func newSender(b *Outbox) (*sender, error) {
@@ -337,7 +339,7 @@ func (s *sender) done(sl *slot, f *lane.Frame) {
 		sl.budget.Give(int64(len(f.Data)))
 	}
 	if sl.src != nil {
-		sl.src.acked(f)
+		sl.src.acked(sl, f)
 	}
 	s.advance(sl)
 	if !sl.lane.Waiting() {
@@ -449,6 +451,7 @@ func (s *sender) finish(ctx context.Context) error {
 	var err error
 	if s.disk != nil {
 		err = s.disk.secure(s.b.o.Now())
+		s.disk.noteRest()
 	}
 	lost, kept := uint64(0), uint64(0)
 	for _, sl := range s.slots {

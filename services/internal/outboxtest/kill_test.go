@@ -190,8 +190,11 @@ func TestAKillLosesNoAnsweredCallWithSpoolBeforeAnswer(t *testing.T) {
 			if got.gaps != 0 || len(got.closed) != shards || got.complete != 0 || len(got.calls) < sent {
 				t.Errorf("%d calls of %d sent, %d gaps, closed %v, %d complete", len(got.calls), sent, got.gaps, got.closed, got.complete)
 			}
-			t.Logf("%d answered, %d in the ledger, %d of them recovered from the spool, %d frames came twice, %d torn segments",
-				len(answered), len(got.calls), st.Recovered.Admitted, got.duplicates, st.TornSegments)
+			if st.KnownFrames == 0 {
+				t.Error("all of the spool was sent again")
+			}
+			t.Logf("%d answered, %d in the ledger, %d of them recovered from the spool, %d frames came twice and %d were known to be there, %d torn segments",
+				len(answered), len(got.calls), st.Recovered.Admitted, got.duplicates, st.KnownFrames, st.TornSegments)
 		})
 	}
 }

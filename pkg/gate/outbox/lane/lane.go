@@ -139,6 +139,7 @@ type Lane struct {
 	calls     uint64 // added
 	sealed    uint64 // number of the newest frame
 	acked     uint64 // number of the newest frame that is done with
+	known     uint64 // number of the newest frame that was acknowledged
 	handed    uint64 // number of the newest frame handed to the spool
 	safeCalls uint64 // calls up to here are acknowledged or spooled
 	doneCalls uint64 // calls up to here are acknowledged
@@ -238,6 +239,16 @@ func (l *Lane) Publish(now usage.Micros) (f *Frame, freed int64) {
 // Acked takes note of an acknowledgement and returns the frame, nil when it was
 // acknowledged before.
 func (l *Lane) Acked(number uint64) *Frame {
+	f := l.Rejected(number)
+	if f != nil && !f.Closing {
+		l.known = number
+	}
+	return f
+}
+
+// Rejected takes note that the ledger can never take this frame; the lane goes
+// on behind it.
+func (l *Lane) Rejected(number uint64) *Frame {
 	if len(l.queue) == 0 || l.queue[0].Number != number || l.queue[0].Sends == 0 {
 		return nil
 	}
@@ -245,10 +256,6 @@ func (l *Lane) Acked(number uint64) *Frame {
 	l.failures, l.retryAt = 0, 0
 	return f
 }
-
-// Rejected takes note that the ledger can never take this frame; the lane goes
-// on behind it.
-func (l *Lane) Rejected(number uint64) *Frame { return l.Acked(number) }
 
 func (l *Lane) pop() *Frame {
 	f := l.queue[0]
@@ -438,12 +445,20 @@ func (l *Lane) Loaded(f *Frame) {
 	}
 }
 
+// Passed takes note that a frame that it wants, of an earlier producer, is known to be
+// acknowledged and need not be loaded.
+func (l *Lane) Passed(number uint64) { l.sealed, l.acked, l.known = number, number, number }
+
 // Retire puts the entry that retires the producer behind everything.
 func (l *Lane) Retire(data []byte) {
 	l.earlier = false
 	l.queue = append(l.queue, &Frame{Number: l.sealed + 1, Data: data, Closing: true})
 	l.sealed++
 }
+
+// Known returns the number of the newest frame that was acknowledged; 0 when there was
+// none. All before it are done with.
+func (l *Lane) Known() uint64 { return l.known }
 
 // Last returns the number of the newest frame; 0 when there was none.
 func (l *Lane) Last() uint64 { return l.sealed }

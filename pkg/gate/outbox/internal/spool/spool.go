@@ -156,6 +156,9 @@ func (s *Store) Earlier() ([]*Log, error) {
 		if err := l.scan(); err != nil {
 			return nil, err
 		}
+		if err := l.readAcked(); err != nil {
+			l.acked = nil // all of it is sent again, which is no harm
+		}
 		logs = append(logs, l)
 	}
 	slices.SortFunc(logs, func(a, b *Log) int { return ksuid.Compare(a.identity.Producer, b.identity.Producer) })
@@ -233,6 +236,9 @@ type Log struct {
 
 	reading *os.File // segment of the last Read
 	readSeg uint64
+
+	noting *os.File          // nil: nothing was noted by this process
+	acked  map[uint32]uint64 // by shard, as it was found
 }
 
 type segment struct {
@@ -561,7 +567,7 @@ func (l *Log) Destroy() error {
 	if err := l.Close(); err != nil {
 		return err
 	}
-	for _, name := range []string{wholeFile, marks.Fresh, marks.File, identityFile} {
+	for _, name := range []string{wholeFile, ackedFile, marks.Fresh, marks.File, identityFile} {
 		if err := os.Remove(filepath.Join(l.dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("spool: %w", err)
 		}
@@ -573,4 +579,11 @@ func (l *Log) Destroy() error {
 }
 
 // Close lets go of the files and leaves them.
-func (l *Log) Close() error { return errors.Join(l.rest(), l.stopReading()) }
+func (l *Log) Close() error {
+	err := errors.Join(l.rest(), l.stopReading())
+	if l.noting != nil {
+		err = errors.Join(err, l.noting.Close())
+		l.noting = nil
+	}
+	return err
+}
