@@ -44,8 +44,8 @@ func waitCounted(ctx context.Context, nc *nats.Conn, shard uint32, sequence uint
 		return fmt.Errorf("marshal usage request: %w", err)
 	}
 	for {
-		msg, err := nc.RequestWithContext(ctx, ledger.UsageSubject(shard), ask)
-		if err == nil {
+		msg, err := question(ctx, nc, shard, ask)
+		if err == nil && msg.Header.Get("Nats-Service-Error") == "" { // else it is to be asked again
 			var reply ledger.UsageReply
 			if err := json.Unmarshal(msg.Data, &reply); err != nil {
 				return fmt.Errorf("aggregator, shard %d: %w", shard, err)
@@ -54,7 +54,7 @@ func waitCounted(ctx context.Context, nc *nats.Conn, shard uint32, sequence uint
 				return nil
 			}
 		} else if ctx.Err() != nil {
-			return fmt.Errorf("aggregator, shard %d: %w", shard, err)
+			return fmt.Errorf("aggregator, shard %d: %w", shard, ctx.Err())
 		}
 		select {
 		case <-ctx.Done():
@@ -62,4 +62,15 @@ func waitCounted(ctx context.Context, nc *nats.Conn, shard uint32, sequence uint
 		case <-time.After(2 * time.Millisecond):
 		}
 	}
+}
+
+// answersWithin is far more than an owner needs. A question that comes while the
+// shard changes hands, as it does where the machine is so busy that a session
+// lapses, is never answered: who waited for that answer only would wait for ever.
+const answersWithin = time.Second
+
+func question(ctx context.Context, nc *nats.Conn, shard uint32, ask []byte) (*nats.Msg, error) {
+	ctx, cancel := context.WithTimeout(ctx, answersWithin)
+	defer cancel()
+	return nc.RequestWithContext(ctx, ledger.UsageSubject(shard), ask)
 }
