@@ -12,6 +12,10 @@ type Gateway [20]byte
 // them do not overflow.
 const MaxUnits = int64(1) << 53
 
+// maxTotal bounds what was granted, used and returned since a lease began: units that
+// come back and are granted again count each time.
+const maxTotal = int64(1) << 60
+
 // Ask is all that a gateway ever says about one allowance: what it has done
 // with its lease, and what it would like. It is an entry of the ledger. Used,
 // Returned and Over are totals since the lease began and only grow, so that a
@@ -57,9 +61,14 @@ func LastWord(g Gateway, sent Micros, used, over int64) Ask {
 
 // wrong says why no gateway can have meant the message; empty: it can.
 func (m *Ask) wrong() string {
-	for _, n := range [...]int64{m.Known, m.Used, m.Returned, m.Over, m.Held, m.Need, m.Want} {
+	for _, n := range [...]int64{m.Over, m.Held, m.Need, m.Want} {
 		if n < 0 || n > MaxUnits {
 			return "an amount is negative or too large"
+		}
+	}
+	for _, n := range [...]int64{m.Known, m.Used, m.Returned} {
+		if n < 0 || n > maxTotal {
+			return "a total is negative or too large"
 		}
 	}
 	switch {

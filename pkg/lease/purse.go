@@ -92,12 +92,13 @@ type Purse struct {
 
 	gateway                             Gateway
 	habits                              Habits
-	end                                 Micros
+	end                                 atomic.Int64
 	granted, returned, sealed           int64
 	mark                                int64 // what can be used at most since the lease began
 	newest                              int64 // grant
 	expiry, needUntil, grantedAt, pause Micros
-	seq, answered                       uint64
+	seq, answered, after                uint64
+	asked                               uint64 // since when as much is needed
 	seen, epoch                         uint64
 	recalled                            uint64
 	verdict                             Verdict
@@ -108,23 +109,28 @@ type Purse struct {
 	sent                                Ask
 	sentAt, retryAt, hopeAt, renewAt    Micros
 	usedThen                            int64    // when it was last granted
-	_                                   [32]byte // 512 in all: the allocator then begins it with a line
+	_                                   [16]byte // 512 in all: the allocator then begins it with a line
 }
 
 // NewPurse returns the purse of gateway g for an allowance whose window ends at
 // end (0: never). It is empty.
 func NewPurse(g Gateway, end Micros, h Habits) *Purse {
-	p := &Purse{gateway: g, habits: h, end: end, pause: h.RetryAfter}
+	p := &Purse{gateway: g, habits: h, pause: h.RetryAfter}
+	p.SetEnd(end)
 	if !h.Sealed {
 		p.mark = unmarked
 	}
 	return p
 }
 
+// SetEnd changes when the window ends (0: never).
+func (p *Purse) SetEnd(end Micros) { p.end.Store(int64(end)) }
+
 // After numbers the purse's messages after seq, where another purse of the same
 // allowance and gateway was before it: what that one said and is still on its way
-// must not be taken for this one's. It is called before anything else.
-func (p *Purse) After(seq uint64) { p.seq, p.answered = seq, seq }
+// must not be taken for this one's, nor what it was answered: units of its lease,
+// which is over. It is called before anything else.
+func (p *Purse) After(seq uint64) { p.seq, p.answered, p.after = seq, seq, seq }
 
 // take takes n units if they are there and the lease is good at now.
 func (p *Purse) take(n int64, now Micros) bool {
@@ -227,8 +233,19 @@ func (p *Purse) Outcome(n int64, now Micros) Outcome {
 
 // ending: nobody can tell any more which window it is.
 func (p *Purse) ending(now Micros) bool {
-	return p.ended.Load() || p.end != 0 && now >= p.end-p.habits.Skew
+	end := Micros(p.end.Load())
+	return p.ended.Load() || end != 0 && now >= end-p.habits.Skew
 }
+
+// past: the window is over, and the ledger has not said so.
+func (p *Purse) past(now Micros) bool {
+	end := Micros(p.end.Load())
+	return end != 0 && now >= end+p.habits.Skew && p.seq > 0 && !p.ended.Load()
+}
+
+// Ended reports whether the ledger has said that the window is over, or that it does
+// not know the lease.
+func (p *Purse) Ended() bool { return p.ended.Load() }
 
 // Need notes that a call waits for n units, until a time.
 func (p *Purse) Need(n int64, until Micros) {
@@ -307,7 +324,7 @@ func (p *Purse) unlock() bool {
 // Receive takes in an answer. The caller then tries again all that waits, and
 // calls Next after that.
 func (p *Purse) Receive(a Answer, now Micros) {
-	if a.Gateway != p.gateway || a.Epoch < p.epoch {
+	if a.Gateway != p.gateway || a.Epoch < p.epoch || p.after > 0 && a.Seq <= p.after {
 		return
 	}
 	p.epoch = a.Epoch
@@ -344,7 +361,7 @@ func (p *Purse) Receive(a Answer, now Micros) {
 		// back what is left, else two gateways could pass it to and fro for ever.
 		p.recalled, p.tight, p.answer = a.Recall, true, true
 	}
-	if a.Seq < p.seq && (a.Verdict == DeniedEarly || a.Verdict == DeniedFinal) {
+	if a.Seq < p.asked && (a.Verdict == DeniedEarly || a.Verdict == DeniedFinal) {
 		return // about something else than was asked last
 	}
 	p.verdict = a.Verdict
@@ -405,6 +422,11 @@ func (p *Purse) Next(now Micros) (Ask, bool) {
 		if !p.tight && now < p.sentAt+p.habits.ReportEvery {
 			return Ask{}, false
 		}
+	case p.past(now):
+		// What is held may be held for ever: that the window is over is to be heard.
+		if now < p.sentAt+p.habits.ReportEvery {
+			return Ask{}, false
+		}
 	default:
 		return Ask{}, false
 	}
@@ -414,7 +436,7 @@ func (p *Purse) Next(now Micros) (Ask, bool) {
 // facts is what can be said for certain. Used is read before Held and only
 // grows, so that no unit is in both; Returned is ours.
 func (p *Purse) facts(now Micros) Ask {
-	m := Ask{Gateway: p.gateway, Sent: now, Seen: p.seen, Known: p.granted, Used: p.used.Load(), Returned: p.returned, Over: p.over.Load(), Closing: p.closed}
+	m := Ask{Gateway: p.gateway, Sent: now, Seen: p.seen, Known: p.granted, Used: p.used.Load(), Returned: p.returned, Over: min(p.over.Load(), MaxUnits), Closing: p.closed}
 	m.Held = p.held.Load()
 	return m
 }
@@ -446,7 +468,8 @@ func (p *Purse) wish(m *Ask, now Micros) {
 	if spent > 0 && free <= p.newest/2 && now >= p.hopeAt && p.denial.Load() == nil {
 		m.Want = p.foresee(spent, now)
 	}
-	m.Renew = (spent > 0 && free > 0 || m.Held > 0) && (p.end == 0 || p.expiry < p.end) && now >= max(p.renewAt, p.expiry-p.habits.Skew-p.habits.Term/2)
+	end := Micros(p.end.Load())
+	m.Renew = (spent > 0 && free > 0 || m.Held > 0) && (end == 0 || p.expiry < end) && now >= max(p.renewAt, p.expiry-p.habits.Skew-p.habits.Term/2)
 }
 
 // foresee is what a term will use at the rate since the last grant.
@@ -479,6 +502,9 @@ func (p *Purse) send(m Ask, now Micros) Ask {
 	p.answer = false
 	p.seq++
 	m.Seq = p.seq
+	if m.Need == 0 || m.Need > p.sent.Need {
+		p.asked = p.seq // else it says again what it said: an answer to that holds
+	}
 	p.sent, p.sentAt, p.retryAt = m, now, now+p.pause
 	return m
 }

@@ -769,7 +769,7 @@ func (w *world) crash(at int) {
 				next.purses = append([]*Purse(nil), g.purses...)
 				for i, p := range next.purses {
 					if p != nil {
-						n := NewPurse(g.id, p.end, p.habits)
+						n := NewPurse(g.id, Micros(p.end.Load()), p.habits)
 						n.seq = p.seq
 						next.purses[i] = n
 					}

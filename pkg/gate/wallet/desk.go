@@ -110,6 +110,11 @@ func (d *desk) pocket(l *table.Draw, now lease.Micros) *pocket {
 		p.pos = len(d.open)
 		d.open = append(d.open, p)
 	}
+	if p.end != lease.Micros(end) {
+		// The limit has another window, that began at the same time.
+		p.end = lease.Micros(end)
+		p.purse.SetEnd(p.end)
+	}
 	if p.again != 0 && now >= p.again {
 		delete(d.byPurse, p.purse)
 		seq := p.sent.Seq
@@ -209,10 +214,12 @@ func (d *desk) hear(m *tollkeeperv1.LeaseAnswers) {
 			continue // its window is over
 		}
 		if len(a.GetDecision()) > 0 {
-			if decision, err := ledger.UnmarshalDecision(a.GetDecision()); err == nil {
-				p.decision = &decision
-			} else {
+			decision, err := ledger.UnmarshalDecision(a.GetDecision())
+			switch {
+			case err != nil:
 				d.w.metrics.undecodable.Inc()
+			case p.decision == nil || decision.Revision >= p.decision.Revision:
+				p.decision = &decision
 			}
 		}
 		d.receive(p, lease.Answer{
@@ -238,8 +245,11 @@ func (d *desk) run(ctx context.Context) {
 	timer := time.NewTimer(beat)
 	timer.Stop()
 	defer timer.Stop()
-	// While an entry is on its way, however long, purses are looked after.
+	// While an entry is on its way, however long, purses are looked after. A beat that
+	// is due is not put off by what wakes the desk meanwhile: it may be woken all the
+	// time.
 	busy, done := false, make(chan struct{}, 1)
+	beats := false
 	for {
 		select {
 		case <-ctx.Done():
@@ -252,6 +262,7 @@ func (d *desk) run(ctx context.Context) {
 		case <-d.kick:
 			d.lows()
 		case <-timer.C:
+			beats = false
 			d.tick()
 		}
 		if !busy {
@@ -263,9 +274,8 @@ func (d *desk) run(ctx context.Context) {
 				}()
 			}
 		}
-		if d.idle() {
-			timer.Stop()
-		} else {
+		if !beats && !d.idle() {
+			beats = true
 			timer.Reset(beat)
 		}
 	}
@@ -350,9 +360,14 @@ func (d *desk) gather() (*tollkeeperv1.LeaseEntry, []*pocket) {
 			continue
 		}
 		m, ok := p.purse.Next(now)
-		if p.purse.Done() {
+		past := p.end != 0 && now >= p.end
+		if p.purse.Done() || past && p.purse.Ended() {
+			// Nobody keeps account of a window that the ledger has seen the end of: what
+			// is still reserved in it, maybe for ever, is the calls' own affair.
+			d.turning = append(d.turning, p.queue...)
+			p.queue = nil
 			switch {
-			case d.w.closing.Load() || p.end != 0 && now >= p.end || p.sent.Seq == 0:
+			case past || d.w.closing.Load() || p.sent.Seq == 0:
 				d.forget(p)
 			case p.again == 0:
 				// It ended before its window did: the shard does not know the limit as

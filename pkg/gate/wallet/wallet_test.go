@@ -1,0 +1,299 @@
+package wallet
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/segmentio/ksuid"
+
+	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
+	"github.com/tollkeeper/tollkeeper/pkg/lease"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/pkg/window"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+)
+
+// shard is the ledger and the owner of the only shard there is, with the limits that
+// it knows.
+type shard struct {
+	jetstream.JetStream
+	w     *Wallet
+	ack   time.Duration // until an entry is in the ledger
+	owner time.Duration // until it is answered after that
+
+	mu       sync.Mutex
+	sequence uint64
+	entries  int
+	lose     int // of the next entries
+	limits   map[string]usage.Limit
+	escrows  map[key]*lease.Escrow
+}
+
+var errLost = errors.New("lost")
+
+func (s *shard) PublishMsg(ctx context.Context, msg *nats.Msg, _ ...jetstream.PublishOpt) (*jetstream.PubAck, error) {
+	select {
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-time.After(s.ack):
+	}
+	entry, err := ledger.DecodeLease(msg.Header, msg.Data)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.entries++
+	if s.lose > 0 {
+		s.lose--
+		return nil, errLost
+	}
+	s.sequence++
+	now := lease.Micros(time.Now().UnixMicro())
+	out := &tollkeeperv1.LeaseAnswers{Epoch: 1}
+	for _, a := range entry.GetAsks() {
+		for _, x := range s.ask(a, now) {
+			out.Answers = append(out.Answers, &tollkeeperv1.LeaseAnswer{
+				Account: a.GetAccount(), Limit: a.GetLimit(), WindowStartUnixMicros: a.GetWindowStartUnixMicros(), Revision: x.Revision, Seq: x.Seq,
+				Granted: x.Granted, ExpiryUnixMicros: int64(x.Expiry), Standing: tollkeeperv1.LeaseAnswer_Standing(x.Verdict), Room: x.Room, Recall: x.Recall,
+			})
+		}
+	}
+	time.AfterFunc(s.owner, func() { s.w.desks[0].hear(out) })
+	return &jetstream.PubAck{}, nil
+}
+
+// ask is what the core does: an allowance is there from the first ask on, as long as its
+// window is.
+func (s *shard) ask(a *tollkeeperv1.LeaseAsk, now lease.Micros) []lease.Answer {
+	ended := []lease.Answer{{Revision: s.sequence, Seq: a.GetSeq(), Verdict: lease.Ended}}
+	l, ok := s.limits[a.GetLimit()]
+	if !ok {
+		return ended
+	}
+	start, end := window.Bounds(l.Window, usage.Micros(now))
+	if a.GetWindowStartUnixMicros() != int64(start) {
+		return ended
+	}
+	k := key{a.GetAccount(), a.GetLimit(), lease.Micros(start)}
+	e := s.escrows[k]
+	if e == nil {
+		if a.GetKnown() != 0 {
+			return ended
+		}
+		e = lease.NewEscrow(l.Amount, lease.Terms{
+			Start: lease.Micros(start), End: lease.Micros(end), Term: lease.Micros(l.Lease.Term), Patience: lease.Micros(l.Lease.Patience), Horizon: 120_000_000, MaxLeases: 64,
+		})
+		s.escrows[k] = e
+	}
+	fx := e.Apply(lease.Entry{Sequence: s.sequence, Time: now, Ask: &lease.Ask{
+		Gateway: s.w.gateway, Seq: a.GetSeq(), Sent: lease.Micros(a.GetSentUnixMicros()), Seen: a.GetSeen(), Known: a.GetKnown(), Used: a.GetUsed(),
+		Returned: a.GetReturned(), Over: a.GetOver(), Held: a.GetHeld(), Need: a.GetNeed(), Want: a.GetWant(), Renew: a.GetRenew(), Closing: a.GetClosing(),
+	}})
+	return append([]lease.Answer(nil), fx.Answers...)
+}
+
+// change replaces a limit, which forgets its allowances.
+func (s *shard) change(id string, l usage.Limit) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.limits[id] = l
+	for k := range s.escrows {
+		if k.limit == id {
+			delete(s.escrows, k)
+		}
+	}
+}
+
+// world is a wallet that runs, its shard and the table of accounts.
+type world struct {
+	*Wallet
+	shard *shard
+	table *table.Table
+	seq   uint64
+}
+
+func exact(id string, w usage.WindowKind, amount int64) usage.Limit {
+	return usage.Limit{ID: id, Meter: usage.Calls, Window: w, Amount: amount, Tier: usage.TierExact, Lease: usage.LeaseTerms{Term: 5_000_000, Patience: 400_000}}
+}
+
+// newWorld runs a wallet in the bubble until the test is over.
+func newWorld(t *testing.T, edit func(*Options)) *world {
+	t.Helper()
+	s := &shard{ack: time.Millisecond, owner: time.Millisecond, limits: map[string]usage.Limit{}, escrows: map[key]*lease.Escrow{}}
+	o := Options{Conn: &nats.Conn{}, JS: s, Gateway: ksuid.New(), Shards: 1, Now: func() usage.Micros { return usage.At(time.Now()) }}
+	if edit != nil {
+		edit(&o)
+	}
+	w, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.w = w
+	ctx, cancel := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	all.Go(func() { w.desks[0].run(ctx) })
+	if w.notary != nil {
+		all.Go(func() { w.notary.run(ctx) })
+	}
+	t.Cleanup(func() {
+		cancel()
+		all.Wait()
+	})
+	return &world{Wallet: w, shard: s, table: table.New(1, func(string, uint32) uint32 { return 0 }, table.Policy{StaleAfter: 1})}
+}
+
+// parts that a call of the account needs.
+func (w *world) parts(account string, units int64, limits ...usage.Limit) []Part {
+	w.seq++
+	r := table.AccountRecord{ID: account, Path: []string{account}, Seq: w.seq}
+	for _, l := range limits {
+		id := "plan/" + l.ID
+		if _, ok := w.shard.limits[id]; !ok {
+			w.shard.limits[id] = l
+		}
+		r.Leased = append(r.Leased, table.LeasedLimit{Account: account, LimitID: id, Limit: l})
+	}
+	w.table.SetAccount(r)
+	a, _ := w.table.ByID(account)
+	var parts []Part
+	for _, d := range a.Leased() {
+		parts = append(parts, Part{d, units})
+	}
+	return parts
+}
+
+func (w *world) take(t *testing.T, parts []Part) Standing {
+	t.Helper()
+	return w.Take(t.Context(), parts, false, time.Minute).Standing
+}
+
+// busy wakes the desk all the time, as calls that settle do.
+func (w *world) busy(ctx context.Context) {
+	tick := time.NewTicker(beat / 2)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			w.desks[0].resolved(nil)
+		}
+	}
+}
+
+// However often other calls wake it, a desk says again what was not answered.
+func TestADeskThatIsBusyRepeatsWhatWasLost(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		parts := w.parts("acme", 1, exact("month", usage.Month, 100))
+		go w.busy(t.Context())
+		w.shard.lose = 1
+		if s := w.take(t, parts); s != Taken {
+			t.Errorf("after an ask that was lost: %d", s)
+		}
+	})
+}
+
+// A call that never ends keeps what it reserved, but not the purse of a window that is
+// long over.
+func TestAPurseWhoseWindowIsOverIsForgottenWhateverIsStillReserved(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		parts := w.parts("acme", 2, exact("minute", usage.Minute, 10))
+		r := w.Take(t.Context(), parts, true, time.Second)
+		if r.Standing != Taken {
+			t.Fatal(r.Standing)
+		}
+		time.Sleep(30 * time.Second)
+		if n := w.purses.Load(); n != 1 {
+			t.Errorf("%d purses in the window", n)
+		}
+		time.Sleep(time.Minute)
+		if n := w.purses.Load(); n != 0 {
+			t.Errorf("%d purses after the window", n)
+		}
+		r.Hold.Settle([]int64{1})
+		if s := w.take(t, parts); s != Taken {
+			t.Errorf("in the window after: %d", s)
+		}
+	})
+}
+
+// Who waits for units when the window ends waits for those of the next one, however many
+// they are.
+func TestAllThatWaitWhenAWindowEndsGoOnInTheNext(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(o *Options) { o.Wait = 3 * time.Second })
+		parts := w.parts("acme", 1, exact("minute", usage.Minute, 10_000))
+		time.Sleep(59 * time.Second)
+		w.shard.mu.Lock()
+		w.shard.lose = 1 << 30
+		w.shard.mu.Unlock()
+		const calls = 1000
+		var all sync.WaitGroup
+		var mu sync.Mutex
+		standings := map[Standing]int{}
+		for range calls {
+			all.Go(func() {
+				s := w.take(t, parts)
+				mu.Lock()
+				standings[s]++
+				mu.Unlock()
+			})
+		}
+		time.Sleep(740 * time.Millisecond)
+		w.shard.mu.Lock()
+		w.shard.lose = 0
+		w.shard.mu.Unlock()
+		all.Wait()
+		if standings[Taken] != calls {
+			t.Errorf("%v", standings)
+		}
+	})
+}
+
+// A limit may get another window that began when the old one did: its purse must not end
+// when the old window does, nor go on after the new one has ended.
+func TestALimitThatGetsAnotherWindowIsAskedForInThatOne(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct{ before, after usage.WindowKind }{
+		"a longer one":  {usage.Minute, usage.Hour},
+		"a shorter one": {usage.Hour, usage.Minute},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, nil)
+				if s := w.take(t, w.parts("acme", 1, exact("calls", c.before, 1000))); s != Taken {
+					t.Fatal(s)
+				}
+				time.Sleep(30 * time.Second)
+				changed := exact("calls", c.after, 100_000)
+				w.shard.change("plan/calls", changed)
+				parts := w.parts("acme", 1, changed)
+				w.take(t, parts) // until the shard has told that the old allowance is over
+				time.Sleep(time.Second)
+				for at := range 50 {
+					if s := w.take(t, parts); s != Taken {
+						t.Fatalf("%d s after the change: %d", 2*at+1, s)
+					}
+					time.Sleep(2 * time.Second)
+				}
+				if n := w.purses.Load(); n != 1 {
+					t.Errorf("%d purses", n)
+				}
+			})
+		})
+	}
+}
