@@ -404,7 +404,14 @@ func TestTheWriterKeepsWhatHandlersNeed(t *testing.T) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if len(b.calls) != 2 || b.calls[0].Status != 101 || b.calls[1].Status != 200 {
-		t.Errorf("%+v", b.calls)
+		t.Fatalf("%+v", b.calls)
+	}
+	// What went over a connection that was handed over nobody has seen (law 9).
+	if size, known := b.calls[0].Quantities.Get(usage.Bytes); known {
+		t.Errorf("%d bytes went over the connection", size)
+	}
+	if size, _ := b.calls[1].Quantities.Get(usage.Bytes); size != 8 {
+		t.Errorf("%d bytes were streamed", size)
 	}
 }
 

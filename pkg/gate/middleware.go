@@ -106,8 +106,18 @@ func (g *Gate) Middleware(o MiddlewareOptions, next http.Handler) http.Handler {
 // do nothing on nil. It is for the handler's goroutine, until it returns.
 type Report struct {
 	quantities usage.Quantities
+	unknown    bool
 	account    string
 	keyID      string
+}
+
+// Unknown says that nobody knows what the call has used, whatever is answered: an
+// upstream that was too late may have done all of it. Of what was reserved for the
+// call nothing is given back that is not known to be unused.
+func (r *Report) Unknown() {
+	if r != nil {
+		r.unknown = true
+	}
 }
 
 // Set stores the reading of a meter. What is not set is unknown, and so is what
@@ -295,9 +305,11 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 		x.call.Status = uint16(out.Status(returned))
 		x.call.Quantities = report.quantities
 		if _, reported := report.quantities.BuiltIn(usage.BytesIndex); !reported {
-			x.call.Quantities.SetBuiltIn(usage.BytesIndex, out.Bytes())
+			if size, seen := out.Bytes(); seen {
+				x.call.Quantities.SetBuiltIn(usage.BytesIndex, size)
+			}
 		}
-		x.release()
+		x.release(report)
 		err := x.settle(r.Context())
 		switch {
 		case !returned: // the panic goes on
@@ -313,10 +325,10 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 
 // release settles what was reserved: with what was reported, and with the whole
 // bound where nothing was, as when a client has hung up. An answer that tells of a
-// failure and reports nothing has used nothing.
-func (x *exchange) release() {
+// failure and reports nothing has used nothing, if it is not said to be unknown.
+func (x *exchange) release(report *Report) {
 	q := &x.call.Quantities
-	if x.call.Status >= 400 && x.call.Status != StatusClientGone && q.Len() <= 1 {
+	if !report.unknown && x.call.Status >= 400 && x.call.Status != StatusClientGone && q.Len() <= 1 {
 		x.ticket.settle(q, true)
 		return
 	}

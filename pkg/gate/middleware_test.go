@@ -197,3 +197,49 @@ func TestAnAnswerLongerThanAnnouncedEndsWhereItWasToEnd(t *testing.T) {
 		}
 	}
 }
+
+// A header that is the whole answer is not flushed before the call is recorded: its
+// client would have been answered.
+func TestAnAnswerThatIsItsHeaderWaitsForItsRecord(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		method, length string
+		status         int
+		flushed        bool
+	}{
+		"HEAD":         {http.MethodHead, "", 200, false},
+		"no content":   {http.MethodGet, "", 204, false},
+		"not modified": {http.MethodGet, "", 304, false},
+		"nothing":      {http.MethodGet, "0", 200, false},
+		"something":    {http.MethodGet, "5", 200, true},
+		"a stream":     {http.MethodGet, "", 200, true},
+		"by default":   {http.MethodGet, "", 0, true},
+		"HEAD, too":    {http.MethodHead, "", 0, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g, b := offline(t)
+			r := httptest.NewRequest(c.method, "/", nil)
+			r.Header.Set("X-Api-Key", "sk-acme")
+			w := httptest.NewRecorder()
+			g.Middleware(MiddlewareOptions{}, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				if c.length != "" {
+					w.Header().Set("Content-Length", c.length)
+				}
+				if c.status != 0 {
+					w.WriteHeader(c.status)
+				}
+				// As httputil.ReverseProxy does for streams and where the length is not known.
+				if err := http.NewResponseController(w).Flush(); err != nil {
+					t.Error(err)
+				}
+			})).ServeHTTP(w, r)
+			if w.Flushed != c.flushed {
+				t.Errorf("flushed: %t", w.Flushed)
+			}
+			if got := b.one(t).Status; int(got) != w.Code {
+				t.Errorf("recorded is %d, answered %d", got, w.Code)
+			}
+		})
+	}
+}

@@ -224,3 +224,39 @@ func TestAStreamedAnswerIsChargedWhatItReports(t *testing.T) {
 	<-gone
 	settled(121)
 }
+
+// An upstream that is too late has the request all the same: what it may have used of a
+// limit is not given back. One that was never reached has used nothing.
+func TestAnUpstreamThatIsTooLateMayHaveUsedTheBound(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	own := w.exact(usage.Limit{ID: "out", Meter: usage.OutputTokens, Window: usage.Month, Amount: 1000, Tier: usage.TierExact})
+	up := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		<-r.Context().Done()
+	}))
+	t.Cleanup(up.Close)
+	nobody := httptest.NewServer(http.NotFoundHandler())
+	nobody.Close()
+	r := startGateway(t, w.srv.ClientURL(), func(o *Options) {
+		o.Config = Config{Routes: []RouteConfig{
+			{Name: "late", Prefix: "/late", Upstream: up.URL, Timeout: Duration(50 * time.Millisecond)},
+			{Name: "gone", Prefix: "/gone", Upstream: nobody.URL},
+		}}
+	})
+	r.ready()
+	call := func(route string) int {
+		return do(t, http.MethodPost, r.proxy+"/"+route+"/v1/chat/completions", "sk-tight", `{"max_tokens":100,"messages":[]}`, "Content-Type", "application/json").status
+	}
+	within(t, 5*time.Second, "the key is known", func() bool { return call("gone") == 502 })
+	if got := call("late"); got != 504 {
+		t.Errorf("status %d", got)
+	}
+	if got := call("gone"); got != 502 {
+		t.Errorf("status %d", got)
+	}
+	within(t, 30*time.Second, "the bound is used, once", func() bool {
+		l := own.Limit("tight", "of-tight/out")
+		return l.Lease != nil && l.Lease.Settled == 100
+	})
+}

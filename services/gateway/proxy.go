@@ -348,6 +348,9 @@ func (p *proxy) failed(w http.ResponseWriter, r *http.Request, err error, profil
 		return
 	case errors.As(err, &timeout) && timeout.Timeout():
 		f.Code = refusal.GatewayTimeout
+		if dial := (*net.OpError)(nil); !errors.As(err, &dial) || dial.Op != "dial" {
+			gate.ReportFrom(r.Context()).Unknown() // it has the request, and works on
+		}
 	}
 	p.seldom(zerolog.WarnLevel).Err(err).Str("request_id", f.RequestID).Msg("an upstream did not answer")
 	p.answer(w, r, &f, profile)

@@ -100,6 +100,9 @@ func (a *Writer) FlushError() error {
 	if a.status == 0 {
 		a.WriteHeader(http.StatusOK)
 	}
+	if a.bodyless || a.length == 0 || a.status == http.StatusNoContent || a.status == http.StatusNotModified {
+		return nil // the header is the whole answer, and leaves when the handler has returned
+	}
 	return http.NewResponseController(a.ResponseWriter).Flush()
 }
 
@@ -112,8 +115,9 @@ func (a *Writer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return conn, rw, err
 }
 
-// Bytes is how many bytes of a body were answered, the one that is held included.
-func (a *Writer) Bytes() int64 { return a.bytes }
+// Bytes is how many bytes of a body were answered, the one that is held included;
+// false: the connection was handed over, so nobody has seen what went over it.
+func (a *Writer) Bytes() (int64, bool) { return a.bytes, !a.hijacked }
 
 // Status that was answered, when the handler has returned or panicked.
 func (a *Writer) Status(returned bool) int {
