@@ -2,6 +2,7 @@ package quota
 
 import (
 	"encoding/binary"
+	"fmt"
 	"math"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -29,11 +30,37 @@ const maxAdjusted = math.MaxInt64 / 4
 // would leave their range.
 const maxHorizon = usage.Micros(math.MaxInt64 / 4)
 
-// Check says why the core can't be folded by; nil: it can.
+// NewerError says that a shard's ledger is folded by rules that this program does not
+// know. By those it knows it would count something else than a newer program, so it
+// stops before.
+type NewerError struct {
+	Shard uint32
+	// Sequence of the entry that says so; 0: a state says it that is folded further.
+	Sequence uint64
+	Version  uint32
+}
+
+// Error implements error.
+func (e *NewerError) Error() string {
+	where := fmt.Sprintf("from entry %d on", e.Sequence)
+	if e.Sequence == 0 {
+		where = "already"
+	}
+	return fmt.Sprintf("shard %d of the ledger is folded by version %d of the rules %s, and this program knows version %d: it goes no further there, nothing is lost; run a newer version of it", e.Shard, e.Version, where, CoreVersion)
+}
+
+// Newer says that an entry of a shard's ledger, or a state (sequence 0), is of rules
+// that this program does not know; nil: it knows them.
+func Newer(shard uint32, sequence uint64, version uint32) *NewerError {
+	if version <= CoreVersion {
+		return nil
+	}
+	return &NewerError{Shard: shard, Sequence: sequence, Version: version}
+}
+
+// Check says why a core of a known version can't be folded by; nil: it can.
 func (c *Core) Check() *usage.InvalidError {
 	switch {
-	case c.Version > CoreVersion:
-		return invalid(usage.ReasonUnknownSchema, "the ledger is folded by version %d of the rules from here on, and this program knows version %d: run a newer one", c.Version, CoreVersion)
 	case c.Version == 0:
 		return invalid(usage.ReasonMalformed, "the version of the rules is missing")
 	case c.Horizon <= 0 || c.Horizon > maxHorizon:

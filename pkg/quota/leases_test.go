@@ -2,6 +2,7 @@ package quota
 
 import (
 	"bytes"
+	"strings"
 	"testing"
 
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
@@ -412,7 +413,7 @@ func TestTheLedgerSaysByWhichRulesItIsFolded(t *testing.T) {
 	d.is("a copy within the horizon", foreign().Duplicates, 1)
 	d.now += 12 * second
 	d.is("a copy beyond it", foreign().Duplicates, 0)
-	for name, c := range map[string]Core{"a newer one": {Version: CoreVersion + 1, Horizon: 1}, "none": {Horizon: 1}, "no horizon": {Version: 1}} {
+	for name, c := range map[string]Core{"none": {Horizon: 1}, "no horizon": {Version: 1}} {
 		d.seq++
 		if fx := d.s.Apply(Entry{Sequence: d.seq, Time: d.now, Control: &Control{Core: &c}}); fx.Invalid == nil || d.s.Core() != core {
 			t.Errorf("%s: %v, %+v", name, fx.Invalid, d.s.Core())
@@ -420,6 +421,37 @@ func TestTheLedgerSaysByWhichRulesItIsFolded(t *testing.T) {
 	}
 	if same := New(Options{Shard: 7, Horizon: 99 * second}); same.Core() == core {
 		t.Error("what nobody said is no rule")
+	}
+}
+
+// A program that does not know the rules would count otherwise than one that does, and
+// nobody would notice.
+func TestNothingIsFoldedByAnOlderProgramWhereNewerRulesBegin(t *testing.T) {
+	t.Parallel()
+	d := newLeaseDesk(t, exactly(10))
+	d.calls(d.now, n("acme", d.now, 3)...)
+	before, at, now := d.s.Hash(), d.s.Sequence(), d.s.Now()
+	stands := func(what string, fx *Effects, err bool) {
+		t.Helper()
+		if (fx.Newer != nil) != err || fx.Invalid != nil || fx.Admitted != 0 || len(fx.Decisions) != 0 || d.s.Hash() != before || d.s.Sequence() != at || d.s.Now() != now {
+			t.Errorf("%s: %+v; the shard stands at %d, %d", what, fx, d.s.Sequence(), d.s.Now())
+		}
+	}
+	next := Entry{Sequence: d.seq + 1, Time: d.now + 100*second, Control: &Control{ID: "upgrade", Core: &Core{Version: CoreVersion + 1}}}
+	fx := d.s.Apply(next)
+	stands("the entry that says so", fx, true)
+	if want := (NewerError{Shard: d.s.Number(), Sequence: d.seq + 1, Version: CoreVersion + 1}); *fx.Newer != want || !strings.Contains(fx.Newer.Error(), "run a newer version") {
+		t.Errorf("got %v", fx.Newer)
+	}
+	call := batchOf(0, 0, n("acme", d.now, 1))
+	stands("a call after it", d.s.Apply(Entry{Sequence: d.seq + 2, Time: d.now, Batch: call}), true)
+	stands("an entry from before", d.s.Apply(Entry{Sequence: d.seq, Time: d.now, Batch: call}), false)
+	restarted, err := Read(d.s.AppendBinary(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fx := restarted.Apply(next); fx.Newer == nil {
+		t.Error("a restart reads over it")
 	}
 }
 

@@ -216,6 +216,10 @@ type Effects struct {
 	Invalid *usage.InvalidError
 	// Old: the entry is not after the shard's position and was ignored.
 	Old bool
+	// Newer: this entry, or one before it, begins a stretch of the ledger that rules of
+	// a later version fold. Nothing was folded and nothing will be: the shard stands
+	// before that entry, until a program that knows the version reads on.
+	Newer *NewerError
 	// Frame is the verdict on a frame's number, 0 when the entry is no frame;
 	// Skipped is how many numbers before it are missing.
 	Frame   dedup.Verdict
@@ -270,6 +274,7 @@ type Shard struct {
 	stirred    []*allowance // to be applied in this entry
 	adjusted   map[adjustmentKey]int64
 	core       Core
+	newer      *NewerError // nothing is folded any more; not state: the entry is met again
 
 	timers  []timerBucket
 	queued  int
@@ -374,6 +379,13 @@ func (s *Shard) Apply(e Entry) *Effects {
 	fx := &s.effects
 	if e.Sequence <= s.sequence {
 		fx.Old = true
+		return fx
+	}
+	if s.newer == nil && e.Control != nil && e.Control.Core != nil {
+		s.newer = Newer(s.shard, e.Sequence, e.Control.Core.Version)
+	}
+	if s.newer != nil {
+		fx.Newer = s.newer
 		return fx
 	}
 	s.sequence = e.Sequence

@@ -203,7 +203,8 @@ var errSnapshot = errors.New("the snapshot is cut off or not one of this program
 const minAccountBytes = 11
 
 // Read returns the state that AppendBinary wrote. Whatever data holds, it takes
-// memory in proportion to its length, and what it returns can be folded on.
+// memory in proportion to its length, and what it returns can be folded on. A
+// *NewerError says that a newer program wrote it.
 func Read(data []byte) (*Shard, error) {
 	if len(data) < len(snapshotMagic)+sha256.Size || string(data[:len(snapshotMagic)]) != snapshotMagic {
 		return nil, errSnapshot
@@ -251,8 +252,8 @@ func Read(data []byte) (*Shard, error) {
 	s.total.sums = s.readSums(&r)
 	s.readAdjusted(&r, adjustmentKey{of: ofAll})
 	s.core = Core{Version: uint32(r.uvarint()), Horizon: usage.Micros(r.varint())}
-	if s.core.Version > CoreVersion {
-		return nil, fmt.Errorf("%w: it is folded by version %d of the rules, and this program knows version %d", errSnapshot, s.core.Version, CoreVersion)
+	if newer := Newer(s.shard, 0, s.core.Version); newer != nil {
+		return nil, newer
 	}
 	var err error
 	if s.dedup, r.b, err = dedup.Read(r.b); err != nil {

@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/anchor"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/meter"
@@ -122,7 +123,8 @@ type service struct {
 // Run shares the shards of the ledger with the other aggregators and counts until
 // ctx is done; then it publishes what is left, hands its shards over, takes
 // snapshots of those that nobody takes, and returns nil. While NATS is away it
-// waits. It returns an error wrapping ledger.ErrPurged when the ledger no longer
+// waits. A shard that the ledger says is to be folded by newer rules is left to a
+// newer program: Run goes on with the others and says so. It returns an error wrapping ledger.ErrPurged when the ledger no longer
 // holds what must be counted, ledger.ErrRewound when it has lost what was counted.
 func Run(ctx context.Context, o Options) error {
 	s := &service{o: withDefaults(o), abandon: o.abandon, log: o.Logger, stop: ctx.Done(), fatal: make(chan error, 1), unswept: make(chan anchor.Taking, 64)}
@@ -235,7 +237,7 @@ func (s *service) count(ctx context.Context) error {
 		return err
 	}
 	s.status.set(s, func(t *status) { t.unowned = s.shards })
-	byShard := &shardCollector{owners: s.owners}
+	byShard := &meter.Shards{Now: s.stand}
 	if err := s.o.Registerer.Register(byShard); err != nil {
 		return err
 	}
@@ -253,9 +255,13 @@ func (s *service) count(ctx context.Context) error {
 		// for the server and for us than one a shard.
 		all := &reader{service: s, all: true, strays: s.owners[0]}
 		for _, o := range s.owners {
-			o.intake.Store(newIntake(all))
+			if o.newer == nil {
+				o.intake.Store(newIntake(all))
+			}
 		}
-		g.Go(func() error { return all.read(alive, from) })
+		if from < unread {
+			g.Go(func() error { return all.read(alive, from) })
+		}
 	}
 	g.Go(func() error { return s.keepClock(alive) })
 	g.Go(func() error { return s.sweeper(alive) })
@@ -288,7 +294,9 @@ func (s *service) count(ctx context.Context) error {
 type status struct {
 	mu            sync.Mutex
 	held, unowned int
-	counted       int // of those held
+	counted       int               // of those held
+	beyond        int               // shards that a newer program has to fold
+	newer         *quota.NewerError // of one of them
 }
 
 func (t *status) set(s *service, change func(*status)) {
@@ -297,7 +305,10 @@ func (t *status) set(s *service, change func(*status)) {
 	change(t)
 	left := t.unowned + t.held - t.counted
 	s.m.NotCaughtUp.Set(float64(left))
+	s.m.Beyond.Set(float64(t.beyond))
 	switch {
+	case t.beyond > 0:
+		s.ready.NotReady(fmt.Sprintf("%d shards are left to a newer program: %v", t.beyond, t.newer))
 	case t.unowned > 0:
 		s.ready.NotReady(fmt.Sprintf("%d shards have no owner", t.unowned))
 	case left > 0:
@@ -320,7 +331,7 @@ func (s *service) persist(ctx context.Context, what string, try func(context.Con
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if errors.Is(err, ledger.ErrPurged) || errors.Is(err, ledger.ErrRewound) || errors.Is(err, ledger.ErrStale) || errors.Is(err, anchor.ErrForGood) {
+		if errors.Is(err, ledger.ErrPurged) || errors.Is(err, ledger.ErrRewound) || errors.Is(err, ledger.ErrStale) || errors.Is(err, anchor.ErrForGood) || errors.As(err, new(*quota.NewerError)) {
 			return err
 		}
 		s.ready.NotReady(what + ": " + err.Error())

@@ -22,7 +22,9 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/anchor"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/meter"
 	"github.com/tollkeeper/tollkeeper/services/internal/fold"
+	"github.com/tollkeeper/tollkeeper/services/internal/ownership"
 	"github.com/tollkeeper/tollkeeper/services/internal/publish"
 )
 
@@ -84,7 +86,10 @@ type owner struct {
 	// from before it will see it again.
 	unkept      uint64
 	lastControl uint64 // newest entry of the shard's control subject
-	entries     int    // since the last snapshot
+	// newer, if set, says that the ledger goes on by rules that this program does not
+	// know: it folds no more of the shard, and does not own it (again).
+	newer   *quota.NewerError
+	entries int // since the last snapshot
 
 	// While it is not ours.
 	backlog  publish.Backlog
@@ -100,7 +105,7 @@ type owner struct {
 	target       uint64 // what the ledger held of the shard at the start
 	ready        bool   // the target is counted
 	allowances   atomic.Int64
-	leaseUnits   atomic.Pointer[map[usage.Meter]leaseUnits]
+	leaseUnits   atomic.Pointer[map[usage.Meter]meter.LeaseUnits]
 	sumAt        time.Time    // when leaseUnits are to be summed again
 	lastBeacon   atomic.Int64 // Unix nanoseconds; of the begin before the first; 0: not ours
 	publishing   bool
@@ -239,6 +244,10 @@ func (o *owner) failed(err error) {
 // missing that its owner did not publish.
 func (o *owner) begin(ctx context.Context, t *tenure) {
 	o.tenure = t
+	if o.newer != nil {
+		o.end()
+		return
+	}
 	o.looking, o.warming = false, false
 	var folded uint64
 	if o.state != nil {
@@ -279,6 +288,17 @@ func (o *owner) giveUp(io context.Context, err error) error {
 	return err
 }
 
+// unknown reports whether an error only says that a newer program has to go on, and
+// leaves the shard to it.
+func (o *owner) unknown(err error) bool {
+	var newer *quota.NewerError
+	if !errors.As(err, &newer) {
+		return false
+	}
+	o.halt(newer)
+	return true
+}
+
 // ignoreEnd drops an error that is only the end of the time for something.
 func ignoreEnd(ctx context.Context, err error) error {
 	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
@@ -297,6 +317,9 @@ func (o *owner) reload(ctx context.Context, t *tenure, at publish.Position, end 
 			return err
 		})
 		return func() error {
+			if o.unknown(err) {
+				return nil
+			}
 			if err != nil {
 				return o.giveUp(io, err)
 			}
@@ -366,6 +389,11 @@ func (o *owner) end() {
 	o.publishing, o.burying, o.ticking, o.snapshotting, o.stopping, o.finalDone = false, false, false, false, false, false
 	o.retry.reset()
 	o.retryAt = time.Time{}
+	if o.newer != nil {
+		o.cool()
+		t.over <- fmt.Errorf("%w: %w", ownership.ErrUnfit, o.newer)
+		return
+	}
 	t.over <- nil
 }
 
@@ -448,6 +476,7 @@ func (o *owner) standBy(ctx context.Context, now time.Time) (wake time.Duration)
 	wake = time.Hour
 	tail := o.tail.Load()
 	switch {
+	case o.newer != nil:
 	case tail && o.state == nil && !o.warming:
 		o.warming = true
 		o.do(ctx, time.Hour, func(io context.Context) func() error {
@@ -458,6 +487,9 @@ func (o *owner) standBy(ctx context.Context, now time.Time) (wake time.Duration)
 			})
 			return func() error {
 				o.warming = false
+				if o.unknown(err) {
+					return nil
+				}
 				if err == nil {
 					o.take(ctx, w)
 				}
@@ -557,6 +589,11 @@ func (o *owner) apply(m ledger.Message) {
 		return
 	}
 	e, kind, err := o.decoder.Decode(&m)
+	fx := o.state.Apply(e)
+	if fx.Newer != nil {
+		o.halt(fx.Newer)
+		return
+	}
 	switch kind {
 	case ledger.KindControl:
 		o.lastControl = m.Sequence
@@ -572,7 +609,6 @@ func (o *owner) apply(m ledger.Message) {
 			o.m.Asks.Add(float64(len(e.Asks)))
 		}
 	}
-	fx := o.state.Apply(e)
 	o.entries++
 	if err == nil && fx.Invalid != nil {
 		err = fx.Invalid
@@ -595,6 +631,22 @@ func (o *owner) apply(m ledger.Message) {
 	o.pub.Add(m.Sequence, fx.Decisions)
 	o.answerAsks(fx.Answers)
 	o.checkReady()
+}
+
+// halt leaves the shard to a newer program, from the entry on that asks for one. What
+// was decided before is published first, as at a hand-over.
+func (o *owner) halt(newer *quota.NewerError) {
+	o.newer = newer
+	o.log.Error().Err(newer).Msg("the shard is not folded any further by this program, which gives it up: run a newer version")
+	o.status.set(o.service, func(s *status) { s.beyond, s.newer = s.beyond+1, newer })
+	if from := o.intake.Swap(nil); from != nil {
+		close(from.gone)
+	}
+	if o.stopping = o.owns; o.stopping {
+		return
+	}
+	o.end()
+	o.cool()
 }
 
 func (o *owner) observe(fx *quota.Effects, counted bool) {
@@ -861,7 +913,7 @@ func (o *owner) rules() quota.Core {
 }
 
 // rulesDiffer reports whether the ledger does not say yet by which rules this
-// program folds. What a newer program has said stands.
+// program folds. Where a newer program has said so, this one folds nothing.
 func (o *owner) rulesDiffer() bool {
 	is, want := o.state.Core(), o.rules()
 	return is.Version < want.Version || is.Version == want.Version && is.Horizon != want.Horizon

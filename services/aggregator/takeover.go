@@ -3,6 +3,7 @@ package aggregator
 import (
 	"context"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -69,8 +70,11 @@ func (s *service) inherits(shards []uint32) {
 	}
 }
 
+// unread is after every entry.
+const unread = math.MaxUint64
+
 // warmAll loads the state of every shard and returns the first entry that one of
-// them needs.
+// them needs; unread: none may be folded.
 func (s *service) warmAll(ctx context.Context) (from uint64, err error) {
 	if s.o.Standby != 0 {
 		return 0, nil
@@ -81,7 +85,7 @@ func (s *service) warmAll(ctx context.Context) (from uint64, err error) {
 	for i, o := range s.owners {
 		o.tail.Store(true)
 		g.Go(func() error {
-			return s.persist(ctx, fmt.Sprintf("load shard %d", i), func(ctx context.Context) error {
+			err := s.persist(ctx, fmt.Sprintf("load shard %d", i), func(ctx context.Context) error {
 				w, err := s.stores.Warm(ctx, o.shard)
 				if err != nil {
 					return err
@@ -90,6 +94,11 @@ func (s *service) warmAll(ctx context.Context) (from uint64, err error) {
 				o.backlog.Saw(w.At)
 				return nil
 			})
+			if o.unknown(err) {
+				first[i] = unread
+				return nil
+			}
+			return err
 		})
 	}
 	if err := g.Wait(); err != nil {

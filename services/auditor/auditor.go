@@ -163,7 +163,11 @@ func (a *auditor) session(ctx context.Context) error {
 	if err := a.retry(ctx, "can't begin yet", a.begin); err != nil {
 		return err
 	}
-	a.ready.OK()
+	if a.newer != nil {
+		a.halt(a.newer)
+	} else {
+		a.ready.OK()
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return a.readLedger(ctx, a.books.Position+1) })
 	group.Go(func() error { return a.readClaims(ctx, a.books.ClaimsPosition+1) })
@@ -232,12 +236,15 @@ func (a *auditor) begin(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	a.books, a.rounds = books.New(a.o.books()), nil
+	a.books, a.rounds, a.newer = books.New(a.o.books()), nil, nil
 	if a.anew {
 		stored = nil
 	}
 	for _, data := range stored {
 		b, rounds, err := books.Unmarshal(a.o.books(), a.ledgerID, data)
+		if errors.As(err, &a.newer) {
+			break
+		}
 		if err != nil {
 			a.log.Warn().Err(err).Msg("stored books are left aside")
 			continue

@@ -21,6 +21,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
 	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
@@ -380,5 +381,49 @@ func TestALedgerThatIsMadeAnewIsAuditedFromItsBeginning(t *testing.T) {
 	s := w.until("the new one is audited", func(s *Status) bool { return s.Calls == 1 && s.Claimed == 1 && s.CheckedAccounts >= 1 })
 	if !s.Whole || s.Position == 0 {
 		t.Errorf("%+v", s)
+	}
+}
+
+// What other rules count is not compared by ours, neither for agreement nor for a gap;
+// a restart comes no further.
+func TestTheAuditEndsWhereNewerRulesBegin(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	box, end := w.outbox(t.TempDir())
+	defer end()
+	w.call(box, 0, "acme", "acme")
+	_, stop := w.start()
+	w.until("it is audited", func(s *Status) bool { return s.Calls == 2 && s.Claimed == 2 && s.CheckedAccounts >= 1 })
+	rules, err := ledger.ControlMessage(1, &tollkeeperv1.ControlEntry{Id: "upgrade", Body: &tollkeeperv1.ControlEntry_CoreVersion{CoreVersion: &tollkeeperv1.CoreVersion{Version: quota.CoreVersion + 1, ForeignHorizonMicros: 1}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ack, err := w.js.PublishMsg(t.Context(), rules)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.call(box, 0, "acme")
+	over := func(s *Status) bool {
+		for _, p := range s.Points {
+			if p.OK || !strings.Contains(p.Detail, "run a newer version") {
+				return false
+			}
+		}
+		return len(s.Points) == 3
+	}
+	for range 2 {
+		s := w.until("it says to run a newer version", over)
+		if s.Position >= ack.Sequence || s.Calls != 2 || s.Open != 0 {
+			t.Errorf("%+v", s)
+		}
+		stop()
+		kv, err := w.js.KeyValue(t.Context(), ledger.AuditBucket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := kv.Purge(t.Context(), ledger.AuditStatusKey); err != nil {
+			t.Fatal(err)
+		}
+		_, stop = w.start()
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/auditor/internal/books"
 	"github.com/tollkeeper/tollkeeper/services/auditor/internal/findings"
@@ -31,7 +32,8 @@ type auditor struct {
 	checker *checker // nil: the history is not audited
 
 	ledgerID        string
-	anew            bool // what was stored is of no use
+	anew            bool              // what was stored is of no use
+	newer           *quota.NewerError // the books go no further
 	entries, claims chan ledger.Message
 
 	books    *books.Books
@@ -89,9 +91,13 @@ func (a *auditor) loop(ctx context.Context) error {
 	for {
 		// Claims first: what a frame is held against should be there before it,
 		// unless the ledger is far behind.
-		claims := a.claims
+		claims, entries := a.claims, a.entries
 		if a.books.Full() {
 			claims = nil
+		}
+		if a.newer != nil {
+			// Without the ledger claims would be taken for gaps.
+			claims, entries = nil, nil
 		}
 		select {
 		case m := <-claims:
@@ -102,7 +108,7 @@ func (a *auditor) loop(ctx context.Context) error {
 		select {
 		case m := <-claims:
 			a.claim(m)
-		case m := <-a.entries:
+		case m := <-entries:
 			a.fold(m)
 		case r := <-results:
 			a.hear(r)
@@ -151,10 +157,22 @@ func (a *auditor) fold(m ledger.Message) {
 			a.books.Undecodable(shard, m.Sequence, at)
 			return
 		}
-		a.books.Control(shard, m.Sequence, at, e, time.Now())
+		if newer := a.books.Control(shard, m.Sequence, at, e, time.Now()); newer != nil {
+			a.halt(newer)
+		}
 	default:
 		a.books.Other(shard, m.Sequence, at)
 	}
+}
+
+// halt ends the reading where a newer program has to go on: by other rules other calls
+// may count, and what this one compared would be found to differ, or to agree, without
+// reason. What it has read is compared to the end.
+func (a *auditor) halt(newer *quota.NewerError) {
+	a.newer = newer
+	clear(a.pending)
+	a.ready.NotReady("nothing more is audited: " + newer.Error())
+	a.log.Error().Err(newer).Msg("the audit ends here until a newer version of the auditor goes on: run one")
 }
 
 // conclude turns outcomes into findings.
@@ -204,7 +222,9 @@ func (a *auditor) tick(ctx context.Context) {
 			a.compare(p)
 		}
 	}
-	a.books.Tick(now)
+	if a.newer == nil {
+		a.books.Tick(now)
+	}
 	a.conclude()
 	a.findings.Expire(usage.At(now), a.o.Keep)
 	a.check(now, true)
@@ -286,7 +306,7 @@ func (a *auditor) hear(r result) {
 // counters asks the owners of all shards and compares. The books stand still
 // meanwhile, so that counters that are a little behind catch up.
 func (a *auditor) counters(ctx context.Context) {
-	if !a.nc.IsConnected() || !a.books.Whole && a.books.Position > 0 {
+	if a.newer != nil || !a.nc.IsConnected() || !a.books.Whole && a.books.Position > 0 {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, askLimit)
@@ -368,6 +388,9 @@ func askUsage(ctx context.Context, nc *nats.Conn, shard uint32, q ledger.UsageRe
 
 // save stores books and rounds.
 func (a *auditor) save(ctx context.Context) {
+	if a.begunBeyond() {
+		return // what is stored knows more
+	}
 	var rounds []*books.Round
 	for _, r := range a.rounds {
 		if r.checked.IsZero() {
@@ -385,6 +408,10 @@ func (a *auditor) save(ctx context.Context) {
 		a.log.Warn().Err(err).Msg("the books could not be stored")
 	}
 }
+
+// begunBeyond reports whether the stored books are a newer program's: there are none
+// of ours.
+func (a *auditor) begunBeyond() bool { return a.newer != nil && a.newer.Sequence == 0 }
 
 // last stores everything at the end.
 func (a *auditor) last(ctx context.Context) {

@@ -107,6 +107,9 @@ func (a *auditor) status(now time.Time) *Status {
 		}
 	}
 	for _, p := range []Point{gateway, counters, kept} {
+		if a.newer != nil {
+			p.OK, p.Detail = false, a.newer.Error()
+		}
 		p.Open = byPair[p.Pair]
 		s.Points = append(s.Points, p)
 	}

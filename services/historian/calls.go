@@ -8,7 +8,9 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/blocks"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/seen"
@@ -30,6 +32,8 @@ type calls struct {
 	shard   uint32
 	frame   ledger.Frame
 	err     error
+	control *tollkeeperv1.ControlEntry // nil: it is none, or can't be decoded
+	newer   *quota.NewerError
 	scratch []uint32
 }
 
@@ -42,7 +46,14 @@ func newCalls(horizon usage.Micros, parts func(*history.Block) []part, m *metric
 
 func (c *calls) weigh(m ledger.Message) blocks.Item {
 	it := blocks.Item{Sequence: m.Sequence, Time: max(c.fold.High(), streamTime(m)), Near: m.Pending <= nearEntries}
-	if c.kind, c.shard, c.err = ledger.ParseSubject(m.Subject); c.err != nil || c.kind != ledger.KindCalls {
+	c.control, c.newer = nil, nil
+	if c.kind, c.shard, c.err = ledger.ParseSubject(m.Subject); c.err == nil && (c.kind == ledger.KindControl || c.kind == ledger.KindClosing) {
+		// The control lane counts the ones that can't be decoded.
+		if e, err := ledger.DecodeAct(c.kind, m.Header, m.Data); err == nil {
+			c.control, c.newer = e, seen.Beyond(c.shard, m.Sequence, e)
+		}
+	}
+	if c.err != nil || c.kind != ledger.KindCalls {
 		return it
 	}
 	if c.err = ledger.DecodeCalls(&c.frame, m.Subject, m.Header, m.Data); c.err == nil {
@@ -59,10 +70,9 @@ func (c *calls) take(m ledger.Message, keep bool) {
 	shard := c.fold.Pass(c.shard, streamTime(m))
 	switch {
 	case c.kind == ledger.KindControl || c.kind == ledger.KindClosing:
-		if e, err := ledger.DecodeAct(c.kind, m.Header, m.Data); err == nil {
-			shard.Control(e)
+		if c.control != nil {
+			shard.Control(c.control)
 		}
-		// The control lane counts the ones that can't be decoded.
 		return
 	case c.kind != ledger.KindCalls:
 		return
@@ -93,6 +103,8 @@ func (c *calls) take(m ledger.Message, keep bool) {
 	c.metrics.repeated.WithLabelValues("event").Add(float64(f.Foreign))
 	c.block.AppendFrame(&c.frame, history.Entry{Sequence: m.Sequence, Time: c.fold.High()}, f.Keep)
 }
+
+func (c *calls) beyond() *quota.NewerError { return c.newer }
 
 // undecodable leaves an entry out. The aggregator does the same, and keeps it in
 // the dead-letter stream.

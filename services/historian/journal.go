@@ -126,72 +126,8 @@ func (e *fatalError) Unwrap() error { return e.err }
 
 // snapshots keeps the fold of the ledger.
 type snapshots interface {
-	// load returns what was stored, newest first, undamaged or not.
-	load(ctx context.Context) ([][]byte, error)
-	// save stores one more and may forget the oldest.
-	save(ctx context.Context, data []byte) error
-}
-
-// objectSnapshots keeps the last two in the bucket snapshots, so that one that
-// was cut off while being written leaves the other.
-type objectSnapshots struct {
-	js   jetstream.JetStream
-	next int
-}
-
-var snapshotNames = [2]string{"historian/calls.0", "historian/calls.1"}
-
-func (s *objectSnapshots) store(ctx context.Context) (jetstream.ObjectStore, error) {
-	store, err := s.js.ObjectStore(ctx, ledger.SnapshotsBucket)
-	if err != nil {
-		return nil, fmt.Errorf("bucket %s: %w", ledger.SnapshotsBucket, err)
-	}
-	return store, nil
-}
-
-func (s *objectSnapshots) load(ctx context.Context) ([][]byte, error) {
-	store, err := s.store(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var found [2][]byte
-	var at [2]int64
-	for i, name := range snapshotNames {
-		info, err := store.GetInfo(ctx, name)
-		if err == nil {
-			at[i] = info.ModTime.UnixNano()
-			found[i], err = store.GetBytes(ctx, name)
-		}
-		switch {
-		case errors.Is(err, jetstream.ErrObjectNotFound):
-		case errors.Is(err, jetstream.ErrDigestMismatch):
-			found[i] = nil
-		case err != nil:
-			return nil, fmt.Errorf("read snapshot %s: %w", name, err)
-		}
-	}
-	newest := 0
-	if at[1] > at[0] {
-		newest = 1
-	}
-	s.next = 1 - newest
-	var out [][]byte
-	for _, data := range [][]byte{found[newest], found[1-newest]} {
-		if data != nil {
-			out = append(out, data)
-		}
-	}
-	return out, nil
-}
-
-func (s *objectSnapshots) save(ctx context.Context, data []byte) error {
-	store, err := s.store(ctx)
-	if err != nil {
-		return err
-	}
-	if _, err := store.PutBytes(ctx, snapshotNames[s.next], data); err != nil {
-		return fmt.Errorf("write snapshot %s: %w", snapshotNames[s.next], err)
-	}
-	s.next = 1 - s.next
-	return nil
+	// Load returns what was stored, newest first, undamaged or not.
+	Load(ctx context.Context) ([][]byte, error)
+	// Save stores one more and may forget the oldest.
+	Save(ctx context.Context, data []byte) error
 }

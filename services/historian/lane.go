@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/internal/blocks"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
@@ -31,6 +33,9 @@ type part interface {
 type gatherer interface {
 	// weigh looks at an entry and changes nothing.
 	weigh(m ledger.Message) blocks.Item
+	// beyond says that the entry just weighed is, with all that follows it, of rules
+	// that a newer program knows: it may not be taken. nil: it is not.
+	beyond() *quota.NewerError
 	// take folds the entry that was just weighed; without keep it leaves no rows.
 	take(m ledger.Message, keep bool)
 	// seal hands over what was taken since the last seal. release may be called
@@ -89,6 +94,11 @@ type lane struct {
 
 	streamID, tableID string
 
+	newer atomic.Pointer[quota.NewerError] // the lane reads no further
+	// leader, if set, is a lane that knows more of the ledger's rules: where it stops,
+	// this one does.
+	leader *lane
+
 	mu       sync.Mutex
 	progress progress
 }
@@ -134,13 +144,19 @@ func (l *lane) run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		var newer *quota.NewerError
+		if errors.As(err, &newer) {
+			l.halt(newer)
+			<-ctx.Done()
+			return nil
+		}
 		return fmt.Errorf("history of %s: %w", l.name, err)
 	}
 	l.mu.Lock()
 	l.progress.committed, l.progress.read = stands.committed(), start
 	l.mu.Unlock()
 	l.metrics.position.WithLabelValues(l.name).Set(float64(stands.committed()))
-	l.ready.OK()
+	l.works()
 
 	group, gctx := errgroup.WithContext(ctx)
 	entries := make(chan ledger.Message, 64)
@@ -153,6 +169,23 @@ func (l *lane) run(ctx context.Context) error {
 		return fmt.Errorf("history of %s: %w", l.name, err)
 	}
 	return nil
+}
+
+// halt says that the lane goes no further: what it has is brought into the history,
+// and the rest waits in the ledger for a newer program.
+func (l *lane) halt(newer *quota.NewerError) {
+	l.newer.Store(newer)
+	l.works()
+	l.log.Error().Err(newer).Str("lane", l.name).Msg("the history of this lane ends here until a newer version of the historian goes on: run one")
+}
+
+// works says that the lane does its work, as far as it may.
+func (l *lane) works() {
+	if newer := l.newer.Load(); newer != nil {
+		l.ready.NotReady("the history is not written any further: " + newer.Error())
+		return
+	}
+	l.ready.OK()
 }
 
 // begin finds out where the history stands, and from where the stream has to be
@@ -200,7 +233,7 @@ func (l *lane) begin(ctx context.Context) (stands boundary, position uint64, err
 	if l.snapshots == nil {
 		return stands, stands.committed(), nil
 	}
-	stored, err := l.snapshots.load(whole)
+	stored, err := l.snapshots.Load(whole)
 	if err != nil {
 		return stands, 0, err
 	}
@@ -209,6 +242,10 @@ func (l *lane) begin(ctx context.Context) (stands boundary, position uint64, err
 		if err == nil && position <= stands.committed() {
 			l.metrics.snapshotPosition.Set(float64(position))
 			return stands, position, nil
+		}
+		var newer *quota.NewerError
+		if errors.As(err, &newer) {
+			return stands, 0, &fatalError{newer}
 		}
 		l.log.Warn().Err(err).Uint64("position", position).Msg("a snapshot can't be used: taking an older one or reading more of the ledger")
 	}
@@ -336,6 +373,15 @@ func (l *lane) build(ctx context.Context, stands boundary, in <-chan ledger.Mess
 				continue
 			}
 			it := l.gather.weigh(m)
+			newer := l.gather.beyond()
+			if newer == nil && l.leader != nil {
+				newer = l.leader.newer.Load()
+			}
+			if newer != nil {
+				l.halt(newer)
+				in = nil
+				break
+			}
 			if m.Sequence <= committed {
 				last, lastTime = m.Sequence, streamTime(m)
 				l.gather.take(m, false)
@@ -421,7 +467,7 @@ func (l *lane) commitAll(ctx context.Context, in <-chan sealed) error {
 		if b.snapshot != nil {
 			// Without it a restart only has more to read again.
 			bounded, cancel := context.WithTimeout(ctx, snapshotTimeout)
-			err := l.snapshots.save(bounded, b.snapshot)
+			err := l.snapshots.Save(bounded, b.snapshot)
 			cancel()
 			if err != nil {
 				if ctx.Err() != nil {
@@ -467,7 +513,7 @@ func (l *lane) insert(ctx, hard context.Context, p part, token string, doubt boo
 			l.metrics.rows.WithLabelValues(p.Table()).Add(float64(p.Rows()))
 			l.metrics.blocks.WithLabelValues(p.Table()).Inc()
 			if try > 0 {
-				l.ready.OK()
+				l.works()
 			}
 			return nil
 		case errors.As(err, &fatal):
@@ -540,7 +586,7 @@ func (l *lane) retry(ctx context.Context, within time.Duration, what string, do 
 		switch {
 		case err == nil:
 			if try > 0 {
-				l.ready.OK()
+				l.works()
 			}
 			return nil
 		case errors.As(err, &fatal):

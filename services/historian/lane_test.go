@@ -5,13 +5,19 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
+	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/blocks"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 )
@@ -194,4 +200,87 @@ func TestABoundaryStandsBeforeItsBlockAndOnlyOneIsOpen(t *testing.T) {
 			t.Errorf("the journal says %v, wanted %v", said, want)
 		}
 	})
+}
+
+// said is what a lane last told of itself.
+type said struct {
+	ok   bool
+	text string
+}
+
+func (s *said) OK()               { s.ok, s.text = true, "" }
+func (s *said) NotReady(w string) { s.ok, s.text = false, w }
+
+// By newer rules other calls may count twice, and other corrections count at all: what
+// an older historian made of them would stand in the history for good.
+func TestTheHistoryEndsWhereNewerRulesBeginUntilANewerHistorianGoesOn(t *testing.T) {
+	t.Parallel()
+	control := func(sequence uint64, e *tollkeeperv1.ControlEntry) ledger.Message {
+		e.Id = fmt.Sprint(sequence)
+		m, err := ledger.ControlMessage(1, e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ledger.Message{Sequence: sequence, Time: time.Unix(1_763_370_000, 0), Subject: m.Subject, Header: m.Header, Data: m.Data}
+	}
+	rules := func(sequence uint64, version uint32) ledger.Message {
+		return control(sequence, &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_CoreVersion{CoreVersion: &tollkeeperv1.CoreVersion{Version: version, ForeignHorizonMicros: 1}}})
+	}
+	calls := func(sequence uint64) ledger.Message {
+		var b ledger.Builder
+		b.Add(&usage.Call{Time: usage.OldestTimeMicros, Account: "a"})
+		m := ledger.FrameMessage(0, b.Seal(ledger.Header{Producer: ksuid.KSUID{1}, Number: sequence}))
+		return ledger.Message{Sequence: sequence, Time: time.Unix(1_763_370_000, 0), Subject: m.Subject, Header: m.Header, Data: m.Data}
+	}
+	lanes := map[string]func() gatherer{
+		"calls": func() gatherer { return testCalls(t) },
+		"control": func() gatherer {
+			m, err := newMetrics(discard{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return &pump[act]{lane: "control", read: readControl, metrics: m, log: nopLog, parts: func([]act, blocks.Span) []part { return nil }}
+		},
+	}
+	for name, gather := range lanes {
+		// Also where an earlier historian had been beyond it.
+		for _, committed := range []uint64{0, 5} {
+			t.Run(fmt.Sprint(name, " after ", committed), func(t *testing.T) {
+				t.Parallel()
+				synctest.Test(t, func(t *testing.T) {
+					l, told := testLane(t), &said{}
+					l.ready, l.gather, l.limits = told, gather(), blocks.Limits{Rows: 100, Bytes: 1 << 20, Entries: 100, Age: time.Second, Stall: 10 * time.Second}
+					in, out := make(chan ledger.Message, 5), make(chan sealed, 5)
+					in <- rules(1, quota.CoreVersion)
+					in <- calls(2)
+					in <- rules(3, quota.CoreVersion+1)
+					in <- calls(4)
+					in <- control(5, &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_AccountSet{AccountSet: &tollkeeperv1.AccountSet{}}})
+					ctx, cancel := context.WithCancel(t.Context())
+					done := make(chan error, 1)
+					go func() { done <- l.build(ctx, boundary{From: committed + 1, To: committed, Done: true}, in, out) }()
+					time.Sleep(time.Minute) // in the bubble's own time: what is open is sealed by then
+					synctest.Wait()
+					l.works() // as after an insert that had to be repeated
+					if told.ok || !strings.Contains(told.text, "run a newer version") {
+						t.Errorf("it says: ready %t, %q", told.ok, told.text)
+					}
+					if len(in) != 2 {
+						t.Errorf("%d entries are left where they are, wanted those two after", len(in))
+					}
+					var spans []blocks.Span
+					for len(out) > 0 {
+						spans = append(spans, (<-out).Span)
+					}
+					if want := []blocks.Span{{From: 1, To: 2}}; committed == 0 && !slices.Equal(spans, want) || committed > 0 && len(spans) > 0 {
+						t.Errorf("sealed are %v", spans)
+					}
+					cancel()
+					if err := <-done; !errors.Is(err, context.Canceled) {
+						t.Error(err)
+					}
+				})
+			})
+		}
+	}
 }

@@ -3,6 +3,7 @@ package historian
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"strings"
 
 	"github.com/rs/zerolog"
@@ -12,9 +13,10 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/historian/internal/acts"
 	"github.com/tollkeeper/tollkeeper/services/internal/blocks"
-	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
+	"github.com/tollkeeper/tollkeeper/services/internal/seen"
 )
 
 // pump gathers a stream whose entries are rows as they are. read returns false
@@ -60,6 +62,13 @@ func (p *pump[T]) seal(_ context.Context, s blocks.Span) (int, []part, func(), e
 	return len(rows), p.parts(rows, s), nil, nil
 }
 
+// beyond says so of what read refuses for that reason.
+func (p *pump[T]) beyond() *quota.NewerError {
+	var newer *quota.NewerError
+	errors.As(p.err, &newer)
+	return newer
+}
+
 func (*pump[T]) snapshot(uint64, string) []byte         { return nil }
 func (*pump[T]) restore([]byte, string) (uint64, error) { return 0, nil }
 
@@ -87,40 +96,14 @@ type act struct {
 }
 
 // actRows tells acts and corrections apart.
-func actRows(acts []act) (rows []history.ControlRow, corrections []history.CorrectionRow) {
-	for i := range acts {
-		rows = append(rows, acts[i].ControlRow)
-		if acts[i].correction != nil {
-			corrections = append(corrections, *acts[i].correction)
+func actRows(all []act) (rows []history.ControlRow, corrections []history.CorrectionRow) {
+	for i := range all {
+		rows = append(rows, all[i].ControlRow)
+		if all[i].correction != nil {
+			corrections = append(corrections, *all[i].correction)
 		}
 	}
 	return rows, corrections
-}
-
-// correctionRow is the row of a correction; nil for what counting refuses.
-func correctionRow(m *ledger.Message, row *history.ControlRow, c *tollkeeperv1.Correction) *history.CorrectionRow {
-	var decoder fold.Decoder
-	e, _, err := decoder.Decode(m)
-	if err != nil || quota.New(quota.Options{Shard: row.Shard}).Apply(e).Invalid != nil {
-		return nil
-	}
-	out := &history.CorrectionRow{
-		Position: row.Position, Shard: row.Shard, ID: row.ID, Author: row.Author, CreatedAt: row.CreatedAt, Account: c.GetAccount(),
-		At: usage.Micros(c.GetTimeUnixMicros()), Model: c.GetModel(), Route: c.GetRoute(), Method: c.GetMethod(), Reason: c.GetReason(), Reference: c.GetReference(),
-	}
-	// As it is counted: not after the entry.
-	if out.At == 0 || out.At > row.Time {
-		out.At = row.Time
-	}
-	for _, q := range c.GetAdjustments() {
-		m := usage.Meter(q.GetMeter())
-		if i, ok := m.Index(); ok {
-			out.BuiltIn[i] += q.GetValue()
-			continue
-		}
-		out.Custom = append(out.Custom, usage.Quantity{Meter: m, Value: q.GetValue()})
-	}
-	return out
 }
 
 // readControl reads a control or closing entry of the ledger.
@@ -132,6 +115,10 @@ func readControl(m ledger.Message) (act, bool, error) {
 	e, err := ledger.DecodeAct(kind, m.Header, m.Data)
 	if err != nil {
 		return act{}, true, err
+	}
+	if newer := seen.Beyond(shard, m.Sequence, e); newer != nil {
+		// What acts after it mean, and which corrections count, a newer program knows.
+		return act{}, true, newer
 	}
 	var out act
 	row := &out.ControlRow
@@ -148,7 +135,7 @@ func readControl(m ledger.Message) (act, bool, error) {
 		row.Kind = "producer_closed"
 	case *tollkeeperv1.ControlEntry_Correction:
 		row.Kind = "correction"
-		out.correction = correctionRow(&m, row, e.GetCorrection())
+		out.correction = acts.Correction(&m, row, e.GetCorrection())
 	case *tollkeeperv1.ControlEntry_CoreVersion:
 		row.Kind = "core_version"
 	default:

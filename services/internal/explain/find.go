@@ -267,6 +267,9 @@ func (x *Explainer) findInShard(ctx context.Context, id ksuid.KSUID, shard uint3
 		// What can't be decoded still lets time pass.
 		e, _, _ := decoder.Decode(m)
 		fx := b.state.Apply(e)
+		if fx.Newer != nil {
+			return fx.Newer
+		}
 		if i := indexOf(fx, text); i >= 0 {
 			d, ok = fx.Decisions[i], true
 			return errStop

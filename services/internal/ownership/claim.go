@@ -14,6 +14,10 @@ import (
 // and what Check returns from then on.
 var ErrLost = errors.New("the shard's ownership cannot be proved any more")
 
+// ErrUnfit is what a callback returns, wrapped, that can't own its shard as long as
+// this process lives: it is not claimed again.
+var ErrUnfit = errors.New("this member can't own the shard")
+
 // Claim is one shard for as long as this member owns it. Safe for concurrent use.
 type Claim struct {
 	// Shard is what is owned.

@@ -49,7 +49,7 @@ type Options struct {
 	//    released when it has;
 	//  - by itself, if the shard cannot be had here: others get it, and this
 	//    member tries again after a pause of a second that doubles up to a
-	//    minute. The error is logged.
+	//    minute; or never, where the error wraps ErrUnfit. The error is logged.
 	// c.Check is to be asked before each act. A shard whose callback ignores
 	// the end of ctx is owned by nobody else before this process ends.
 	OnAcquire func(ctx context.Context, c *Claim) error
@@ -299,6 +299,9 @@ func (r *runner) acquire(io context.Context, m *fleet.Machine, t fleet.Tenure) {
 				r.o.Logger.Error().Err(err).Uint32("shard", t.Shard).Msg("the shard was given up")
 			}
 			m.Returned(now, t.Shard, true, cut, fx)
+			if errors.Is(err, ErrUnfit) {
+				m.Refuse(now, t.Shard)
+			}
 		})
 	}()
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"maps"
+	"math"
 	"slices"
 
 	"github.com/segmentio/ksuid"
@@ -30,8 +31,10 @@ type Fold struct {
 
 // Shard is what was seen of one shard.
 type Shard struct {
-	set  *dedup.Set
-	high usage.Micros // of this shard's entries
+	number  uint32
+	set     *dedup.Set
+	high    usage.Micros // of this shard's entries
+	version uint32       // of the rules, by the ledger's word; 0: it has said none
 }
 
 // New returns a fold of nothing; horizon is that of foreign events (pkg/dedup).
@@ -47,7 +50,7 @@ func (f *Fold) Pass(shard uint32, at usage.Micros) *Shard {
 	f.high = max(f.high, at)
 	s := f.shards[shard]
 	if s == nil {
-		s = &Shard{set: dedup.New(f.horizon)}
+		s = &Shard{number: shard, set: dedup.New(f.horizon)}
 		f.shards[shard] = s
 	}
 	s.high = max(s.high, at)
@@ -105,9 +108,20 @@ func (s *Shard) Calls(f *ledger.Frame, scratch []uint32) Fresh {
 	return out
 }
 
-// Control takes note of a control entry: a producer that has closed is
-// forgotten after a while, an act counts once, and the ledger says itself how long
-// foreign events are remembered.
+// Beyond says that a control entry of a shard begins a stretch whose rules this
+// program does not know: what counts twice and what is remembered how long may be
+// another thing there, so neither the entry nor what follows it in the shard may be
+// folded. nil: it does not.
+func Beyond(shard uint32, sequence uint64, e *tollkeeperv1.ControlEntry) *quota.NewerError {
+	if c := e.GetCoreVersion(); c != nil {
+		return quota.Newer(shard, sequence, c.GetVersion())
+	}
+	return nil
+}
+
+// Control takes note of a control entry that is not Beyond: a producer that has
+// closed is forgotten after a while, an act counts once, and the ledger says itself
+// how long foreign events are remembered.
 func (s *Shard) Control(e *tollkeeperv1.ControlEntry) {
 	if id := e.GetId(); id != "" && !s.set.Foreign(dedup.ForeignID(nil, []byte("control"), []byte(id)), s.high) {
 		return
@@ -118,12 +132,17 @@ func (s *Shard) Control(e *tollkeeperv1.ControlEntry) {
 	if c := e.GetCoreVersion(); c != nil {
 		core := quota.Core{Version: c.GetVersion(), Horizon: usage.Micros(c.GetForeignHorizonMicros())}
 		if core.Check() == nil {
+			s.version = core.Version
 			s.set.SetHorizon(core.Horizon, s.high)
 		}
 	}
 }
 
-const foldMagic = "TKH1"
+const (
+	foldMagic = "TKH2"
+	// unversioned folds do not say by which rules a shard is folded.
+	unversioned = "TKH1"
+)
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
@@ -141,6 +160,7 @@ func (f *Fold) Marshal(position uint64, ledgerID string) []byte {
 		s := f.shards[shard]
 		out = binary.AppendUvarint(out, uint64(shard))
 		out = binary.AppendVarint(out, int64(s.high))
+		out = binary.AppendUvarint(out, uint64(s.version))
 		out = s.set.AppendBinary(out)
 	}
 	return binary.LittleEndian.AppendUint32(out, crc32.Checksum(out, castagnoli))
@@ -148,11 +168,13 @@ func (f *Fold) Marshal(position uint64, ledgerID string) []byte {
 
 var errSnapshot = errors.New("the historian's snapshot cannot be read")
 
-// Unmarshal reads what Marshal wrote.
+// Unmarshal reads what Marshal wrote. A *quota.NewerError says that a newer program
+// did, by rules that this one does not know.
 func Unmarshal(data []byte) (f *Fold, position uint64, ledgerID string, err error) {
-	if len(data) < len(foldMagic)+4 || string(data[:len(foldMagic)]) != foldMagic {
+	if len(data) < len(foldMagic)+4 || string(data[:len(foldMagic)]) != foldMagic && string(data[:len(foldMagic)]) != unversioned {
 		return nil, 0, "", fmt.Errorf("%w: it does not begin with %s", errSnapshot, foldMagic)
 	}
+	versioned := string(data[:len(foldMagic)]) == foldMagic
 	body, sum := data[:len(data)-4], binary.LittleEndian.Uint32(data[len(data)-4:])
 	if crc32.Checksum(body, castagnoli) != sum {
 		return nil, 0, "", fmt.Errorf("%w: its CRC-32C does not match its content", errSnapshot)
@@ -187,9 +209,18 @@ func Unmarshal(data []byte) (f *Fold, position uint64, ledgerID string, err erro
 	f.horizon = usage.Micros(varint())
 	for n := uvarint(); n > 0 && !cut; n-- {
 		shard := uvarint()
-		s := &Shard{high: usage.Micros(varint())}
-		if cut || shard >= ledger.MaxShards {
+		s := &Shard{number: uint32(shard), high: usage.Micros(varint())}
+		version := uint64(0)
+		if versioned {
+			version = uvarint()
+		}
+		if cut || shard >= ledger.MaxShards || version > math.MaxUint32 {
+			cut = true
 			break
+		}
+		s.version = uint32(version)
+		if newer := quota.Newer(s.number, 0, s.version); newer != nil {
+			return nil, 0, "", newer
 		}
 		if s.set, b, err = dedup.Read(b); err != nil {
 			return nil, 0, "", fmt.Errorf("%w: %w", errSnapshot, err)

@@ -187,6 +187,10 @@ func (h *historian) take(m ledger.Message, pending uint64) bool {
 			h.w.fail("entry %d: %v", m.Sequence, err)
 			return false
 		}
+		if newer := seen.Beyond(shard, m.Sequence, e); newer != nil {
+			h.w.fail("entry %d: %v", m.Sequence, newer)
+			return false
+		}
 		sh.Control(e)
 	case ledger.KindCalls:
 		fresh := sh.Calls(&h.frame, nil)

@@ -49,7 +49,8 @@ type Warmed struct {
 	From  uint64
 }
 
-// Warm loads a shard's state.
+// Warm loads a shard's state. A *quota.NewerError says that a newer program wrote it,
+// and that only such a one can go on.
 func (s *Stores) Warm(ctx context.Context, shard uint32) (w Warmed, err error) {
 	for {
 		if w.At, err = s.Position(ctx, shard); err != nil {
@@ -58,6 +59,9 @@ func (s *Stores) Warm(ctx context.Context, shard uint32) (w Warmed, err error) {
 		w.State, err = s.load(ctx, shard, w.At.Found.Snapshot)
 		if err == nil {
 			break
+		}
+		if errors.As(err, new(*quota.NewerError)) {
+			return w, err
 		}
 		if ctx.Err() != nil || errors.Is(err, errLags) || errors.Is(err, nats.ErrTimeout) || errors.Is(err, context.DeadlineExceeded) {
 			return w, err

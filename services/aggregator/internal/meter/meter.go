@@ -41,6 +41,7 @@ type Metrics struct {
 	Queries         *prometheus.CounterVec // result
 	Pending         prometheus.Gauge
 	NotCaughtUp     prometheus.Gauge
+	Beyond          prometheus.Gauge
 	Slowest         Slowest
 	all             []prometheus.Collector
 }
@@ -109,6 +110,7 @@ func New(r prometheus.Registerer) (*Metrics, error) {
 		Pending:         gauge("pending_entries", "Entries of the ledger that are not read yet."),
 		NotCaughtUp:     gauge("shards_catching_up", "Shards without any owner, and those of this member that are not counted up to what the ledger held when they became its."),
 	}
+	m.Beyond = gauge("shards_beyond_rules", "Shards whose ledger is to be folded by newer rules than this program knows: it leaves them to a newer version, which is to be run.")
 	for _, v := range []string{"admitted", "refused", "duplicate"} {
 		m.Events.WithLabelValues(v)
 	}
@@ -127,7 +129,7 @@ func New(r prometheus.Registerer) (*Metrics, error) {
 	m.all = []prometheus.Collector{
 		m.Events, m.Frames, m.Skipped, m.Strays, m.Apart, m.NewAccounts, m.Unplaced, m.Unmetered, m.Late, m.Future, m.Overflows, m.Controls, m.Asks, m.Answers, m.Leases, m.Ticks, m.DeadLetters, m.Decisions,
 		m.Batches, m.Interruptions, m.DecisionLatency, m.CountLatency, m.SnapshotSeconds, m.SnapshotBytes, m.Snapshots, m.Queries,
-		m.Pending, m.NotCaughtUp, longest,
+		m.Pending, m.NotCaughtUp, m.Beyond, longest,
 	}
 	for i, c := range m.all {
 		if err := r.Register(c); err != nil {

@@ -124,6 +124,7 @@ type shard struct {
 	set      *dedup.Set
 	high     usage.Micros
 	last     uint64 // newest entry that changed a total
+	version  uint32 // of the rules, by the ledger's word; 0: it has said none
 	total    Life
 	accounts map[string]*Life
 	dirty    []string
@@ -234,11 +235,16 @@ func (b *Books) Undecodable(n uint32, sequence uint64, at usage.Micros) {
 	b.stats.Undecodable++
 }
 
-// Control folds a control entry.
-func (b *Books) Control(n uint32, sequence uint64, at usage.Micros, e *tollkeeperv1.ControlEntry, now time.Time) {
+// Control folds a control entry. What it returns says that the entry begins a stretch
+// whose rules a newer program knows: then it is not folded, and nothing after it may be.
+func (b *Books) Control(n uint32, sequence uint64, at usage.Micros, e *tollkeeperv1.ControlEntry, now time.Time) *quota.NewerError {
+	c := e.GetCoreVersion()
+	if newer := quota.Newer(n, sequence, c.GetVersion()); newer != nil {
+		return newer
+	}
 	s := b.pass(n, sequence, at)
 	if id := e.GetId(); id != "" && !s.set.Foreign(dedup.ForeignID(nil, []byte("control"), []byte(id)), s.high) {
-		return
+		return nil
 	}
 	if closed := e.GetProducerClosed(); closed != nil && len(closed.GetProducer()) == len(dedup.Producer{}) {
 		p := dedup.Producer(closed.GetProducer())
@@ -247,12 +253,14 @@ func (b *Books) Control(n uint32, sequence uint64, at usage.Micros, e *tollkeepe
 			l.closed = now
 		}
 	}
-	if c := e.GetCoreVersion(); c != nil {
+	if c != nil {
 		core := quota.Core{Version: c.GetVersion(), Horizon: usage.Micros(c.GetForeignHorizonMicros())}
 		if core.Check() == nil {
+			s.version = core.Version
 			s.set.SetHorizon(core.Horizon, s.high)
 		}
 	}
+	return nil
 }
 
 // Calls folds a frame, by the rules that everybody counts by: a frame of a

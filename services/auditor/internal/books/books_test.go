@@ -1,6 +1,7 @@
 package books
 
 import (
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -283,6 +284,34 @@ func TestClosedProducersAreForgotten(t *testing.T) {
 	w.pass(2 * time.Minute)
 	if len(w.b.lanes) != 0 || len(w.outcomes) != 0 {
 		t.Errorf("%d lanes are remembered", len(w.b.lanes))
+	}
+}
+
+// By other rules other calls count twice: what an older program compared would differ,
+// or agree, without reason.
+func TestTheBooksEndWhereNewerRulesBegin(t *testing.T) {
+	t.Parallel()
+	w := &world{t: t, b: New(Options{}), now: clock}
+	g := newGateway(1)
+	w.frame(g.seal(1, begin, call("a", 1)))
+	rules := func(v uint32) *tollkeeperv1.ControlEntry {
+		return &tollkeeperv1.ControlEntry{Id: "x", Body: &tollkeeperv1.ControlEntry_CoreVersion{CoreVersion: &tollkeeperv1.CoreVersion{Version: v, ForeignHorizonMicros: 1}}}
+	}
+	at := w.b.Position
+	if newer := w.b.Control(1, at+1, begin, rules(quota.CoreVersion+1), w.now); newer == nil || newer.Sequence != at+1 || newer.Shard != 1 || w.b.Position != at {
+		t.Errorf("%v, and the books are at %d", newer, w.b.Position)
+	}
+	if newer := w.b.Control(1, at+1, begin, rules(quota.CoreVersion), w.now); newer != nil || w.b.Position != at+1 {
+		t.Errorf("known rules are %v, and the books are at %d", newer, w.b.Position)
+	}
+	w.b.shards[1].version = quota.CoreVersion + 1 // as a newer program would write it
+	data, err := w.b.Marshal("x", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var newer *quota.NewerError
+	if _, _, err := Unmarshal(Options{}, "x", data); !errors.As(err, &newer) {
+		t.Errorf("a newer program's books gave %v", err)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/audit"
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
@@ -31,6 +32,7 @@ type snapshot struct {
 
 type shardSnapshot struct {
 	Shard    uint32
+	Core     uint32 // version of the rules; 0: the ledger has said none, or the writer did not ask
 	High     usage.Micros
 	Last     uint64
 	Set      []byte
@@ -85,7 +87,7 @@ func (b *Books) Marshal(ledgerID string, rounds []*Round) ([]byte, error) {
 		x.Rounds = append(x.Rounds, roundSnapshot{r.From, r.To, r.Since, r.Until, slices.Collect(r.Cells.All())})
 	}
 	for n, s := range b.shards {
-		out := shardSnapshot{Shard: n, High: s.high, Last: s.last, Set: s.set.AppendBinary(nil), Total: s.total, Accounts: map[string]Life{}, Dirty: s.dirty}
+		out := shardSnapshot{Shard: n, Core: s.version, High: s.high, Last: s.last, Set: s.set.AppendBinary(nil), Total: s.total, Accounts: map[string]Life{}, Dirty: s.dirty}
 		for id, life := range s.accounts {
 			out.Accounts[id] = *life
 		}
@@ -120,7 +122,8 @@ func (b *Books) Marshal(ledgerID string, rounds []*Round) ([]byte, error) {
 
 var errSnapshot = errors.New("the auditor's snapshot can't be used")
 
-// Unmarshal reads what Marshal wrote.
+// Unmarshal reads what Marshal wrote. A *quota.NewerError says that a newer program
+// did, by rules that this one does not know.
 func Unmarshal(o Options, ledgerID string, data []byte) (*Books, []*Round, error) {
 	var x snapshot
 	if err := gob.NewDecoder(bytes.NewReader(data)).Decode(&x); err != nil {
@@ -136,11 +139,14 @@ func Unmarshal(o Options, ledgerID string, data []byte) (*Books, []*Round, error
 	}
 	for i := range x.Shards {
 		in := &x.Shards[i]
+		if newer := quota.Newer(in.Shard, 0, in.Core); newer != nil {
+			return nil, nil, newer
+		}
 		set, rest, err := dedup.Read(in.Set)
 		if err != nil || len(rest) > 0 || in.Shard >= ledger.MaxShards {
 			return nil, nil, errors.Join(errSnapshot, err)
 		}
-		s := &shard{set: set, high: in.High, last: in.Last, total: in.Total, accounts: map[string]*Life{}, dirty: in.Dirty}
+		s := &shard{set: set, version: in.Core, high: in.High, last: in.Last, total: in.Total, accounts: map[string]*Life{}, dirty: in.Dirty}
 		for id, life := range in.Accounts {
 			s.accounts[id] = &life
 		}

@@ -143,7 +143,8 @@ func New(o Options) *Trace {
 // are older ones that were not kept.
 func (t *Trace) Rows() (rows []Row, dropped bool) { return t.rows.all(), t.rows.dropped }
 
-// Apply folds an entry; the last is the one that led to the decision.
+// Apply folds an entry; the last is the one that led to the decision. A
+// *quota.NewerError says that only a newer program can go on.
 func (t *Trace) Apply(m *ledger.Message) error {
 	if m.Sequence <= t.o.State.Sequence() {
 		return nil
@@ -161,6 +162,9 @@ func (t *Trace) Apply(m *ledger.Message) error {
 	}
 	version := state.PlanVersion()
 	fx := state.Apply(e)
+	if fx.Newer != nil {
+		return fx.Newer
+	}
 	planNew := state.PlanVersion() != version
 	if kind == ledger.KindControl && t.Decoder.Control.GetAccountSet() != nil {
 		clear(t.under) // somebody may have another parent

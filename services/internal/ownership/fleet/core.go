@@ -52,6 +52,7 @@ type slot struct {
 	notBefore Instant // when it may be claimed (again)
 	failures  int
 	declined  bool
+	refused   bool // it stays declined
 }
 
 // peer is a session as this member sees it, its own earlier ones included.
@@ -564,6 +565,17 @@ func (m *Machine) Returned(now Instant, shard uint32, failed, cut bool, fx *Effe
 	}
 }
 
+// Refuse says that this member can't have the shard, now and for as long as it runs:
+// others are to own it, if they can.
+func (m *Machine) Refuse(now Instant, shard uint32) {
+	s := &m.slots[shard]
+	if s.refused {
+		return
+	}
+	s.refused, s.declined, m.dirty = true, true, true
+	m.own.next = min(m.own.next, now)
+}
+
 // Leave begins the orderly end: everything is handed over, then done is set.
 func (m *Machine) Leave(now Instant) {
 	if !m.leaving {
@@ -1020,7 +1032,7 @@ func (m *Machine) seek(now Instant, shard uint32, mine bool, fx *Effects) {
 	if s.write != 0 {
 		return
 	}
-	if s.declined && now >= s.notBefore {
+	if s.declined && !s.refused && now >= s.notBefore {
 		s.declined, m.dirty = false, true
 	}
 	free := m.synced && m.isFree(s)
@@ -1032,7 +1044,7 @@ func (m *Machine) seek(now Instant, shard uint32, mine bool, fx *Effects) {
 	if !m.proven(now) || !free || now < s.notBefore && !(left && !mine) {
 		return
 	}
-	if left && (m.leaving || !mine && m.target[shard] != "") {
+	if left && (m.leaving || s.refused || !mine && m.target[shard] != "") {
 		m.release(shard, fx)
 		return
 	}

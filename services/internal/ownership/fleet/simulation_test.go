@@ -341,3 +341,42 @@ func TestAShardThatFailsSomewhereGoesElsewhereAndComesBackLater(t *testing.T) {
 		}
 	})
 }
+
+func TestAShardThatAMemberRefusesIsNeverItsAgain(t *testing.T) {
+	each(t, 6, func(t *testing.T, seed uint64) {
+		w := newWorld(t, seed, 9, Timing{})
+		w.fleet(2)
+		refuse := func(x *simulated) {
+			x.input(func(now Instant, fx *Effects) {
+				x.runs[4] = 0
+				x.m.Returned(now, 4, true, false, fx)
+				x.m.Refuse(now, 4)
+			})
+		}
+		never := func(begin int, names ...string) {
+			for _, a := range w.acquired[begin:] {
+				if a.shard == 4 && slices.Contains(names, a.member) {
+					w.fatalf("%s has the shard again, at %v", a.member, a.at)
+				}
+			}
+		}
+		first := w.member(w.owner(4))
+		begin := len(w.acquired)
+		refuse(first)
+		w.until(time.Second, "the other owns it", func() bool { o := w.owner(4); return o != "" && o != first.name })
+		second := w.member(w.owner(4))
+		w.run(3 * time.Minute)
+		never(begin, first.name)
+		begin = len(w.acquired)
+		refuse(second)
+		w.run(3 * time.Minute)
+		never(begin, first.name, second.name)
+		if first.m.Unowned() == 0 {
+			w.fatalf("a shard that nobody can have has an owner")
+		}
+		w.start("newer")
+		w.until(5*time.Second, "one that can owns it", func() bool { return w.owner(4) == "newer" })
+		w.run(time.Minute)
+		never(begin, first.name, second.name)
+	})
+}

@@ -97,7 +97,8 @@ type point struct {
 }
 
 // Audit folds a shard's ledger up to where it ends now. Its errors are NATS's,
-// ctx's and ledger.ErrPurged: the beginning is gone and no snapshot is kept.
+// ctx's, ledger.ErrPurged (the beginning is gone and no snapshot is kept) and
+// *quota.NewerError: only a newer program can fold all of it.
 func (a *Auditor) Audit(ctx context.Context, shard uint32) (Shard, error) {
 	began := time.Now()
 	out := Shard{Shard: shard, Compared: []Comparison{}}
@@ -130,8 +131,8 @@ func (a *Auditor) Audit(ctx context.Context, shard uint32) (Shard, error) {
 		// What can't be decoded still lets time pass.
 		e, _, _ := decoder.Decode(m)
 		fx := state.Apply(e)
-		if fx.Invalid != nil && e.Control != nil && e.Control.Core != nil {
-			return fmt.Errorf("entry %d of shard %d: %w", m.Sequence, shard, fx.Invalid)
+		if fx.Newer != nil {
+			return fx.Newer
 		}
 		out.Entries++
 		if a.Progress != nil {
