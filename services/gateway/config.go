@@ -82,13 +82,15 @@ type RouteConfig struct {
 	// count something else than calls: there a call is admitted only if what it can
 	// cost is bounded. Tokens are, by the request: its input by its size, its output
 	// by max_tokens, max_completion_tokens or max_output_tokens, as the API has it,
-	// times its choices. What may add to that in a way that is not known is refused.
+	// times its choices. Which API it is the end of the path says, as OpenAI and
+	// Anthropic have it; of others Clamp must say what bounds the output. What may add to that in a way that is not known is refused.
 
 	// Reserve are bounds of a call by meter, for what the request does not tell;
 	// they must not be less than what it can cost.
 	Reserve map[string]int64 `yaml:"reserve"`
 	// Clamp is written into JSON requests that do not bound their output; without
-	// it they are refused. A bound by another name is written as Clamp.Member.
+	// it they are refused. A bound by another name is written as Clamp.Member, which
+	// is to be given where the upstream does not know all names of its API.
 	Clamp ClampConfig `yaml:"clamp"`
 	// InputOverhead is how many tokens the provider adds to the input of a call.
 	InputOverhead int64 `yaml:"input_overhead"`

@@ -110,7 +110,7 @@ func TestAnExactLimitOnTokensBoundsEveryCall(t *testing.T) {
 	call := func(path, body string) reply {
 		return do(t, http.MethodPost, r.proxy+path, "sk-tight", body, "Content-Type", "application/json")
 	}
-	within(t, 5*time.Second, "the key is known", func() bool { return call("/plain", `{"model":"m","max_tokens":5}`).status == 200 })
+	within(t, 5*time.Second, "the key is known", func() bool { return call("/plain/v1/chat/completions", `{"model":"m","max_tokens":5}`).status == 200 })
 	<-seen
 	if got := call("/clamped", `{"model":"m"}`); got.status != 200 {
 		t.Fatalf("%+v", got)
@@ -132,11 +132,11 @@ func TestAnExactLimitOnTokensBoundsEveryCall(t *testing.T) {
 		`{"model":"m","max_tokens":990}`:  402,
 		`{"model":"m","max_tokens":10,"messages":[{"content":[{"type":"image_url"}]}]}`: 403,
 	} {
-		if got := call("/plain", body); got.status != status {
+		if got := call("/plain/v1/chat/completions", body); got.status != status {
 			t.Errorf("%s: %+v", body, got)
 		}
 	}
-	if got := call("/plain", `{"model":"m","max_tokens":980}`); got.status != 200 {
+	if got := call("/plain/v1/chat/completions", `{"model":"m","max_tokens":980}`); got.status != 200 {
 		t.Errorf("what is left: %+v", got)
 	}
 	settled(21, 33)

@@ -81,6 +81,10 @@ func parse(body []byte) (map[string]json.RawMessage, error) {
 	return members, nil
 }
 
+// maxNesting of objects and lists: each takes far more memory than the byte that opens
+// it. encoding/json has the same.
+const maxNesting = 10_000
+
 // distinct refuses what is not one JSON value, or has an object with two members of
 // the same name.
 func distinct(body []byte) error {
@@ -114,6 +118,9 @@ func distinct(body []byte) error {
 			open = append(open, nil)
 		case json.Delim('}'), json.Delim(']'):
 			open = open[:len(open)-1]
+		}
+		if len(open) > maxNesting {
+			return unreadable("The body is nested too deeply")
 		}
 		if len(open) == 0 {
 			if _, err := d.Token(); !errors.Is(err, io.EOF) {

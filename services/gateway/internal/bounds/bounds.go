@@ -145,6 +145,8 @@ func unreadable(format string, args ...any) error {
 type kind struct {
 	maxima []string // members that bound its output
 	silent bool     // it has none
+	// guessed: the path does not say which API it is, so its maxima may bound nothing.
+	guessed bool
 }
 
 var (
@@ -176,11 +178,11 @@ func kindOf(path string, members map[string]json.RawMessage) kind {
 	case talks && asks:
 		return kind{}
 	case talks:
-		return chat
+		return kind{maxima: chat.maxima, guessed: true}
 	case asks:
-		return responses
+		return kind{maxima: responses.maxima, guessed: true}
 	}
-	return anything
+	return kind{maxima: anything.maxima, guessed: true}
 }
 
 // completions: a streamed answer has usage at its end if stream_options say so.
@@ -238,6 +240,13 @@ func (rules *Rules) output(k kind, members map[string]json.RawMessage) (most int
 	if len(k.maxima) == 0 {
 		return 0, false, unbounded("it has messages or a prompt and an input as well, so it can't be told what bounds its output")
 	}
+	clamps := slices.Contains(k.maxima, rules.ClampMember)
+	if k.guessed && !clamps {
+		return 0, false, unbounded("the path is of no API that is known here, so it can't be told what bounds its output: have the route name the member that does (clamp), or reserve what such calls can use")
+	}
+	if err := streamed(members); err != nil {
+		return 0, false, err
+	}
 	times := int64(1)
 	for _, name := range choices {
 		if present(members, name) {
@@ -269,7 +278,6 @@ func (rules *Rules) output(k kind, members map[string]json.RawMessage) (most int
 			most = max(most, n)
 		}
 	}
-	clamps := slices.Contains(k.maxima, rules.ClampMember)
 	switch {
 	case by == "" && !clamps:
 		return 0, false, unreadable("The account's limit admits only calls whose output is bounded: send %s", strings.Join(k.maxima, ", or "))
@@ -289,6 +297,22 @@ func (rules *Rules) output(k kind, members map[string]json.RawMessage) (most int
 		return 0, false, unreadable("The output that is asked for is larger than any limit")
 	}
 	return most * times, changed, nil
+}
+
+// streamed refuses options of streams of which nobody here knows what they do: with some
+// an answer tells all along what it has used so far, which is not what it has used where
+// its client hangs up.
+func streamed(members map[string]json.RawMessage) error {
+	var options map[string]json.RawMessage
+	if !present(members, "stream_options") || json.Unmarshal(members["stream_options"], &options) != nil {
+		return nil // the upstream will say what it thinks of it
+	}
+	for name, v := range options {
+		if name != "include_usage" && name != "include_obfuscation" && string(v) != "null" && string(v) != "false" {
+			return unbounded("what %s in stream_options does is not known: leave it out", strconv.Quote(name))
+		}
+	}
+	return nil
 }
 
 // prompts is how many answers a list of prompts asks for.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -129,6 +130,7 @@ func TestWhatIsNotBoundedIsRefused(t *testing.T) {
 		`{"max_tokens":1} {}`:          400,
 		`{"max_tokens":1,"tools":"x"}`: 400,
 		`{"max_tokens":1,"tools":[{"type":"web_search_20250305"}]}`:                                                        403,
+		`{"max_tokens":1,"stream":true,"stream_options":{"include_usage":true,"continuous_usage_stats":true}}`:             403,
 		`{"max_tokens":1,"num_return_sequences":9}`:                                                                        403,
 		`{"max_tokens":1,"enable_search":true}`:                                                                            403,
 		`{"max_tokens":1,"data_sources":[{}]}`:                                                                             403,
@@ -169,6 +171,24 @@ func TestWhatIsNotBoundedIsRefused(t *testing.T) {
 	}
 }
 
+// A byte that opens an object must not take hundreds.
+func TestABodyIsNotFollowedIntoAnyDepth(t *testing.T) {
+	t.Parallel()
+	body := strings.Repeat(`{"a":`, 1<<17)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, _, f := of(t, Rules{}, body, usage.OutputTokens)
+	runtime.ReadMemStats(&after)
+	if f == nil || f.HTTPStatus() != http.StatusBadRequest || !strings.Contains(f.Detail, "nested") {
+		t.Errorf("%+v", f)
+	}
+	t.Logf("%d bytes took up to %d", len(body), after.TotalAlloc-before.TotalAlloc)
+	deep := `{"max_tokens":1,"metadata":` + strings.Repeat("[", 5000) + strings.Repeat("]", 5000) + `}`
+	if _, _, f := of(t, Rules{}, deep, usage.OutputTokens); f != nil {
+		t.Errorf("what is not that deep: %s", f.Detail)
+	}
+}
+
 // What bounds the output of one API is nothing to another.
 func TestABoundIsOneOfTheApiThatIsCalled(t *testing.T) {
 	t.Parallel()
@@ -184,16 +204,40 @@ func TestABoundIsOneOfTheApiThatIsCalled(t *testing.T) {
 		{"/v1/responses", `{"max_output_tokens":5,"input":"x"}`, 5},
 		{"/v1/responses", `{"max_tokens":5,"input":"x","messages":[]}`, -1},
 		{"/v1/embeddings", `{"input":"x"}`, 0},
-		{"/x", `{"max_output_tokens":5,"input":"x"}`, 5},
-		{"/x", `{"max_output_tokens":5,"messages":[]}`, -1},
-		{"/x", `{"max_tokens":5,"input":"x"}`, -1},
-		{"/x", `{"max_tokens":5,"max_output_tokens":5,"input":"x","messages":[]}`, -1},
-		{"/x", `{"max_tokens":5,"max_output_tokens":6}`, 6},
+		// Ollama's own API, for one, takes no notice of max_tokens.
+		{"/api/chat", `{"max_tokens":5,"messages":[]}`, -1},
+		{"/api/generate", `{"max_tokens":5,"prompt":"x"}`, -1},
+		{"/x", `{"max_output_tokens":5,"input":"x"}`, -1},
+		{"/x", `{"max_tokens":5}`, -1},
 	} {
 		r := httptest.NewRequest(http.MethodPost, c.path, strings.NewReader(c.body))
 		q, err := (&Rules{MaxBody: 1 << 20}).Of(r, []usage.Meter{usage.OutputTokens})
 		if got, _ := q.Get(usage.OutputTokens); (err != nil) != (c.want < 0) || err == nil && got != c.want {
 			t.Errorf("%s %s: %d, %v", c.path, c.body, got, err)
+		}
+	}
+	// Where the path says nothing, the operator does, who names the member.
+	for _, c := range []struct {
+		member, body string
+		want         int64
+		sent         string
+	}{
+		{"max_tokens", `{"max_tokens":5,"messages":[]}`, 5, `{"max_tokens":5,"messages":[]}`},
+		{"max_tokens", `{"max_completion_tokens":5,"messages":[]}`, 5, `{"max_tokens":5,"messages":[]}`},
+		{"max_tokens", `{"prompt":"x"}`, 9, `{"max_tokens":9,"prompt":"x"}`},
+		{"max_output_tokens", `{"max_output_tokens":5,"input":"x"}`, 5, `{"max_output_tokens":5,"input":"x"}`},
+		{"max_output_tokens", `{"max_output_tokens":5,"messages":[]}`, -1, ""},
+		{"max_tokens", `{"max_tokens":5,"input":"x"}`, -1, ""},
+		{"max_tokens", `{"max_tokens":5,"max_output_tokens":5,"input":"x","messages":[]}`, -1, ""},
+		{"max_tokens", `{"max_tokens":5,"max_output_tokens":6}`, 6, `{"max_tokens":5,"max_output_tokens":6}`},
+	} {
+		r := httptest.NewRequest(http.MethodPost, "/x", strings.NewReader(c.body))
+		q, err := (&Rules{MaxBody: 1 << 20, ClampMember: c.member, Clamp: 9}).Of(r, []usage.Meter{usage.OutputTokens})
+		if got, _ := q.Get(usage.OutputTokens); (err != nil) != (c.want < 0) || err == nil && got != c.want {
+			t.Errorf("%s, clamped by %s: %d, %v", c.body, c.member, got, err)
+		}
+		if sent, _ := io.ReadAll(r.Body); err == nil && string(sent) != c.sent {
+			t.Errorf("%s, clamped by %s: the upstream gets %s", c.body, c.member, sent)
 		}
 	}
 	// Nor is a clamp written where it would be none.
