@@ -7,7 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"mime"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -30,6 +32,10 @@ func InBody(r *http.Request, member string, bound int64, bodies *Room) (string, 
 	if e := r.Header.Get("Content-Encoding"); e != "" && !strings.EqualFold(e, "identity") {
 		return "", &refusal.Refusal{Code: refusal.BadRequest, Status: http.StatusUnsupportedMediaType, Detail: "The body is compressed, so the model it asks for can't be read: send it plain."}
 	}
+	types := r.Header.Values("Content-Type")
+	if !legible(types) {
+		return "", illegible()
+	}
 	if r.ContentLength > bound && tokens.IsJSON(r.Header.Get("Content-Type")) {
 		return "", tooLarge()
 	}
@@ -50,6 +56,10 @@ func InBody(r *http.Request, member string, bound int64, bodies *Room) (string, 
 		kept.Write(chunk[:n])
 		_, _ = scanner.Write(chunk[:n]) // never fails
 		switch {
+		case wide(kept.Bytes()) && mayBeText(types):
+			return "", illegible()
+		case scanner.Alike():
+			return "", &refusal.Refusal{Code: refusal.BadRequest, Detail: "The member " + member + " that names the model is not written so: some parsers do not mind, so which model is meant can't be told."}
 		case errors.Is(err, io.EOF):
 			r.Body = whole{bytes.NewReader(kept.Bytes()), r.Body}
 			return modelName(scanner)
@@ -62,6 +72,43 @@ func InBody(r *http.Request, member string, bound int64, bodies *Room) (string, 
 			return "", tooLarge()
 		}
 	}
+}
+
+// characters are those in which ASCII is what it is in UTF-8: what else the upstream
+// makes of a body in others nobody here knows.
+var characters = []string{"", "utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin1", "windows-1252"}
+
+// legible: the body is not said to be in other characters.
+func legible(types []string) bool {
+	for _, t := range types {
+		_, params, err := mime.ParseMediaType(t)
+		if err != nil && strings.Contains(strings.ToLower(t), "charset") || !slices.Contains(characters, strings.ToLower(params["charset"])) {
+			return false
+		}
+	}
+	return true
+}
+
+// wide: the body begins as JSON in UTF-16 or UTF-32 does, which many parsers find out
+// by themselves. In UTF-8 none does.
+func wide(body []byte) bool {
+	return len(body) > 0 && body[0] >= 0xfe || bytes.IndexByte(body[:min(len(body), 4)], 0) >= 0
+}
+
+// mayBeText: nothing says that the body is of a kind that no parser of JSON is given.
+func mayBeText(types []string) bool {
+	for _, t := range types {
+		media, _, err := mime.ParseMediaType(t)
+		kind, _, _ := strings.Cut(media, "/")
+		if err != nil || !slices.Contains([]string{"audio", "video", "image", "font", "multipart"}, kind) {
+			return true
+		}
+	}
+	return len(types) == 0
+}
+
+func illegible() error {
+	return &refusal.Refusal{Code: refusal.BadRequest, Status: http.StatusUnsupportedMediaType, Detail: "The body is not in UTF-8, so the model it asks for can't be read: send it in UTF-8."}
 }
 
 // Room bounds what the bodies that are read before their calls are admitted take together. Safe for

@@ -5,6 +5,7 @@ package tokens
 import (
 	"bytes"
 	"encoding/json"
+	"strings"
 )
 
 // Scanner finds one member of the outermost JSON object in a stream of bytes and
@@ -26,6 +27,7 @@ type Scanner struct {
 	tooLong  bool
 	found    bool
 	complete bool
+	alike    bool // a member is named so but for upper and lower case
 }
 
 type state uint8
@@ -129,6 +131,7 @@ func (s *Scanner) keep(p []byte) {
 func (s *Scanner) endKey() {
 	s.state = beforeColon
 	s.capture = s.named()
+	s.alike = s.alike || !s.capture && s.almost()
 	if s.capture {
 		s.value, s.tooLong, s.found, s.complete = s.value[:0], false, true, false
 		if s.inner != nil {
@@ -144,6 +147,18 @@ func (s *Scanner) named() bool {
 	}
 	var name string
 	return json.Unmarshal(s.key, &name) == nil && name == s.want
+}
+
+// almost reports whether the key is the one that is looked for to parsers that do not
+// mind upper and lower case.
+func (s *Scanner) almost() bool {
+	var name string
+	if bytes.IndexByte(s.key, '\\') >= 0 {
+		return json.Unmarshal(s.key, &name) == nil && strings.EqualFold(name, s.want)
+	}
+	// Letters that fold into one of ASCII have three bytes at most.
+	n := len(s.key)
+	return n >= 2 && n-2 <= 3*len(s.want) && s.key[0] == '"' && bytes.EqualFold(s.key[1:n-1], []byte(s.want))
 }
 
 func (s *Scanner) step(c byte) {
@@ -221,6 +236,10 @@ func (s *Scanner) Ended() bool { return s.state == afterObject || s.state == fol
 func (s *Scanner) Value() (value []byte, ok bool) {
 	return s.value, s.Ended() && s.found && s.complete && !s.tooLong
 }
+
+// Alike reports that a member was there whose name differs from the one that is looked
+// for in upper and lower case only.
+func (s *Scanner) Alike() bool { return s.alike }
 
 // Absent reports that the object is whole and has no such member.
 func (s *Scanner) Absent() bool { return s.Ended() && !s.found }

@@ -53,6 +53,11 @@ func TestUsageOfAnAnswer(t *testing.T) {
 			want{usage.InputTokens: 1110, usage.OutputTokens: 5, usage.CachedInputTokens: 1000}, Measured},
 		"messages with empty caches": {`{"usage":{"input_tokens":10,"cache_creation_input_tokens":null,"cache_read_input_tokens":0,"output_tokens":5}}`,
 			want{usage.InputTokens: 10, usage.OutputTokens: 5, usage.CachedInputTokens: 0}, Measured},
+		"messages in a larger shape": {`{"usage":{"prompt_tokens":null,"input_tokens":10,"cache_creation_input_tokens":100,"cache_read_input_tokens":1000,"output_tokens":5}}`,
+			want{usage.InputTokens: 1110, usage.OutputTokens: 5, usage.CachedInputTokens: 1000}, Measured},
+		// What a part of the input is that can't be counted, the input can't be either.
+		"messages with a cache that is no count": {`{"usage":{"input_tokens":10,"cache_creation_input_tokens":100,"cache_read_input_tokens":-1,"output_tokens":5}}`,
+			want{usage.OutputTokens: 5}, Malformed},
 		"embeddings":                {`{"data":[{"embedding":[0.1,-2e3]}],"usage":{"prompt_tokens":8,"total_tokens":8}}`, want{usage.InputTokens: 8}, Measured},
 		"usage first":               {`{"usage":{"prompt_tokens":1,"completion_tokens":2},"choices":[]}`, want{usage.InputTokens: 1, usage.OutputTokens: 2}, Measured},
 		"the name is escaped":       {`{"us\u0061ge":{"prompt_tokens":1}}`, want{usage.InputTokens: 1}, Measured},

@@ -113,15 +113,17 @@ func (o *object) readings() (readings []Reading, malformed bool) {
 		}
 	}
 	input, ok := count(o.PromptTokens, o.InputTokens)
+	before := malformed
 	read, haveRead := count(o.CacheRead)
 	created, haveCreated := count(o.CacheCreation)
-	if ok && len(o.PromptTokens) == 0 {
+	if ok && (len(o.PromptTokens) == 0 || isNull(o.PromptTokens)) {
 		if haveRead {
 			input += read
 		}
 		if haveCreated {
 			input += created
 		}
+		ok = malformed == before // else a part of it is not known
 	}
 	if input > usage.MaxQuantity {
 		malformed, ok = true, false
