@@ -460,6 +460,7 @@ func (d *disk) handle(j *job) {
 	d.appended(j)
 	if j.load > 0 {
 		d.loaded(j)
+		d.missed(j)
 	}
 	if j.removeErr != nil {
 		d.failed(j.removeErr)
@@ -571,6 +572,20 @@ func (d *disk) loaded(j *job) {
 	}
 	if j.loadErr != nil {
 		d.failed(j.loadErr)
+	}
+}
+
+// missed looks for frames of our own that only the spool has and that are not there any
+// more. They hold up their shard until the next start, which passes them by.
+func (d *disk) missed(j *job) {
+	if !j.atEnd || j.src != d.own {
+		return
+	}
+	for shard := range j.wants {
+		if l := d.own.slots[shard].lane; l.Holed() {
+			d.failed(fmt.Errorf("frame %d of shard %d is not in %s any more, or damaged", l.FirstMissing(), shard, d.own.log.Dir()))
+			return
+		}
 	}
 }
 

@@ -71,7 +71,8 @@ type Options struct {
 	// DefaultMemoryBytes when 0.
 	MemoryBytes int64
 	// SpoolBytes bounds the files on disk, those of earlier producers included;
-	// DefaultSpoolBytes when 0.
+	// DefaultSpoolBytes when 0. Frames that the ledger can never take are kept aside,
+	// up to a quarter as much, until somebody takes them away.
 	SpoolBytes int64
 	// OnFull is Block by default.
 	OnFull FullPolicy

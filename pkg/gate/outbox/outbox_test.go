@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -240,3 +241,62 @@ type claims struct{ numbers []uint64 }
 
 func (c *claims) Add(number uint64, _ *usage.Call) { c.numbers = append(c.numbers, number) }
 func (c *claims) Seal(usage.Micros)                {}
+
+// What the sender has not even heard of is lost as well, and Close says so.
+func TestCloseCountsWhatNobodyTook(t *testing.T) {
+	t.Parallel()
+	o, err := Open(Options{NATS: away(t), Shards: 1, Logger: zerolog.Nop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.s.connected = true // and nobody acknowledges
+	c := usage.Call{Time: usage.At(time.Now()), Account: "a"}
+	for range 3 {
+		if err := o.Add(context.Background(), 0, &c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := o.Close(ctx); err == nil || !strings.Contains(err.Error(), "3 calls") {
+		t.Errorf("%v", err)
+	}
+}
+
+// A disk that has lost what it said it had is not asked again without pause.
+func TestAFrameThatTheSpoolHasLostIsAlarmed(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	o := spooling(t, dir)
+	d, sl := o.s.disk, o.s.slots[0]
+	d.begin()
+	for range 3 {
+		add(t, o)
+		if !d.doNext() {
+			t.Fatal("nothing is spooled")
+		}
+	}
+	d.evict()
+	segment := filepath.Join(d.own.log.Dir(), "0000000001.seg")
+	data, err := os.ReadFile(segment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data[len(data)-1] ^= 1
+	if err := os.WriteFile(segment, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o.s.connected = true
+	jobs := 0
+	for jobs < 100 && d.doNext() {
+		jobs++
+	}
+	if jobs == 100 || !o.Stats().SpoolFailing || !sl.lane.Holed() || sl.lane.FirstMissing() != 3 {
+		t.Errorf("%d jobs, failing %t, frame %d is missing", jobs, o.Stats().SpoolFailing, sl.lane.FirstMissing())
+	}
+	d.end()
+	o.s.connected = false
+	if err := o.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+}

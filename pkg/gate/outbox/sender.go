@@ -374,6 +374,7 @@ func (s *sender) reject(sl *slot, number uint64, err error) {
 	}
 	where := "nowhere: there is no spool directory"
 	if s.disk != nil {
+		where = "nowhere"
 		kept, keepErr := s.disk.store.Keep(sl.producer(s.b), &spool.Record{Shard: sl.lane.Shard(), Number: f.Number, Data: f.Data})
 		if err = errors.Join(err, keepErr); keepErr == nil {
 			where = kept
@@ -452,6 +453,9 @@ func (s *sender) finish(ctx context.Context) error {
 	if s.disk != nil {
 		err = s.disk.secure(s.b.o.Now())
 		s.disk.noteRest()
+	}
+	for _, sl := range s.slots {
+		s.take(sl) // what nobody took is lost as well
 	}
 	lost, kept := uint64(0), uint64(0)
 	for _, sl := range s.slots {

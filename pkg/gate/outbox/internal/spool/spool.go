@@ -90,12 +90,13 @@ type Store struct {
 	limit        int64
 	segmentBytes int64
 	bytes        atomic.Int64
+	kept         int64 // bytes of what Keep has put aside; -1: not looked at yet
 	create       func(path string) (file, error)
 }
 
 // Open makes the directory if it has to, and locks it.
 func Open(dir string, limit int64) (*Store, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := makeDir(dir, syncDir); err != nil {
 		return nil, fmt.Errorf("spool directory: %w", err)
 	}
 	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
@@ -109,13 +110,34 @@ func Open(dir string, limit int64) (*Store, error) {
 		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), lock.Close())
 	}
 	return &Store{
-		dir: dir, lock: lock, limit: limit,
+		dir: dir, lock: lock, limit: limit, kept: -1,
 		// A small spool has small segments, so that it is freed bit by bit.
 		segmentBytes: max(min(DefaultSegmentBytes, limit/8), 64<<10),
 		create: func(path string) (file, error) {
 			return os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 		},
 	}, nil
+}
+
+// makeDir makes a directory and those above it that are missing; sync makes a
+// directory's names durable: what is in the spool is found by all of them.
+func makeDir(dir string, sync func(string) error) error {
+	var missing []string // the innermost first
+	for d := filepath.Clean(dir); ; d = filepath.Dir(d) {
+		if _, err := os.Stat(d); err == nil || !errors.Is(err, os.ErrNotExist) {
+			break // what is in the way MkdirAll says
+		}
+		missing = append(missing, d)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	for _, d := range slices.Backward(missing) {
+		if err := sync(filepath.Dir(d)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Close unlocks the directory.
@@ -201,13 +223,30 @@ func (s *Store) write(path string, data []byte) error {
 	return syncDir(filepath.Dir(path))
 }
 
-// Keep puts a frame that the ledger can never take aside, for a person.
+// Keep puts a frame that the ledger can never take aside, for a person: up to a
+// quarter of the store's limit, beside it. Not safe for concurrent use.
 func (s *Store) Keep(producer ksuid.KSUID, r *Record) (path string, err error) {
 	dir := filepath.Join(s.dir, "rejected")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := makeDir(dir, syncDir); err != nil {
 		return "", fmt.Errorf("spool: %w", err)
 	}
+	if s.kept < 0 {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return "", fmt.Errorf("spool: %w", err)
+		}
+		s.kept = 0
+		for _, e := range entries {
+			if info, err := e.Info(); err == nil { // else somebody has just taken it away
+				s.kept += info.Size()
+			}
+		}
+	}
+	if s.kept+int64(len(r.Data)) > s.limit/4 {
+		return "", fmt.Errorf("spool: %s: %w", dir, ErrFull)
+	}
 	path = filepath.Join(dir, fmt.Sprintf("%s-%d-%d.frame", producer, r.Shard, r.Number))
+	s.kept += int64(len(r.Data))
 	return path, s.write(path, r.Data)
 }
 
@@ -382,6 +421,9 @@ func (l *Log) begin() error {
 		n = l.segments[k-1].number + 1
 	}
 	f, err := l.store.create(l.path(n))
+	for ; errors.Is(err, os.ErrExist); f, err = l.store.create(l.path(n)) {
+		n++ // one that was begun in vain and could not be removed: nothing is in it
+	}
 	if err != nil {
 		return fmt.Errorf("spool: %w", err)
 	}

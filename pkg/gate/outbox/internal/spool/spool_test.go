@@ -342,3 +342,81 @@ func TestRejectedFramesAreKept(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A server that takes no frame at all must not fill the disk.
+func TestRejectedFramesHaveABound(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := store(t, dir, 4000)
+	keep := func(n uint64) error {
+		r := rec(n, 300)
+		_, err := s.Keep(ksuid.Max, &r)
+		return err
+	}
+	for n := range uint64(3) {
+		if err := keep(n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := keep(3); !errors.Is(err, ErrFull) {
+		t.Errorf("past a quarter of the limit: %v", err)
+	}
+	s, _ = reopen(t, s, dir)
+	s.limit = 4000
+	if err := keep(4); !errors.Is(err, ErrFull) {
+		t.Errorf("and after a restart: %v", err)
+	}
+	if err := os.RemoveAll(filepath.Join(dir, "rejected")); err != nil {
+		t.Fatal(err)
+	}
+	s, _ = reopen(t, s, dir)
+	s.limit = 4000
+	if err := keep(5); err != nil {
+		t.Errorf("when somebody has taken them away: %v", err)
+	}
+}
+
+// The name of the spool's own directory is what all in it is found by.
+func TestADirectoryThatIsMadeIsDurable(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var synced []string
+	sync := func(d string) error {
+		name, err := filepath.Rel(dir, d)
+		synced = append(synced, name)
+		return err
+	}
+	for range 2 { // the second time it is there
+		if err := makeDir(filepath.Join(dir, "a", "b", "spool"), sync); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := fmt.Sprint(synced); got != "[. a a/b]" {
+		t.Errorf("synced are %s", got)
+	}
+	if err := makeDir(filepath.Join(dir, "c"), func(string) error { return syscall.EIO }); !errors.Is(err, syscall.EIO) {
+		t.Errorf("got %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(filepath.Join(dir, "file", "x"), 1<<20); err == nil {
+		t.Error("it is in a file")
+	}
+}
+
+// What a failing disk left of a segment that could not be begun stands in nobody's way.
+func TestASegmentThatIsThereAlreadyIsPassedBy(t *testing.T) {
+	t.Parallel()
+	s := store(t, t.TempDir(), 1<<20)
+	l := begin(t, s)
+	if err := os.WriteFile(l.path(1), []byte(magic), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	at, err := l.Append(recs(1, 2, 100))
+	if err != nil || at[0].Segment != 2 {
+		t.Fatal(at, err)
+	}
+	got, _ := all(t, l)
+	same(t, got, recs(1, 2, 100))
+}
