@@ -31,6 +31,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/anchor"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/letters"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/meter"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/ownership"
@@ -88,8 +89,9 @@ type Options struct {
 
 	// ownReadiness is nobody else's to register as a metric.
 	ownReadiness bool
-	// idleEntries, if set, stand in for the constant in tests.
-	idleEntries uint64
+	// idleEntries, tidyEvery and leftAfter, if set, stand in for constants in tests.
+	idleEntries          uint64
+	tidyEvery, leftAfter time.Duration
 	// abandon makes the end of ctx a crash: nothing more is published or kept.
 	abandon bool
 	// timing of the fleet, in tests.
@@ -114,6 +116,7 @@ type service struct {
 	stop    <-chan struct{} // closed when the process is to end
 	fatal   chan error
 	unswept chan anchor.Taking
+	strayed chan struct{} // an entry of no shard was read
 	g       *errgroup.Group
 	status  status
 	head    atomic.Uint64 // the newest entry that was read, of any shard
@@ -127,7 +130,7 @@ type service struct {
 // newer program: Run goes on with the others and says so. It returns an error wrapping ledger.ErrPurged when the ledger no longer
 // holds what must be counted, ledger.ErrRewound when it has lost what was counted.
 func Run(ctx context.Context, o Options) error {
-	s := &service{o: withDefaults(o), abandon: o.abandon, log: o.Logger, stop: ctx.Done(), fatal: make(chan error, 1), unswept: make(chan anchor.Taking, 64)}
+	s := &service{o: withDefaults(o), abandon: o.abandon, log: o.Logger, stop: ctx.Done(), fatal: make(chan error, 1), unswept: make(chan anchor.Taking, 64), strayed: make(chan struct{}, 1)}
 	var err error
 	if s.m, err = meter.New(s.o.Registerer); err != nil {
 		return fmt.Errorf("aggregator: %w", err)
@@ -227,7 +230,7 @@ func (s *service) count(ctx context.Context) error {
 		return err
 	}
 	s.stores = &anchor.Stores{
-		NC: nc, JS: s.js, Objects: s.objects, Log: s.log, Owner: readable(s.o.Member) + "/" + ksuid.New().String(), Horizon: s.horizon(),
+		NC: nc, JS: s.js, Objects: s.objects, Log: s.log, Owner: letters.Readable(s.o.Member) + "/" + ksuid.New().String(), Horizon: s.horizon(),
 	}
 	for shard := range s.shards {
 		s.owners = append(s.owners, newOwner(s, uint32(shard)))
@@ -253,7 +256,7 @@ func (s *service) count(ctx context.Context) error {
 	if s.o.Standby == 0 {
 		// One consumer without a filter for all shards: measured, it is cheaper
 		// for the server and for us than one a shard.
-		all := &reader{service: s, all: true, strays: s.owners[0]}
+		all := &reader{service: s, all: true}
 		for _, o := range s.owners {
 			if o.newer == nil {
 				o.intake.Store(newIntake(all))
@@ -264,7 +267,16 @@ func (s *service) count(ctx context.Context) error {
 		}
 	}
 	g.Go(func() error { return s.keepClock(alive) })
-	g.Go(func() error { return s.sweeper(alive) })
+	// What is done once for all is done by the owner of the first shard.
+	ours := func() bool { return s.owners[0].lastBeacon.Load() != 0 }
+	g.Go(func() error {
+		return anchor.Sweeper{Stores: s.stores, Taken: s.unswept, Ours: ours, Every: s.o.tidyEvery, After: s.o.leftAfter}.Run(alive)
+	})
+	strays := letters.Strays{JS: s.js, Shards: s.shards, Log: s.log, Kept: func() {
+		s.m.Strays.Inc()
+		s.m.DeadLetters.WithLabelValues(usage.ReasonWrongShard).Inc()
+	}}
+	g.Go(func() error { return strays.Run(alive, ours, s.strayed) })
 	g.Go(func() error {
 		select {
 		case err := <-s.fatal:

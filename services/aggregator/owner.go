@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -22,6 +20,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/anchor"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/letters"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/meter"
 	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 	"github.com/tollkeeper/tollkeeper/services/internal/ownership"
@@ -74,7 +73,6 @@ type owner struct {
 	tail    atomic.Bool   // it is to be folded though it is not ours
 	nudge   chan struct{} // tail has changed
 	intake  atomic.Pointer[intake]
-	strays  chan ledger.Message // entries of no shard, which the first buries
 	queries chan *nats.Msg
 	results chan func() error // what a goroutine of ours brings back
 	running int               // goroutines of ours
@@ -134,14 +132,10 @@ type letter struct {
 }
 
 func newOwner(s *service, shard uint32) *owner {
-	o := &owner{
+	return &owner{
 		service: s, shard: shard, log: s.log.With().Uint32("shard", shard).Logger(), tenures: make(chan *tenure), nudge: make(chan struct{}, 1),
 		queries: make(chan *nats.Msg, queryBuffer), results: make(chan func() error, 8),
 	}
-	if shard == 0 {
-		o.strays = make(chan ledger.Message, inputBuffer)
-	}
-	return o
 }
 
 // run counts until ctx is done.
@@ -162,9 +156,8 @@ func (o *owner) run(ctx context.Context) error {
 		if from := o.intake.Load(); from != nil && o.state != nil {
 			in = from.in
 		}
-		strays := o.strays
 		if o.stopping || o.owns && len(o.dead) >= maxDead {
-			in, strays = nil, nil
+			in = nil
 		}
 		if o.owns && o.pub.Queued() >= maxQueued {
 			in = nil
@@ -183,9 +176,6 @@ func (o *owner) run(ctx context.Context) error {
 		select {
 		case m := <-in:
 			o.apply(m)
-		case m := <-strays:
-			o.m.Strays.Inc()
-			o.deadLetter(m, &usage.InvalidError{Reason: usage.ReasonWrongShard, Message: fmt.Sprintf("%q is a subject of no shard: the ledger has %d", m.Subject, o.shards)})
 		case finish := <-o.results:
 			o.running--
 			if err := finish(); err != nil {
@@ -788,7 +778,7 @@ func (o *owner) stored(io context.Context, b *publish.Batch, obsolete string, at
 // deadLetter keeps an entry that cannot be counted, or where it stands as long
 // as the shard is another's, who keeps it.
 func (o *owner) deadLetter(m ledger.Message, cause error) {
-	l := letter{sequence: m.Sequence, subject: m.Subject, reason: usage.ReasonMalformed, detail: readable(cause.Error())}
+	l := letter{sequence: m.Sequence, subject: m.Subject, reason: usage.ReasonMalformed, detail: cause.Error()}
 	var invalid *usage.InvalidError
 	if errors.As(cause, &invalid) {
 		l.reason = invalid.Reason
@@ -809,15 +799,7 @@ func (o *owner) deadLetter(m ledger.Message, cause error) {
 
 // write makes the message that keeps an entry.
 func (o *owner) write(l *letter, header nats.Header, data []byte) *nats.Msg {
-	d := &nats.Msg{Subject: ledger.DeadLetterSubject(o.shard, l.sequence), Data: data, Header: nats.Header{
-		ledger.ReasonHeader: {l.reason}, ledger.DetailHeader: {l.detail}, ledger.OriginHeader: {l.subject + " " + strconv.FormatUint(l.sequence, 10)},
-	}}
-	if codec := header.Get(ledger.CodecHeader); codec != "" {
-		d.Header.Set(ledger.CodecHeader, codec)
-	}
-	// One message an entry: a replay finds it there already.
-	ledger.ExpectLast(d, 0)
-	return d
+	return letters.Message(o.shard, l.sequence, l.subject, l.reason, l.detail, header, data)
 }
 
 // read again an entry that is to be kept; nil when the ledger has it no more.
@@ -836,17 +818,6 @@ func (o *owner) reread(ctx context.Context, l *letter) (*nats.Msg, error) {
 	return o.write(l, m.Header, m.Data), nil
 }
 
-// readable is text that can stand in a header.
-func readable(text string) string {
-	text = strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
-			return ' '
-		}
-		return r
-	}, text)
-	return strings.ToValidUTF8(text[:min(len(text), 512)], "")
-}
-
 func (o *owner) bury(io context.Context, l *letter) {
 	o.burying = true
 	letter := *l
@@ -857,21 +828,13 @@ func (o *owner) bury(io context.Context, l *letter) {
 			m, err = o.reread(ctx, &letter)
 		}
 		if err == nil && m != nil {
-			_, err = o.js.PublishMsg(ctx, m)
+			_, err = letters.Keep(ctx, o.js, m)
 		}
 		return func() error {
 			o.burying = false
-			if err == nil || refusedWith(err, jetstream.JSErrCodeStreamWrongLastSequence) {
+			if err == nil {
 				o.dead = o.dead[1:]
 				o.retry.reset()
-				return nil
-			}
-			if m != nil && (errors.Is(err, nats.ErrMaxPayload) || refusedWith(err, errCodeTooLarge)) && len(m.Data) > 0 {
-				// With its headers it is larger than NATS takes. The whole
-				// stands in the ledger, where the origin says.
-				m.Header.Set(truncatedHeader, strconv.Itoa(len(m.Data)))
-				m.Data = m.Data[:len(m.Data)/2]
-				o.dead[0].message = m
 				return nil
 			}
 			wait := o.retry.next()
@@ -882,14 +845,8 @@ func (o *owner) bury(io context.Context, l *letter) {
 	})
 }
 
-// truncatedHeader says how many bytes a dead letter had that is kept in part.
-const truncatedHeader = "Tollkeeper-Truncated"
-
-// JetStream's codes that the client has no names for.
-const (
-	errCodeTooLarge      jetstream.ErrorCode = 10054
-	errCodeWriteUnderWay jetstream.ErrorCode = 10164
-)
+// errCodeWriteUnderWay is JetStream's code that the client has no name for.
+const errCodeWriteUnderWay jetstream.ErrorCode = 10164
 
 func refusedWith(err error, codes ...jetstream.ErrorCode) bool {
 	var api *jetstream.APIError

@@ -26,9 +26,8 @@ func newIntake(by *reader) *intake {
 // reader reads all shards without a filter, or one.
 type reader struct {
 	*service
-	all    bool
-	one    *owner // if not all
-	strays *owner // who buries what is of no shard
+	all bool
+	one *owner // if not all
 }
 
 // read hands over entries from a position on, until ctx is done or what one
@@ -52,9 +51,8 @@ func (r *reader) read(ctx context.Context, from uint64) error {
 		_, shard, err := ledger.ParseSubject(m.Subject)
 		if err != nil || int(shard) >= r.shards {
 			select {
-			case r.strays.strays <- m:
-			case <-ctx.Done():
-				return ctx.Err()
+			case r.strayed <- struct{}{}:
+			default: // it is looked for already
 			}
 			return nil
 		}

@@ -2,6 +2,7 @@ package aggregator
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"slices"
@@ -37,7 +38,7 @@ func TestAShardThatDoesNotTakeItsEntriesDoesNotHoldUpTheOthers(t *testing.T) {
 	s := &service{js: w.js, nc: w.nc, m: m, log: zerolog.Nop(), shards: 2, g: g}
 	blocked, other := newOwner(s, 0), newOwner(s, 1)
 	s.owners = []*owner{blocked, other}
-	all := &reader{service: s, all: true, strays: blocked}
+	all := &reader{service: s, all: true}
 	for _, o := range s.owners {
 		at := newIntake(all)
 		at.in = make(chan ledger.Message, 4)
@@ -78,31 +79,89 @@ func TestAShardThatDoesNotTakeItsEntriesDoesNotHoldUpTheOthers(t *testing.T) {
 	}
 }
 
-func TestAnEntryOfAShardThatTheLedgerDoesNotHaveIsKeptInTheDeadLetters(t *testing.T) {
+// Whoever can append to the ledger can append where no shard reads.
+func TestEntriesOfNoShardHoldUpNobody(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, 2, time.Minute)
-	r := w.run(Options{})
-	stray := w.publish(w.frame(ksuid.New(), 2, 1, calls("acme", 1)))
-	odd := w.frame(ksuid.New(), 0, 1, calls("acme", 1))
-	odd.Subject = "calls.first"
-	nowhere := w.publish(odd)
-	stream, err := w.js.Stream(t.Context(), ledger.DeadLetterStream)
+	m, err := meter.New(prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
-	for seq, origin := range map[uint64]string{stray: "calls.2", nowhere: "calls.first"} {
-		eventually(t, "it is kept", func() bool {
-			m, err := stream.GetLastMsgForSubject(t.Context(), ledger.DeadLetterSubject(0, seq))
-			return err == nil && m.Header.Get(ledger.ReasonHeader) == usage.ReasonWrongShard && m.Header.Get(ledger.OriginHeader) == fmt.Sprint(origin, " ", seq)
-		})
+	ctx, cancel := context.WithCancel(t.Context())
+	g, ctx := errgroup.WithContext(ctx)
+	s := &service{js: w.js, nc: w.nc, m: m, log: zerolog.Nop(), shards: 2, g: g}
+	s.owners = []*owner{newOwner(s, 0), newOwner(s, 1)}
+	all := &reader{service: s, all: true}
+	for _, o := range s.owners {
+		o.intake.Store(newIntake(all))
 	}
-	r.counts(t, `
+	// Nobody takes them: the owner of the first shard is busy, or somebody else.
+	for range 3 * inputBuffer {
+		w.publish(w.frame(ksuid.New(), 2, 1, calls("acme", 1)))
+	}
+	last := w.control(1, &tollkeeperv1.ControlEntry{})
+	g.Go(func() error { return all.read(ctx, 1) })
+	select {
+	case got := <-s.owners[1].intake.Load().in:
+		if got.Sequence != last {
+			t.Errorf("got entry %d, want %d", got.Sequence, last)
+		}
+	case <-time.After(10 * time.Second):
+		t.Errorf("entry %d does not come", last)
+	}
+	cancel()
+	if err := g.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAnEntryOfAShardThatTheLedgerDoesNotHaveIsKeptInTheDeadLetters(t *testing.T) {
+	t.Parallel()
+	for name, standby := range map[string]int{"one reader of all shards": 0, "a reader for each shard": 1, "only for what is owned": -1} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, 2, time.Minute)
+			// There may have been some before anybody could keep them.
+			first := w.publish(w.frame(ksuid.New(), 2, 1, calls("acme", 1)))
+			r := w.run(Options{Standby: standby})
+			stray := w.publish(w.frame(ksuid.New(), 2, 2, calls("acme", 1)))
+			odd := w.frame(ksuid.New(), 0, 1, calls("acme", 1))
+			odd.Subject = "calls.first"
+			nowhere := w.publish(odd)
+			stream, err := w.js.Stream(t.Context(), ledger.DeadLetterStream)
+			if err != nil {
+				t.Fatal(err)
+			}
+			kept := func(seq uint64, origin string) {
+				t.Helper()
+				eventually(t, "it is kept", func() bool {
+					m, err := stream.GetLastMsgForSubject(t.Context(), ledger.DeadLetterSubject(0, seq))
+					return err == nil && m.Header.Get(ledger.ReasonHeader) == usage.ReasonWrongShard && m.Header.Get(ledger.OriginHeader) == fmt.Sprint(origin, " ", seq)
+				})
+			}
+			for seq, origin := range map[uint64]string{first: "calls.2", stray: "calls.2", nowhere: "calls.first"} {
+				kept(seq, origin)
+			}
+			r.counts(t, `
 # HELP tollkeeper_aggregator_stray_entries_total Entries on subjects of no shard of this ledger: they are kept in the dead letters.
 # TYPE tollkeeper_aggregator_stray_entries_total counter
-tollkeeper_aggregator_stray_entries_total 2
+tollkeeper_aggregator_stray_entries_total 3
 `, "tollkeeper_aggregator_stray_entries_total")
-	if err := r.stop(t); err != nil {
-		t.Error(err)
+			if err := r.stop(t); err != nil {
+				t.Error(err)
+			}
+			// The next owner keeps what comes after, and nothing twice.
+			r = w.run(Options{Standby: standby})
+			kept(w.publish(w.frame(ksuid.New(), 9, 1, calls("acme", 1))), "calls.9")
+			r.counts(t, `
+# HELP tollkeeper_aggregator_stray_entries_total Entries on subjects of no shard of this ledger: they are kept in the dead letters.
+# TYPE tollkeeper_aggregator_stray_entries_total counter
+tollkeeper_aggregator_stray_entries_total 1
+`, "tollkeeper_aggregator_stray_entries_total")
+			if err := r.stop(t); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 
@@ -166,6 +225,49 @@ func TestSnapshotsThatNobodyNamesAreRemoved(t *testing.T) {
 	slices.Sort(names)
 	if want := []string{"historian/calls.0", w.checkpoint(0).Snapshot, w.checkpoint(1).Snapshot}; !slices.Equal(names, want) {
 		t.Errorf("kept are %v, want %v", names, want)
+	}
+}
+
+// Who is killed in the middle of storing a snapshot leaves chunks without a name, and
+// every snapshot that was replaced leaves the name: both would fill the bucket for ever.
+func TestWhatBrokenUploadsAndOldSnapshotsLeaveBehindIsRemoved(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 1, time.Minute)
+	const left = "$O.snapshots.C.left"
+	for range 3 {
+		if _, err := w.js.Publish(t.Context(), left, make([]byte, 1000)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := w.run(Options{tidyEvery: 20 * time.Millisecond, leftAfter: time.Nanosecond})
+	stream, err := w.js.Stream(t.Context(), "OBJ_"+ledger.SnapshotsBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "they are gone", func() bool {
+		info, err := stream.Info(t.Context(), jetstream.WithSubjectFilter(left))
+		return err == nil && info.State.Subjects[left] == 0
+	})
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+	store, err := w.js.ObjectStore(t.Context(), ledger.SnapshotsBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store.PutBytes(t.Context(), "shard-0/7-1", []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if err := store.Delete(t.Context(), "shard-0/7-1"); err != nil {
+		t.Fatal(err)
+	}
+	r = w.run(Options{tidyEvery: 20 * time.Millisecond, leftAfter: time.Nanosecond})
+	eventually(t, "the name of what was deleted is gone", func() bool {
+		_, err := stream.GetLastMsgForSubject(t.Context(), "$O.snapshots.M."+base64.URLEncoding.EncodeToString([]byte("shard-0/7-1")))
+		return errors.Is(err, jetstream.ErrMsgNotFound)
+	})
+	if err := r.stop(t); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -521,7 +521,7 @@ func TestADeadLetterThatIsTooLargeIsKeptInPart(t *testing.T) {
 	}
 	eventually(t, "it is kept", func() bool {
 		d, err := stream.GetLastMsgForSubject(t.Context(), ledger.DeadLetterSubject(0, seq))
-		return err == nil && len(d.Data) > 1<<18 && d.Header.Get(truncatedHeader) == strconv.Itoa(1<<20-40)
+		return err == nil && len(d.Data) > 1<<18 && d.Header.Get("Tollkeeper-Truncated") == strconv.Itoa(1<<20-40)
 	})
 	if err := r.stop(t); err != nil {
 		t.Error(err)

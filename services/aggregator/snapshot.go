@@ -11,9 +11,9 @@ import (
 )
 
 // snapshot writes the state; the checkpoint names it when every decision up to
-// its position is published. What is cut off leaves its beginning in the bucket
-// for good, so an end of the tenure does not: the whole nobody names, and the next
-// who takes the shard over removes it.
+// its position is published. What is cut off leaves its beginning in the bucket for
+// a while (tidy), so an end of the tenure does not: the whole nobody names, and the
+// next who takes the shard over removes it.
 func (o *owner) snapshot() {
 	begin := time.Now()
 	data := o.state.AppendBinary(make([]byte, 0, o.snapshotSize+o.snapshotSize/8))
@@ -58,32 +58,4 @@ func (o *owner) forget(io context.Context, name string) {
 			return nil
 		}
 	})
-}
-
-// sweepAfter is how long it is waited for more shards that were taken over.
-const sweepAfter = 200 * time.Millisecond
-
-// sweeper removes the snapshots that former owners of the shards that came to us
-// have left behind.
-func (s *service) sweeper(ctx context.Context) error {
-	for {
-		var taken []anchor.Taking
-		var over <-chan time.Time
-	gather:
-		for {
-			select {
-			case t := <-s.unswept:
-				if taken = append(taken, t); over == nil {
-					over = time.After(sweepAfter)
-				}
-			case <-over:
-				break gather
-			case <-ctx.Done():
-				return nil
-			}
-		}
-		if err := s.stores.Sweep(ctx, taken); err != nil && ctx.Err() == nil {
-			s.log.Warn().Err(err).Msg("old snapshots could not be removed: the next take-over tries again")
-		}
-	}
 }
