@@ -5,6 +5,7 @@ package ledger
 const (
 	AuditStream        = "AUDIT"
 	AuditBucket        = "audit"
+	BooksBucket        = "books" // of objects
 	AuditStatusKey     = "status"
 	AuditFindingPrefix = "finding."
 )

@@ -6,27 +6,41 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/auditor/internal/findings"
+	"github.com/tollkeeper/tollkeeper/services/internal/leftovers"
 )
 
-// store keeps books in the bucket of snapshots, the last two, so that one that
-// was cut off while being written leaves the other, and findings in a bucket of
-// their own.
+// store keeps books, the last two, so that one that was cut off while being written
+// leaves the other, and findings, in buckets of their own: who compares the others
+// may change nothing of theirs.
 type store struct {
 	js   jetstream.JetStream
 	next int
+	tidy time.Time // when what uploads that died have left behind was removed
 }
 
-var bookNames = [2]string{"auditor/books.0", "auditor/books.1"}
+var bookNames = [2]string{"books.0", "books.1"}
+
+// tidyEvery is how often what is left behind in the books' bucket is removed.
+const tidyEvery = 5 * time.Minute
+
+func (s *store) objects(ctx context.Context) (jetstream.ObjectStore, error) {
+	objects, err := s.js.ObjectStore(ctx, ledger.BooksBucket)
+	if err != nil {
+		return nil, fmt.Errorf("bucket %s: %w", ledger.BooksBucket, err)
+	}
+	return objects, nil
+}
 
 func (s *store) load(ctx context.Context) ([][]byte, error) {
-	objects, err := s.js.ObjectStore(ctx, ledger.SnapshotsBucket)
+	objects, err := s.objects(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("bucket %s: %w", ledger.SnapshotsBucket, err)
+		return nil, err
 	}
 	var found [2][]byte
 	var at [2]int64
@@ -59,15 +73,20 @@ func (s *store) load(ctx context.Context) ([][]byte, error) {
 }
 
 func (s *store) save(ctx context.Context, data []byte) error {
-	objects, err := s.js.ObjectStore(ctx, ledger.SnapshotsBucket)
+	objects, err := s.objects(ctx)
 	if err != nil {
-		return fmt.Errorf("bucket %s: %w", ledger.SnapshotsBucket, err)
+		return err
 	}
 	if _, err := objects.PutBytes(ctx, bookNames[s.next], data); err != nil {
 		return fmt.Errorf("write %s: %w", bookNames[s.next], err)
 	}
 	s.next = 1 - s.next
-	return nil
+	if time.Since(s.tidy) < tidyEvery {
+		return nil
+	}
+	s.tidy = time.Now()
+	_, err = leftovers.Sweep(ctx, s.js, ledger.BooksBucket, leftovers.Age)
+	return err
 }
 
 func (s *store) bucket(ctx context.Context) (jetstream.KeyValue, error) {

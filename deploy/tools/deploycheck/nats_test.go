@@ -471,6 +471,16 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 			t.Errorf("%d bytes of %d came back", len(back), len(large))
 		}
 		must(t, "delete a snapshot", snapshots.Delete(ctx, "shard-3/1-1"))
+		mayTidy(ctx, t, aggregator, ledger.SnapshotsBucket)
+		// What no shard reads it looks for, and keeps up to where it has.
+		entries, err := aggregator.js.Stream(ctx, ledger.Stream)
+		must(t, "the ledger", err)
+		_, err = entries.Info(ctx, jetstream.WithSubjectFilter(">"))
+		must(t, "the ledger's subjects", err)
+		_, err = entries.GetMsg(ctx, 1, jetstream.WithGetMsgSubject(ledger.CallsSubject(3)))
+		must(t, "an entry of a subject", err)
+		_, err = kv(t, aggregator, ledger.ConfigBucket).Put(ctx, "ledger.strays", []byte("{}"))
+		must(t, "where all strays are kept", err)
 
 		_, err = aggregator.Subscribe(ledger.UsageSubject(3), func(m *nats.Msg) { _ = m.Respond([]byte("used")) })
 		must(t, "subscribe to questions", err)
@@ -646,13 +656,14 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 		if _, err := kv(t, auditor, ledger.HistorianBucket).Get(ctx, "calls"); err != nil && !errors.Is(err, jetstream.ErrKeyNotFound) {
 			t.Errorf("how far the history is: %v", err)
 		}
-		snapshots, err := auditor.js.ObjectStore(ctx, ledger.SnapshotsBucket)
-		must(t, "snapshots", err)
+		books, err := auditor.js.ObjectStore(ctx, ledger.BooksBucket)
+		must(t, "books", err)
 		for range 2 {
-			_, err = snapshots.PutBytes(ctx, "auditor/books.0", make([]byte, 1<<20))
+			_, err = books.PutBytes(ctx, "books.0", make([]byte, 1<<20))
 			must(t, "write books", err)
 		}
-		object(ctx, t, snapshots, "auditor/books.0")
+		object(ctx, t, books, "books.0")
+		mayTidy(ctx, t, auditor, ledger.BooksBucket)
 		answer, err := auditor.RequestWithContext(ctx, ledger.UsageSubject(3), nil)
 		must(t, "ask the counters", err)
 		if string(answer.Data) != "used" {
@@ -664,6 +675,8 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 		for _, subject := range []string{
 			"calls.3", "control.3", "leases.3", "closings.3", "audit.gateway.p", "alerts.x", "$KV.decisions.3.a.l", "$KV.directory.key.x", "$KV.config.plans.applied", "$KV.historian.calls",
 			"$JS.API.STREAM.PURGE.LEDGER", "$JS.API.STREAM.DELETE.AUDIT", "$JS.API.STREAM.PURGE.AUDIT",
+			"$O.snapshots.C.x", "$JS.API.STREAM.PURGE.OBJ_snapshots", "$JS.API.STREAM.DELETE.OBJ_snapshots", "$JS.API.CONSUMER.CREATE.OBJ_snapshots.x",
+			"$JS.API.STREAM.DELETE.OBJ_books", "$JS.API.STREAM.PURGE.KV_audit",
 		} {
 			auditor.mayNot(t, subject)
 		}
@@ -690,6 +703,27 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 			t.Error("the system account reads the ledger")
 		}
 	})
+}
+
+// mayTidy does with a bucket of objects what services/internal/leftovers does.
+func mayTidy(ctx context.Context, t *testing.T, c *client, bucket string) {
+	t.Helper()
+	const left = ".C.left"
+	_, err := c.js.Publish(ctx, "$O."+bucket+left, []byte("x"))
+	must(t, "begin to write", err)
+	stream, err := c.js.Stream(ctx, "OBJ_"+bucket)
+	must(t, "bucket "+bucket, err)
+	info, err := stream.Info(ctx, jetstream.WithSubjectFilter("$O."+bucket+".C.>"))
+	must(t, "what there is", err)
+	if info.State.Subjects["$O."+bucket+left] != 1 {
+		t.Errorf("there is %v", info.State.Subjects)
+	}
+	_, found, err := ledger.LastMessage(ctx, c.js, "OBJ_"+bucket, "$O."+bucket+left)
+	must(t, "ask the leader", err)
+	if !found {
+		t.Error("what was written is not there")
+	}
+	must(t, "remove it", stream.Purge(ctx, jetstream.WithPurgeSubject("$O."+bucket+left), jetstream.WithPurgeSequence(info.State.LastSeq+1)))
 }
 
 func noViolations(t *testing.T, c *client) {
