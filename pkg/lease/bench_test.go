@@ -280,3 +280,34 @@ func TestConcurrentCallsNeitherMakeNorLoseUnits(t *testing.T) {
 		}
 	}
 }
+
+// Many reservations are open, and every few milliseconds somebody looks whether one has
+// passed its deadline.
+func BenchmarkSweep(b *testing.B) {
+	const open = 50_000
+	parts := []Part{{filled(1, 1<<50)[0], 10}}
+	hs := NewHolds(open)
+	for i := range open {
+		if _, out, _ := hs.Reserve(parts, 1, 1000+Micros(i)); !out.OK() {
+			b.Fatal(out)
+		}
+	}
+	for b.Loop() {
+		hs.Sweep(999)
+	}
+}
+
+// So many reservations are open that there is no room for another one.
+func BenchmarkReserveWhereIsNoRoom(b *testing.B) {
+	const open = 50_000
+	parts := []Part{{filled(1, 1<<50)[0], 10}}
+	hs := NewHolds(open)
+	for range open {
+		hs.Reserve(parts, 1, 1000)
+	}
+	for b.Loop() {
+		if _, out, _ := hs.Reserve(parts, 1, 1000); out != Full {
+			b.Fatal(out)
+		}
+	}
+}

@@ -53,14 +53,16 @@ type HoldCounts struct {
 
 // Holds are a gateway's reservations. Safe for concurrent use.
 type Holds struct {
-	mu     sync.Mutex
-	max    int
-	open   []*Hold
-	counts HoldCounts
+	mu      sync.Mutex
+	max     int
+	open    []*Hold
+	next    Micros  // no reservation that is not expired has an earlier deadline
+	expired []*Hold // in this order; some were resolved since
+	counts  HoldCounts
 }
 
 // NewHolds returns room for max reservations.
-func NewHolds(max int) *Holds { return &Holds{max: max} }
+func NewHolds(max int) *Holds { return &Holds{max: max, next: never} }
 
 // Reserve takes the upper bound of every part or none. A call that is not
 // resolved before the deadline (the gateway's estimate of the ledger's time) is
@@ -98,25 +100,25 @@ func (hs *Holds) add(h *Hold) bool {
 	}
 	h.at = len(hs.open)
 	hs.open = append(hs.open, h)
+	hs.next = min(hs.next, h.deadline)
 	hs.counts.Open++
 	return true
 }
 
 // forgetOne makes room at the cost of the one that expired first.
 func (hs *Holds) forgetOne() bool {
-	var first *Hold
-	for _, h := range hs.open {
-		if h.state == expired && h.again == nil && (first == nil || h.deadline < first.deadline) {
-			first = h
+	for len(hs.expired) > 0 {
+		first := hs.expired[0]
+		hs.expired[0] = nil
+		hs.expired = hs.expired[1:]
+		if first.state == expired {
+			hs.remove(first, forgotten)
+			hs.counts.Expired--
+			hs.counts.Forgotten++
+			return true
 		}
 	}
-	if first == nil {
-		return false
-	}
-	hs.remove(first, forgotten)
-	hs.counts.Expired--
-	hs.counts.Forgotten++
-	return true
+	return false
 }
 
 func (hs *Holds) remove(h *Hold, s holdState) {
@@ -134,11 +136,19 @@ func (hs *Holds) remove(h *Hold, s holdState) {
 func (hs *Holds) Sweep(now Micros) {
 	hs.mu.Lock()
 	defer hs.mu.Unlock()
+	if now < hs.next {
+		return
+	}
 	// In order of deadlines, so that it does not matter how often it is done.
 	var due []*Hold
+	hs.next = never
 	for _, h := range hs.open {
-		if h.state == open && now >= h.deadline {
+		switch {
+		case h.state != open:
+		case now >= h.deadline:
 			due = append(due, h)
+		default:
+			hs.next = min(hs.next, h.deadline)
 		}
 	}
 	slices.SortStableFunc(due, func(a, b *Hold) int { return int(max(-1, min(1, a.deadline-b.deadline))) })
@@ -160,6 +170,13 @@ func (hs *Holds) expire(h *Hold) {
 		}
 		h.again[i] = true
 	}
+	if h.again != nil {
+		return // it may be resolved any time, and what it made free then counts
+	}
+	if len(hs.expired) > 2*hs.counts.Expired+64 {
+		hs.expired = slices.DeleteFunc(hs.expired, func(h *Hold) bool { return h.state != expired })
+	}
+	hs.expired = append(hs.expired, h)
 }
 
 // release makes held units free although their call may yet cost them.

@@ -105,6 +105,7 @@ type Purse struct {
 	tight                               bool // what comes free goes back
 	answer                              bool // a recall is to be answered, if only with nothing
 	closing, closed                     bool
+	useless                             bool // what was granted last came too late to be used, or a clock is wrong
 	need                                int64
 	sent                                Ask
 	sentAt, retryAt, hopeAt, renewAt    Micros
@@ -335,7 +336,8 @@ func (p *Purse) Receive(a Answer, now Micros) {
 	if p.closed {
 		return
 	}
-	if more := a.Granted - p.granted; more > 0 {
+	more := a.Granted - p.granted
+	if more > 0 {
 		p.granted = a.Granted
 		p.grantedAt, p.usedThen = now, p.used.Load()+p.held.Load()
 		p.newest = more
@@ -352,6 +354,7 @@ func (p *Purse) Receive(a Answer, now Micros) {
 		p.grantedAt, p.usedThen = now, p.used.Load()+p.held.Load()
 		p.until.Store(int64(a.Expiry - p.habits.Skew))
 	}
+	p.useless = more > 0 && now >= Micros(p.until.Load())
 	if a.Revision < p.seen {
 		return
 	}
@@ -409,6 +412,8 @@ func (p *Purse) Next(now Micros) (Ask, bool) {
 	}
 	switch {
 	case p.answer:
+	case p.useless && now < p.retryAt:
+		return Ask{}, false
 	case p.seq > p.answered || m.Need > 0 && p.verdict == Waiting:
 		// Something was said and not heard, or is waited for: say it again in a
 		// while, or at once when there is more to say.

@@ -92,6 +92,7 @@ func Read(b []byte, t Terms) (*Escrow, []byte, error) {
 		}
 		flags := number()
 		l.verdict = Verdict(flags & 7)
+		bad = bad || l.verdict > Ended || flags>>(3+len(l.flags())) != 0
 		for i, f := range l.flags() {
 			*f = flags&(8<<i) != 0
 		}

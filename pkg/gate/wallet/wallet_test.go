@@ -3,6 +3,7 @@ package wallet
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -24,16 +25,31 @@ import (
 // it knows.
 type shard struct {
 	jetstream.JetStream
-	w     *Wallet
-	ack   time.Duration // until an entry is in the ledger
-	owner time.Duration // until it is answered after that
+	ack     func() time.Duration // until an entry is in the ledger
+	owner   func() time.Duration // until it is answered after that
+	wallets map[lease.Gateway]*Wallet
 
 	mu       sync.Mutex
 	sequence uint64
-	entries  int
-	lose     int // of the next entries
+	lose     func() bool                  // this entry
+	again    func() (time.Duration, bool) // it comes a second time
 	limits   map[string]usage.Limit
 	escrows  map[key]*lease.Escrow
+}
+
+func newShard() *shard {
+	soon := func() time.Duration { return time.Millisecond }
+	return &shard{
+		ack: soon, owner: soon, lose: func() bool { return false }, again: func() (time.Duration, bool) { return 0, false },
+		wallets: map[lease.Gateway]*Wallet{}, limits: map[string]usage.Limit{}, escrows: map[key]*lease.Escrow{},
+	}
+}
+
+// losing makes it lose entries, or not any more.
+func (s *shard) losing(lose func() bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lose = lose
 }
 
 var errLost = errors.New("lost")
@@ -42,7 +58,7 @@ func (s *shard) PublishMsg(ctx context.Context, msg *nats.Msg, _ ...jetstream.Pu
 	select {
 	case <-ctx.Done():
 		return nil, ctx.Err()
-	case <-time.After(s.ack):
+	case <-time.After(s.ack()):
 	}
 	entry, err := ledger.DecodeLease(msg.Header, msg.Data)
 	if err != nil {
@@ -50,43 +66,46 @@ func (s *shard) PublishMsg(ctx context.Context, msg *nats.Msg, _ ...jetstream.Pu
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.entries++
-	if s.lose > 0 {
-		s.lose--
+	if s.lose() {
 		return nil, errLost
 	}
+	s.fold(entry)
+	if pause, again := s.again(); again {
+		time.AfterFunc(pause, func() {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.fold(entry)
+		})
+	}
+	return &jetstream.PubAck{}, nil
+}
+
+func (s *shard) fold(entry *tollkeeperv1.LeaseEntry) {
 	s.sequence++
 	now := lease.Micros(time.Now().UnixMicro())
-	out := &tollkeeperv1.LeaseAnswers{Epoch: 1}
 	for _, a := range entry.GetAsks() {
-		for _, x := range s.ask(a, now) {
-			out.Answers = append(out.Answers, &tollkeeperv1.LeaseAnswer{
-				Account: a.GetAccount(), Limit: a.GetLimit(), WindowStartUnixMicros: a.GetWindowStartUnixMicros(), Revision: x.Revision, Seq: x.Seq,
-				Granted: x.Granted, ExpiryUnixMicros: int64(x.Expiry), Standing: tollkeeperv1.LeaseAnswer_Standing(x.Verdict), Room: x.Room, Recall: x.Recall,
-			})
-		}
+		k, answers := s.ask(lease.Gateway(entry.GetGateway()), a, now)
+		s.answer(k, answers)
 	}
-	time.AfterFunc(s.owner, func() { s.w.desks[0].hear(out) })
-	return &jetstream.PubAck{}, nil
 }
 
 // ask is what the core does: an allowance is there from the first ask on, as long as its
 // window is.
-func (s *shard) ask(a *tollkeeperv1.LeaseAsk, now lease.Micros) []lease.Answer {
-	ended := []lease.Answer{{Revision: s.sequence, Seq: a.GetSeq(), Verdict: lease.Ended}}
+func (s *shard) ask(g lease.Gateway, a *tollkeeperv1.LeaseAsk, now lease.Micros) (key, []lease.Answer) {
+	k := key{a.GetAccount(), a.GetLimit(), lease.Micros(a.GetWindowStartUnixMicros())}
+	ended := []lease.Answer{{Gateway: g, Revision: s.sequence, Seq: a.GetSeq(), Verdict: lease.Ended}}
 	l, ok := s.limits[a.GetLimit()]
 	if !ok {
-		return ended
+		return k, ended
 	}
 	start, end := window.Bounds(l.Window, usage.Micros(now))
-	if a.GetWindowStartUnixMicros() != int64(start) {
-		return ended
+	if k.start != lease.Micros(start) {
+		return k, ended
 	}
-	k := key{a.GetAccount(), a.GetLimit(), lease.Micros(start)}
 	e := s.escrows[k]
 	if e == nil {
 		if a.GetKnown() != 0 {
-			return ended
+			return k, ended
 		}
 		e = lease.NewEscrow(l.Amount, lease.Terms{
 			Start: lease.Micros(start), End: lease.Micros(end), Term: lease.Micros(l.Lease.Term), Patience: lease.Micros(l.Lease.Patience), Horizon: 120_000_000, MaxLeases: 64,
@@ -94,10 +113,45 @@ func (s *shard) ask(a *tollkeeperv1.LeaseAsk, now lease.Micros) []lease.Answer {
 		s.escrows[k] = e
 	}
 	fx := e.Apply(lease.Entry{Sequence: s.sequence, Time: now, Ask: &lease.Ask{
-		Gateway: s.w.gateway, Seq: a.GetSeq(), Sent: lease.Micros(a.GetSentUnixMicros()), Seen: a.GetSeen(), Known: a.GetKnown(), Used: a.GetUsed(),
+		Gateway: g, Seq: a.GetSeq(), Sent: lease.Micros(a.GetSentUnixMicros()), Seen: a.GetSeen(), Known: a.GetKnown(), Used: a.GetUsed(),
 		Returned: a.GetReturned(), Over: a.GetOver(), Held: a.GetHeld(), Need: a.GetNeed(), Want: a.GetWant(), Renew: a.GetRenew(), Closing: a.GetClosing(),
 	}})
-	return append([]lease.Answer(nil), fx.Answers...)
+	return k, slices.Clone(fx.Answers)
+}
+
+// answer tells gateways, in a while.
+func (s *shard) answer(k key, answers []lease.Answer) {
+	for _, x := range answers {
+		w := s.wallets[x.Gateway]
+		time.AfterFunc(s.owner(), func() {
+			w.desks[0].hear(&tollkeeperv1.LeaseAnswers{Epoch: 1, Answers: []*tollkeeperv1.LeaseAnswer{{
+				Account: k.account, Limit: k.limit, WindowStartUnixMicros: int64(k.start), Revision: x.Revision, Seq: x.Seq,
+				Granted: x.Granted, ExpiryUnixMicros: int64(x.Expiry), Standing: tollkeeperv1.LeaseAnswer_Standing(x.Verdict), Room: x.Room, Recall: x.Recall,
+			}}})
+		})
+	}
+}
+
+// tick lets time pass in the ledger.
+func (s *shard) tick(ctx context.Context) {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		s.mu.Lock()
+		now := lease.Micros(time.Now().UnixMicro())
+		for k, e := range s.escrows {
+			if at, ok := e.Due(); ok && at <= now {
+				s.sequence++
+				s.answer(k, slices.Clone(e.Apply(lease.Entry{Sequence: s.sequence, Time: now}).Answers))
+			}
+		}
+		s.mu.Unlock()
+	}
 }
 
 // change replaces a limit, which forgets its allowances.
@@ -125,9 +179,8 @@ func exact(id string, w usage.WindowKind, amount int64) usage.Limit {
 }
 
 // newWorld runs a wallet in the bubble until the test is over.
-func newWorld(t *testing.T, edit func(*Options)) *world {
+func newWorld(t *testing.T, s *shard, edit func(*Options)) *world {
 	t.Helper()
-	s := &shard{ack: time.Millisecond, owner: time.Millisecond, limits: map[string]usage.Limit{}, escrows: map[key]*lease.Escrow{}}
 	o := Options{Conn: &nats.Conn{}, JS: s, Gateway: ksuid.New(), Shards: 1, Now: func() usage.Micros { return usage.At(time.Now()) }}
 	if edit != nil {
 		edit(&o)
@@ -136,7 +189,7 @@ func newWorld(t *testing.T, edit func(*Options)) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.w = w
+	s.wallets[w.gateway] = w
 	ctx, cancel := context.WithCancel(t.Context())
 	var all sync.WaitGroup
 	all.Go(func() { w.desks[0].run(ctx) })
@@ -193,10 +246,11 @@ func (w *world) busy(ctx context.Context) {
 func TestADeskThatIsBusyRepeatsWhatWasLost(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, nil)
+		w := newWorld(t, newShard(), nil)
 		parts := w.parts("acme", 1, exact("month", usage.Month, 100))
 		go w.busy(t.Context())
-		w.shard.lose = 1
+		first := true
+		w.shard.losing(func() bool { was := first; first = false; return was })
 		if s := w.take(t, parts); s != Taken {
 			t.Errorf("after an ask that was lost: %d", s)
 		}
@@ -208,7 +262,7 @@ func TestADeskThatIsBusyRepeatsWhatWasLost(t *testing.T) {
 func TestAPurseWhoseWindowIsOverIsForgottenWhateverIsStillReserved(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, nil)
+		w := newWorld(t, newShard(), nil)
 		parts := w.parts("acme", 2, exact("minute", usage.Minute, 10))
 		r := w.Take(t.Context(), parts, true, time.Second)
 		if r.Standing != Taken {
@@ -234,12 +288,10 @@ func TestAPurseWhoseWindowIsOverIsForgottenWhateverIsStillReserved(t *testing.T)
 func TestAllThatWaitWhenAWindowEndsGoOnInTheNext(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, func(o *Options) { o.Wait = 3 * time.Second })
+		w := newWorld(t, newShard(), func(o *Options) { o.Wait = 3 * time.Second })
 		parts := w.parts("acme", 1, exact("minute", usage.Minute, 10_000))
 		time.Sleep(59 * time.Second)
-		w.shard.mu.Lock()
-		w.shard.lose = 1 << 30
-		w.shard.mu.Unlock()
+		w.shard.losing(func() bool { return true })
 		const calls = 1000
 		var all sync.WaitGroup
 		var mu sync.Mutex
@@ -253,9 +305,7 @@ func TestAllThatWaitWhenAWindowEndsGoOnInTheNext(t *testing.T) {
 			})
 		}
 		time.Sleep(740 * time.Millisecond)
-		w.shard.mu.Lock()
-		w.shard.lose = 0
-		w.shard.mu.Unlock()
+		w.shard.losing(func() bool { return false })
 		all.Wait()
 		if standings[Taken] != calls {
 			t.Errorf("%v", standings)
@@ -274,7 +324,7 @@ func TestALimitThatGetsAnotherWindowIsAskedForInThatOne(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				w := newWorld(t, nil)
+				w := newWorld(t, newShard(), nil)
 				if s := w.take(t, w.parts("acme", 1, exact("calls", c.before, 1000))); s != Taken {
 					t.Fatal(s)
 				}
@@ -296,4 +346,24 @@ func TestALimitThatGetsAnotherWindowIsAskedForInThatOne(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A clock that is wrong by more than a lease lasts makes every lease useless. The ledger
+// is not to pay for that with as many asks as it can answer.
+func TestLeasesThatAreOverWhenTheyComeAreNotAskedForAllTheTime(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, newShard(), func(o *Options) {
+			o.Now = func() usage.Micros { return usage.At(time.Now().Add(6 * time.Second)) }
+		})
+		parts := w.parts("acme", 1, exact("month", usage.Month, 1000))
+		for range 10 {
+			if s := w.take(t, parts); s != NoAnswer {
+				t.Errorf("from a lease that is over: %d", s)
+			}
+		}
+		if w.shard.sequence > 150 {
+			t.Errorf("%d entries within 10 s", w.shard.sequence)
+		}
+	})
 }
