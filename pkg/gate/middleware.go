@@ -111,9 +111,9 @@ type Report struct {
 	keyID      string
 }
 
-// Unknown says that nobody knows what the call has used, whatever is answered: an
-// upstream that was too late may have done all of it. Of what was reserved for the
-// call nothing is given back that is not known to be unused.
+// Unknown says that nobody knows what the call has used, whatever is answered and
+// however much is set: an upstream that was too late may have done all of it. Of what
+// was reserved for the call nothing is given back.
 func (r *Report) Unknown() {
 	if r != nil {
 		r.unknown = true
@@ -324,15 +324,18 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 }
 
 // release settles what was reserved: with what was reported, and with the whole
-// bound where nothing was, as when a client has hung up. An answer that tells of a
-// failure and reports nothing has used nothing, if it is not said to be unknown.
+// bound where nothing was, as when a client has hung up, or where it is said to be
+// unknown. An answer that tells of a failure and reports nothing has used nothing.
 func (x *exchange) release(report *Report) {
 	q := &x.call.Quantities
-	if !report.unknown && x.call.Status >= 400 && x.call.Status != StatusClientGone && q.Len() <= 1 {
+	switch {
+	case report.unknown:
+		x.ticket.Settle(&usage.Quantities{})
+	case x.call.Status >= 400 && x.call.Status != StatusClientGone && q.Len() <= 1:
 		x.ticket.settle(q, true)
-		return
+	default:
+		x.ticket.Settle(q)
 	}
-	x.ticket.Settle(q)
 }
 
 // refuse answers and records a call that was not admitted.

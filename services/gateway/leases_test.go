@@ -159,18 +159,22 @@ func TestAStreamedAnswerIsChargedWhatItReports(t *testing.T) {
 	t.Parallel()
 	const content = "data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}],\"usage\":null}\n\n"
 	const reported = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":7}}\n\n"
+	const running = "data: {\"choices\":[{}],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":3}}\n\n"
 	const done = "data: [DONE]\n\n"
 	w := newWorld(t)
 	own := w.exact(usage.Limit{ID: "out", Meter: usage.OutputTokens, Window: usage.Month, Amount: 1000, Tier: usage.TierExact})
-	gone := make(chan struct{})
+	gone := make(chan struct{}, 2)
 	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		w.Header().Set("Content-Type", "text/event-stream; charset=utf-8")
 		_, _ = io.WriteString(w, content)
+		if strings.Contains(string(body), "running") {
+			_, _ = io.WriteString(w, running)
+		}
 		_ = http.NewResponseController(w).Flush()
 		if strings.Contains(string(body), "hang") {
 			<-r.Context().Done()
-			close(gone)
+			gone <- struct{}{}
 			return
 		}
 		if strings.Contains(string(body), `"include_usage":true`) {
@@ -203,26 +207,29 @@ func TestAStreamedAnswerIsChargedWhatItReports(t *testing.T) {
 		t.Errorf("who asked for the usage: %+v", got)
 	}
 	settled(21)
-	// Who hangs up before anything is reported has used the bound.
-	ctx, hangUp := context.WithCancel(t.Context())
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, r.proxy+"/v1/chat/completions", strings.NewReader(`{"model":"m","max_tokens":100,"messages":[],"stream":true,"user":"hang"}`))
-	if err != nil {
-		t.Fatal(err)
+	// Who hangs up before anything is reported has used the bound, and so has who hangs
+	// up among reports of what was used so far.
+	for user, heard := range map[string]string{"hang": content, "hang, running": content + running} {
+		ctx, hangUp := context.WithCancel(t.Context())
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, r.proxy+"/v1/chat/completions", strings.NewReader(`{"model":"m","max_tokens":100,"messages":[],"stream":true,"user":"`+user+`"}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer sk-tight")
+		req.Header.Set("Content-Type", "application/json")
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		first := make([]byte, len(heard))
+		if _, err := io.ReadFull(resp.Body, first); err != nil || string(first) != heard {
+			t.Errorf("%q, %v", first, err)
+		}
+		hangUp()
+		_ = resp.Body.Close()
+		<-gone
 	}
-	req.Header.Set("Authorization", "Bearer sk-tight")
-	req.Header.Set("Content-Type", "application/json")
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	first := make([]byte, len(content))
-	if _, err := io.ReadFull(resp.Body, first); err != nil || string(first) != content {
-		t.Errorf("%q, %v", first, err)
-	}
-	hangUp()
-	_ = resp.Body.Close()
-	<-gone
-	settled(121)
+	settled(221)
 }
 
 // An upstream that is too late has the request all the same: what it may have used of a

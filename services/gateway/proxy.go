@@ -282,6 +282,9 @@ func (p *proxy) readUsage(resp *http.Response) {
 		for _, r := range readings {
 			_ = report.Set(r.Meter, r.Value) // they were checked when they were read
 		}
+		if o == tokens.Partial {
+			report.Unknown()
+		}
 	})
 	if body == nil {
 		return

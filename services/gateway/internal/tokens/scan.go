@@ -13,6 +13,7 @@ import (
 // see NewScanner. Not safe for concurrent use.
 type Scanner struct {
 	want  string
+	name  []byte // want
 	bound int
 	inner *Scanner // gets the value instead; nil: it is kept
 
@@ -54,12 +55,12 @@ const maxKey = 6 * 64
 // counts as not found. Of members of the same name the last one counts, as with
 // most parsers.
 func NewScanner(member string, bound int) *Scanner {
-	return &Scanner{want: member, bound: bound}
+	return &Scanner{want: member, name: []byte(member), bound: bound}
 }
 
 // within looks for a member of the object that the member outer is.
 func within(outer string, inner *Scanner) *Scanner {
-	return &Scanner{want: outer, inner: inner}
+	return &Scanner{want: outer, name: []byte(outer), inner: inner}
 }
 
 // reset begins anew.
@@ -67,7 +68,7 @@ func (s *Scanner) reset() {
 	if s.inner != nil {
 		s.inner.reset()
 	}
-	*s = Scanner{want: s.want, bound: s.bound, inner: s.inner, key: s.key[:0], value: s.value[:0]}
+	*s = Scanner{want: s.want, name: s.name, bound: s.bound, inner: s.inner, key: s.key[:0], value: s.value[:0]}
 }
 
 // Write takes the next bytes. It never fails.
@@ -158,7 +159,7 @@ func (s *Scanner) almost() bool {
 	}
 	// Letters that fold into one of ASCII have three bytes at most.
 	n := len(s.key)
-	return n >= 2 && n-2 <= 3*len(s.want) && s.key[0] == '"' && bytes.EqualFold(s.key[1:n-1], []byte(s.want))
+	return n >= 2 && n-2 <= 3*len(s.want) && s.key[0] == '"' && bytes.EqualFold(s.key[1:n-1], s.name)
 }
 
 func (s *Scanner) step(c byte) {

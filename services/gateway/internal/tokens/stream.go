@@ -47,10 +47,13 @@ type Stream struct {
 	all     object
 	bad     bool
 	tooLong bool
+	word    []byte // the beginning of the event's data
+	partial bool   // the newest report came beside choices, so others may follow
 }
 
 // NewStream wraps a body without Content-Encoding. done is called once: when the body
-// has ended, or at Close with Broken and what was reported until then. With drops
+// has ended, or at Close with Broken, or Partial, and what was reported until then: Partial
+// where the client may have been sent more than that is for. With drops
 // events that report usage and have no choices are not passed on: the client has not
 // asked for them. An event counts for its reader when it is whole, so holding it until
 // then delays nothing.
@@ -67,6 +70,9 @@ func NewStream(body io.ReadCloser, drops bool, done func([]Reading, Outcome)) *S
 const (
 	dataField = "data:"
 	noChoices = "[]"
+	// lastWord of chat completions; maxWord is enough to see that it is nothing else.
+	lastWord = "[DONE]"
+	maxWord  = 16
 )
 
 // Read implements io.Reader.
@@ -145,6 +151,9 @@ func (s *Stream) ends(err error) (drop bool) {
 
 // Close implements io.Closer.
 func (s *Stream) Close() error {
+	if s.partial {
+		s.end(Partial)
+	}
 	s.end(Broken)
 	return s.body.Close()
 }
@@ -227,6 +236,7 @@ func (s *Stream) part(p []byte) {
 }
 
 func (s *Stream) write(p []byte) {
+	s.word = append(s.word, p[:min(len(p), maxWord-len(s.word))]...)
 	for _, scanner := range [...]*Scanner{s.usage, s.message, s.answer, s.choices} {
 		_, _ = scanner.Write(p) // never fails
 	}
@@ -248,6 +258,16 @@ func (s *Stream) endLine() bool {
 func (s *Stream) endEvent() (drop bool) {
 	value, ok := s.usage.Value()
 	reported := s.note(s.usage, value, ok, false)
+	list, ok := s.choices.Value()
+	alone := ok && string(list) == noChoices
+	switch {
+	case reported:
+		s.partial = !alone && !s.choices.Absent()
+		drop = alone && s.drops && !s.loose
+	case string(bytes.TrimSpace(s.word)) == lastWord:
+		s.partial = false
+	}
+	s.word = s.word[:0]
 	if _, whole := s.message.Value(); whole {
 		value, ok = s.message.inner.Value()
 		s.note(s.message.inner, value, ok, true)
@@ -255,9 +275,6 @@ func (s *Stream) endEvent() (drop bool) {
 	if _, whole := s.answer.Value(); whole {
 		value, ok = s.answer.inner.Value()
 		s.note(s.answer.inner, value, ok, false)
-	}
-	if list, ok := s.choices.Value(); ok && reported && s.drops && !s.loose {
-		drop = string(list) == noChoices
 	}
 	for _, scanner := range [...]*Scanner{s.usage, s.message, s.answer, s.choices} {
 		scanner.reset()

@@ -136,6 +136,40 @@ func TestAStreamThatBreaksOffHasUsedWhatItToldUntilThen(t *testing.T) {
 	}
 }
 
+// Where every piece of an answer tells what was used so far, the client that hangs up may
+// have made the upstream use more than the last one that came by says.
+func TestAStreamThatBreaksOffAmongRunningTotalsIsPartial(t *testing.T) {
+	t.Parallel()
+	const (
+		running = "data: {\"choices\":[{\"delta\":{\"content\":\"x\"}}],\"usage\":{\"prompt_tokens\":5,\"completion_tokens\":1}}\n\n"
+		plain   = "data: {\"choices\":[{\"delta\":{\"content\":\"x\"}}]}\n\n"
+	)
+	for _, c := range []struct {
+		body    string
+		outcome Outcome
+	}{
+		{running, Partial},
+		{running + plain, Partial},
+		{running + "data: {\"choices\":[{\"delta\":{\"content\":\"[DO", Partial},
+		{running + chatUsage + running, Partial},
+		{running + chatUsage, Broken},
+		{running + chatDone, Broken},
+		{running + "data:[DONE]\r\n\r\n", Broken},
+		{running + ": ping\n\n" + chatDone + ": ping\n\n", Broken},
+		{running + "data: [DONE] or not\n\n", Partial},
+		{plain, Broken},
+		{messageStream, Broken},
+		{responseStream, Broken},
+	} {
+		for _, drops := range []bool{false, true} {
+			_, got, outcome := stream(t, io.MultiReader(iotest.OneByteReader(strings.NewReader(c.body)), iotest.ErrReader(iotest.ErrTimeout)), drops)
+			if outcome != c.outcome || got == nil && c.outcome == Partial {
+				t.Errorf("%q: %s, %v", c.body, outcome, got)
+			}
+		}
+	}
+}
+
 func TestUsageThatTheClientDidNotAskForIsNotPassedOn(t *testing.T) {
 	t.Parallel()
 	azure := "data: {\"choices\":[],\"prompt_filter_results\":[],\"usage\":null}\n\n"

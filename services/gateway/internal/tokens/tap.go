@@ -31,11 +31,12 @@ const (
 	TooLarge  Outcome = "too_large" // past one of the bounds
 	Broken    Outcome = "broken"    // the answer is not, or not to its end, a JSON object
 	Encoded   Outcome = "encoded"   // in an encoding that is not read
+	Partial   Outcome = "partial"   // a stream broke off that told all along what it had used so far
 )
 
 // Outcomes lists them all.
 func Outcomes() []Outcome {
-	return []Outcome{Measured, None, Malformed, TooLarge, Broken, Encoded}
+	return []Outcome{Measured, None, Malformed, TooLarge, Broken, Encoded, Partial}
 }
 
 // IsJSON reports whether a content type is JSON's.
