@@ -176,8 +176,9 @@ func (d *disk) doNext() (did bool) {
 	return true
 }
 
-// What was killed had an acknowledgement for two of three frames, and had noted it
-// for both: only the third leaves again, and all three are claimed again.
+// What was killed had acknowledgements for two of four frames, and had noted them: only
+// the others leave again, and all four are claimed again. What the next one then has an
+// acknowledgement for, the one after it knows.
 func TestWhatIsKnownToBeAcknowledgedIsNotSentAgain(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -185,7 +186,7 @@ func TestWhatIsKnownToBeAcknowledgedIsNotSentAgain(t *testing.T) {
 	d, sl := first.s.disk, first.s.slots[0]
 	d.begin()
 	first.s.connected = true
-	for n := range 3 {
+	for n := range 4 {
 		add(t, first)
 		if !d.doNext() {
 			t.Fatal("nothing is spooled")
@@ -198,43 +199,57 @@ func TestWhatIsKnownToBeAcknowledgedIsNotSentAgain(t *testing.T) {
 	d.own.notedAt = 0 // long ago
 	for d.doNext() {
 	}
-	left := t.TempDir() // as a kill would leave it now
-	if err := os.CopyFS(left, os.DirFS(dir)); err != nil {
-		t.Fatal(err)
-	}
+	left := killed(t, dir)
 	d.end()
 	first.s.connected = false
 	if err := first.Close(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-
-	claimed := &claims{}
-	o, err := Open(Options{NATS: away(t), Shards: 1, Logger: zerolog.Nop(), SpoolDir: left, Claims: func(_ ksuid.KSUID, _ uint32, again bool) lane.Claims {
-		if again {
-			return claimed
+	for known := uint64(2); known < 4; known++ {
+		claimed := &claims{}
+		o, err := Open(Options{NATS: away(t), Shards: 1, Logger: zerolog.Nop(), SpoolDir: left, Claims: func(_ ksuid.KSUID, _ uint32, again bool) lane.Claims {
+			if again {
+				return claimed
+			}
+			return &claims{}
+		}})
+		if err != nil {
+			t.Fatal(err)
 		}
-		return &claims{}
-	}})
-	if err != nil {
+		d = o.s.disk
+		d.begin()
+		o.s.connected = true
+		for d.doNext() {
+		}
+		again := d.drain.slots[0]
+		number, _, ok := again.lane.Inflight()
+		if !ok || number != known+1 || again.lane.Last() != 4 {
+			t.Errorf("frame %d leaves first, the last is %d", number, again.lane.Last())
+		}
+		if st := o.Stats(); st.KnownFrames != int64(known) || len(claimed.numbers) != 4 {
+			t.Errorf("%d frames are known to be acknowledged, claimed are %v", st.KnownFrames, claimed.numbers)
+		}
+		o.s.acked(again, number)
+		d.drain.notedAt = 0
+		for d.doNext() {
+		}
+		left = killed(t, left)
+		d.end()
+		o.s.connected = false
+		if err := o.Close(context.Background()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// killed is a spool directory as a kill would leave it now.
+func killed(t *testing.T, dir string) string {
+	t.Helper()
+	at := t.TempDir()
+	if err := os.CopyFS(at, os.DirFS(dir)); err != nil {
 		t.Fatal(err)
 	}
-	d = o.s.disk
-	d.begin()
-	o.s.connected = true
-	for d.doNext() {
-	}
-	again := d.drain.slots[0].lane
-	if number, _, ok := again.Inflight(); !ok || number != 3 || again.Last() != 3 {
-		t.Errorf("frame %d leaves first, the last is %d", number, again.Last())
-	}
-	if st := o.Stats(); st.KnownFrames != 2 || len(claimed.numbers) != 3 {
-		t.Errorf("%d frames are known to be acknowledged, claimed are %v", st.KnownFrames, claimed.numbers)
-	}
-	d.end()
-	o.s.connected = false
-	if err := o.Close(context.Background()); err != nil {
-		t.Error(err)
-	}
+	return at
 }
 
 type claims struct{ numbers []uint64 }

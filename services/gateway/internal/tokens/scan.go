@@ -153,8 +153,8 @@ func (s *Scanner) named() bool {
 // almost reports whether the key is the one that is looked for to parsers that do not
 // mind upper and lower case.
 func (s *Scanner) almost() bool {
-	var name string
 	if bytes.IndexByte(s.key, '\\') >= 0 {
+		var name string
 		return json.Unmarshal(s.key, &name) == nil && strings.EqualFold(name, s.want)
 	}
 	// Letters that fold into one of ASCII have three bytes at most.
