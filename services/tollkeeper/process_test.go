@@ -23,26 +23,32 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 )
 
-// programs builds the real programs once a test binary.
+// programs is the directory of the real programs: what `task build` has made, if it
+// says so, else they are built once a test binary.
 var programs = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "tollkeeper-test-programs-")
-	if err != nil {
-		return "", err
+	if dir := os.Getenv("TOLLKEEPER_TEST_PROGRAMS"); dir != "" {
+		return dir, nil
 	}
-	build := exec.Command("go", "build", "-o", dir+"/", "./cmd/tollkeeper", "../aggregator/cmd/aggregator", "../historian/cmd/historian", "../gateway/cmd/gateway")
+	build := exec.Command("go", "build", "-o", scratch+"/", "./cmd/tollkeeper", "../aggregator/cmd/aggregator", "../historian/cmd/historian", "../gateway/cmd/gateway")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the programs: %w\n%s", err, out)
 	}
-	return dir, nil
+	return scratch, nil
 })
+
+// scratch is what outlives single tests, until all are over.
+var scratch string
 
 func TestMain(m *testing.M) {
 	embedclickhouse.MaybeRunChild()
-	code := m.Run()
-	if dir, err := programs(); err == nil {
-		_ = os.RemoveAll(dir) // scratch
+	var err error
+	if scratch, err = os.MkdirTemp("", "tollkeeper-test-programs-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
 	}
+	code := m.Run()
+	_ = os.RemoveAll(scratch)
 	os.Exit(code)
 }
 
@@ -141,7 +147,8 @@ func (s *system) run(name string, c *exec.Cmd) {
 		defer close(ended)
 		lines := bufio.NewScanner(out)
 		for lines.Scan() {
-			if line := lines.Text(); strings.Contains(line, `"level":"error"`) || strings.Contains(line, "panic") || strings.Contains(line, "goroutine ") {
+			// What is no log line is why a program could not start, or a panic.
+			if line := lines.Text(); strings.Contains(line, `"level":"error"`) || !strings.HasPrefix(line, "{") {
 				s.t.Logf("%s: %s", name, line)
 			}
 		}

@@ -41,7 +41,7 @@ const (
 
 	readyPoll     = 10 * time.Millisecond
 	livePoll      = 2 * time.Second
-	lockWait      = 3 * time.Second
+	lockWait      = 10 * time.Second // a large engine on a busy machine takes some seconds to be gone
 	freePortTries = 5
 	maxOutBytes   = 4 << 20
 	lockName      = "lock"
@@ -135,7 +135,7 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 	if err := os.MkdirAll(o.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the ClickHouse data directory: %w", err)
 	}
-	held, err := lockDataDir(ctx, o.DataDir)
+	held, err := lockDataDir(ctx, o.DataDir, o.Logger)
 	if err != nil {
 		return nil, err
 	}
@@ -206,11 +206,13 @@ func withDefaults(o Options) (Options, netip.Addr, error) {
 
 // lockDataDir waits a little, since the engine of a supervisor that was just killed holds the lock
 // until it has ended.
-func lockDataDir(ctx context.Context, dir string) (*os.File, error) {
+func lockDataDir(ctx context.Context, dir string, log zerolog.Logger) (*os.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, lockWait)
 	defer cancel()
 	path := filepath.Join(dir, lockName)
-	held, err := lockFile(ctx, path, nil)
+	held, err := lockFile(ctx, path, func() {
+		log.Info().Dur("up_to_ms", lockWait).Msg("the data directory is in use: waiting for an engine that may be about to end")
+	})
 	if errors.Is(err, context.DeadlineExceeded) {
 		holder, readErr := os.ReadFile(path)
 		if readErr != nil || len(holder) == 0 {
@@ -273,11 +275,34 @@ func choosePorts(host netip.Addr, tcpPort, httpPort int) (tcp, http netip.AddrPo
 	return chosen[0], chosen[1], nil
 }
 
-func addressError(addr netip.AddrPort, err error) error {
-	if errors.Is(err, syscall.EADDRINUSE) {
-		return fmt.Errorf("%w: ClickHouse cannot listen on %s, another program does; stop it or choose another port", ErrAddressInUse, addr)
+// AddressError says which address ClickHouse cannot listen on; its Err is the
+// operating system's. It is ErrAddressInUse where another program listens there.
+type AddressError struct {
+	Addr netip.AddrPort
+	Err  error
+}
+
+// Error is a sentence.
+func (e *AddressError) Error() string {
+	if e.Is(ErrAddressInUse) {
+		return fmt.Sprintf("%v: ClickHouse cannot listen on %s, another program does; stop it or choose another port", ErrAddressInUse, e.Addr)
 	}
-	return fmt.Errorf("ClickHouse cannot listen on %s: %w", addr, err)
+	return fmt.Sprintf("ClickHouse cannot listen on %s: %v", e.Addr, e.Err)
+}
+
+// Unwrap returns the operating system's error.
+func (e *AddressError) Unwrap() error { return e.Err }
+
+// Is says whether the address is in use.
+func (e *AddressError) Is(target error) bool {
+	return target == ErrAddressInUse && errors.Is(e.Err, syscall.EADDRINUSE)
+}
+
+func addressError(addr netip.AddrPort, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &AddressError{Addr: addr, Err: err}
 }
 
 // child is one run of the engine. exited is closed after the process was reaped.

@@ -75,27 +75,23 @@ func StartClickHouse(ctx context.Context, o Options, onChange func(embedclickhou
 	if host != httpHost {
 		return nil, fmt.Errorf("--clickhouse-listen and --clickhouse-http-listen name different hosts (%s and %s): the engine listens on one", host, httpHost)
 	}
-	for _, l := range [...]struct {
-		flag string
-		addr string
-		port int
-	}{{"clickhouse-listen", o.ClickHouseListen, port}, {"clickhouse-http-listen", o.ClickHouseHTTPListen, httpPort}} {
-		if l.port == 0 {
-			continue
-		}
-		// The engine can only say that a port is taken; this says which flag moves it.
-		probe, err := telemetry.Listen(l.flag, l.addr, o.ClickHouse.ServicePassword != "" && o.ClickHouse.AnalystPassword != "")
-		if err != nil {
-			return nil, err
-		}
-		if err := probe.Close(); err != nil {
-			return nil, fmt.Errorf("probe %s: %w", l.addr, err)
-		}
-	}
-	return embedclickhouse.Start(ctx, embedclickhouse.Options{
+	server, err := embedclickhouse.Start(ctx, embedclickhouse.Options{
 		DataDir: filepath.Join(o.DataDir, "clickhouse"), EnginePath: engine, Host: host, TCPPort: port, HTTPPort: httpPort,
 		Credentials: o.ClickHouse, OnStateChange: onChange, Logger: o.Logger.With().Str("component", "clickhouse").Logger(),
 	})
+	// The engine can only say which port is taken; this says which flag moves it.
+	// To look before the start would be too early: the engine of a process that was
+	// just killed still listens, until it is gone and leaves its directory.
+	var address *embedclickhouse.AddressError
+	if errors.As(err, &address) {
+		switch int(address.Addr.Port()) {
+		case port:
+			return nil, &telemetry.ListenError{Flag: "clickhouse-listen", Addr: o.ClickHouseListen, Err: errors.Unwrap(address.Err)}
+		case httpPort:
+			return nil, &telemetry.ListenError{Flag: "clickhouse-http-listen", Addr: o.ClickHouseHTTPListen, Err: errors.Unwrap(address.Err)}
+		}
+	}
+	return server, err
 }
 
 // Install fetches the ClickHouse engine when it is not there, with a
