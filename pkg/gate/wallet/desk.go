@@ -339,7 +339,18 @@ func (d *desk) turn(now lease.Micros) {
 	}
 	waiting := d.turning
 	d.turning = nil
-	d.turning = append(d.turning, d.retry(waiting, now)...)
+	var later, turned []*waiter
+	for _, x := range waiting {
+		switch {
+		case x.over:
+		case now < x.turn && !d.w.closing.Load():
+			later = append(later, x)
+		default:
+			turned = append(turned, x)
+		}
+	}
+	rest := d.retry(turned, now)
+	d.turning = append(append(d.turning, later...), rest...)
 }
 
 // gather makes an entry of what is due; nil: nothing is.

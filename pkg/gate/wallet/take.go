@@ -85,6 +85,7 @@ type waiter struct {
 	lifetime lease.Micros // of the reservation
 	until    lease.Micros // how long it waits
 	grace    lease.Micros // how long after an early denial; 0: there was none
+	turn     lease.Micros // when the next window may be tried
 	done     chan struct{}
 	over     bool // result is there, or nobody waits for it any more
 	result   Result
@@ -206,6 +207,9 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 			return end(Result{Standing: Turning})
 		}
 		x.result = Result{Standing: Turning}
+		if x.turn = now; now >= p.end-d.w.skew {
+			x.turn = p.end
+		}
 		d.turning = append(d.turning, x)
 		return false
 	}
@@ -214,7 +218,10 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 		x.lease[i].Purse.Need(x.lease[i].Amount, x.until)
 	}
 	d.all(x.pockets)
-	x.result = Result{Standing: NoAnswer}
+	if x.result.Standing != DeniedEarly || x.result.At != at {
+		// Else it was denied while it waited here, which stands until more is known.
+		x.result = Result{Standing: NoAnswer}
+	}
 	p.queue = append(p.queue, x)
 	return false
 }
@@ -223,18 +230,38 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 const maxGrace = 1024
 
 // maxBarren is how many of those that wait are tried in vain before the rest is
-// left for the next answer.
+// left for the next answer, but for those that have now what they need or are refused.
 const maxBarren = 64
 
-// retry lets those go on that can. With d.mu.
+// stuck reports whether to try the call again would tell nothing new: it lacks something,
+// and if that was denied early it knows.
+func (x *waiter) stuck(now lease.Micros) bool {
+	lacks := false
+	for i := range x.lease {
+		switch x.lease[i].Purse.Outcome(x.lease[i].Amount, now) {
+		case lease.Fetch:
+			lacks = true
+		case lease.RefusedEarly:
+			if x.result.Standing != DeniedEarly || now >= x.grace {
+				return false
+			}
+			lacks = true
+		case lease.Refused:
+			return false
+		}
+	}
+	return lacks
+}
+
+// retry lets those go on that can. The rest is in queue's memory. With d.mu.
 func (d *desk) retry(queue []*waiter, now lease.Micros) (rest []*waiter) {
 	barren := 0
-	for i, x := range queue {
-		if barren >= maxBarren {
-			return queue[i:]
-		}
+	rest = queue[:0]
+	for _, x := range queue {
 		switch {
 		case x.over:
+		case barren >= maxBarren && x.stuck(now):
+			rest = append(rest, x)
 		case d.try(x, now):
 			close(x.done)
 			barren = 0
@@ -242,5 +269,5 @@ func (d *desk) retry(queue []*waiter, now lease.Micros) (rest []*waiter) {
 			barren++
 		}
 	}
-	return nil
+	return rest
 }

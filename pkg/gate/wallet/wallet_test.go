@@ -367,3 +367,37 @@ func TestLeasesThatAreOverWhenTheyComeAreNotAskedForAllTheTime(t *testing.T) {
 		}
 	})
 }
+
+// However many wait for more than there is, a call that needs less has what came for it.
+func TestASmallCallDoesNotWaitBehindLargeOnes(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newShard()
+		w, other := newWorld(t, s, nil), newWorld(t, s, nil)
+		go s.tick(t.Context())
+		tokens := exact("tokens", usage.Month, 100)
+		tokens.Meter = usage.OutputTokens
+		// Elsewhere a call has reserved almost all.
+		if r := other.Take(t.Context(), other.parts("acme", 90, tokens), true, time.Minute); r.Standing != Taken {
+			t.Fatal(r.Standing)
+		}
+		large, small := w.parts("acme", 50, tokens), w.parts("acme", 5, tokens)
+		var all sync.WaitGroup
+		for range 200 {
+			all.Go(func() {
+				if r := w.Take(t.Context(), large, true, time.Minute); r.Standing != DeniedEarly {
+					t.Errorf("a large call: %d", r.Standing)
+				}
+			})
+		}
+		time.Sleep(600 * time.Millisecond) // until they are denied, and wait for what may come back
+		began := time.Now()
+		if r := w.Take(t.Context(), small, true, time.Minute); r.Standing != Taken {
+			t.Errorf("a small call: %d", r.Standing)
+		}
+		if waited := time.Since(began); waited > 100*time.Millisecond {
+			t.Errorf("it waited for %v", waited)
+		}
+		all.Wait()
+	})
+}

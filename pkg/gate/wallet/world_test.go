@@ -15,7 +15,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
-var worlds = flag.Int("wallet.worlds", 30, "random worlds")
+var worlds = flag.Int("wallet.worlds", 15, "random worlds")
 
 var seed = flag.Uint64("wallet.seed", 0, "run one random world only")
 
