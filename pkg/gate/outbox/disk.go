@@ -31,6 +31,7 @@ type disk struct {
 	results chan *job
 	busy    bool
 	owed    bool // the newest job was our own: an earlier producer's is next
+	turn    int  // the slot that is first heard for the next job
 
 	budget  bound.Budget // of frames read back
 	retryAt usage.Micros
@@ -314,7 +315,8 @@ func (d *disk) collect(j *job, now usage.Micros) {
 	linger := usage.Micros(s.b.o.Linger.Microseconds())
 	size := int64(0)
 	var frames []*lane.Frame
-	for _, sl := range s.slots {
+	for i := range s.slots {
+		sl := s.slots[(d.turn+i)%len(s.slots)]
 		unsure := away || sl.lane.Failing()
 		if !always && !pressed && !unsure && !sl.lane.Holed() {
 			continue
@@ -334,6 +336,8 @@ func (d *disk) collect(j *job, now usage.Micros) {
 			j.refs = append(j.refs, ref{sl, f.Number})
 		}
 		if size >= maxAppend {
+			// Else the last ones would never have their turn on a slow disk.
+			d.turn = (d.turn + i + 1) % len(s.slots)
 			return
 		}
 	}
