@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -118,7 +119,40 @@ func strictJSON(data []byte, into any) error {
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
 		return errors.New("something follows the correction: send one JSON object")
 	}
+	if name := repeated(data); name != "" {
+		return fmt.Errorf("%q is given twice: which of the two is meant can't be said", name)
+	}
 	return nil
+}
+
+// repeated returns a member of the object, in whatever case, as encoding/json takes it,
+// or of one in it, that is there twice; empty: there is none. data is valid.
+func repeated(data []byte) string {
+	d := json.NewDecoder(bytes.NewReader(data))
+	var within []map[string]bool // of each object that is open
+	for name := false; ; {
+		token, err := d.Token()
+		if err != nil {
+			return ""
+		}
+		switch {
+		case token == json.Delim('{'):
+			within, name = append(within, map[string]bool{}), true
+			continue
+		case token == json.Delim('}'):
+			within, name = within[:len(within)-1], false // it was a value
+		case name:
+			key, here := fmt.Sprint(token), within[len(within)-1]
+			if len(within) == 1 {
+				key = strings.ToLower(key) // meters are told apart by case
+			}
+			if here[key] {
+				return key
+			}
+			here[key] = true
+		}
+		name = len(within) > 0 && !name
+	}
 }
 
 func problem(err error) front.Problem {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"os/user"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/segmentio/ksuid"
@@ -18,7 +20,7 @@ import (
 
 type correctCmd struct {
 	Account    string                 `required:"" help:"Whose own usage is corrected."`
-	Meter      map[string]int64       `required:"" help:"Meter and what is added to it, signed, such as calls=-3; once for each meter." placeholder:"METER=±N"`
+	Meter      []string               `required:"" sep:"none" help:"Meter and what is added to it, signed, such as calls=-3; once for each meter." placeholder:"METER=±N"`
 	Time       time.Time              `help:"When it was used, such as 2026-11-20T12:30:00Z: says which windows it belongs to. Now when empty."`
 	Model      string                 `help:"Model of the usage, for limits with a filter."`
 	Route      string                 `help:"Route of the usage, for limits with a filter."`
@@ -43,10 +45,10 @@ func (c *correctCmd) Run(ctx context.Context) error {
 	}
 	act := corrections.Act{
 		Author: c.Author, Account: c.Account, Time: c.Time, Model: c.Model, Route: c.Route, Method: c.Method,
-		Adjustments: make(map[usage.Meter]int64, len(c.Meter)), Reason: c.Reason, Reference: c.Reference,
+		Reason: c.Reason, Reference: c.Reference,
 	}
-	for m, n := range c.Meter {
-		act.Adjustments[usage.Meter(m)] = n
+	if act.Adjustments, err = adjustments(c.Meter); err != nil {
+		return err
 	}
 	if c.ID != "" {
 		if act.ID, err = ksuid.Parse(c.ID); err != nil {
@@ -76,4 +78,22 @@ func (c *correctCmd) Run(ctx context.Context) error {
 		return fmt.Errorf("not done within %s: %w", c.Timeout, err)
 	}
 	return err
+}
+
+// adjustments reads METER=±N. A meter that is named twice is refused: which of the two
+// is meant, or their sum, nobody can say.
+func adjustments(list []string) (map[usage.Meter]int64, error) {
+	out := make(map[usage.Meter]int64, len(list))
+	for _, s := range list {
+		name, number, _ := strings.Cut(s, "=")
+		n, err := strconv.ParseInt(number, 10, 64)
+		if err != nil {
+			return nil, fmt.Errorf("--meter %q: write a meter and what is added to it, such as calls=-3", s)
+		}
+		if _, twice := out[usage.Meter(name)]; twice {
+			return nil, fmt.Errorf("--meter %s is given twice: add up what is meant", name)
+		}
+		out[usage.Meter(name)] = n
+	}
+	return out, nil
 }
