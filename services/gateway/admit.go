@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -77,9 +78,9 @@ func (a *admit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	began := a.now()
 	id := gate.RequestID(r.Header.Get(gate.RequestIDHeader))
 	w.Header().Set(gate.RequestIDHeader, id)
-	req, profile, ok := a.asked(r)
-	if !ok {
-		f := unresolved
+	req, profile, err := a.asked(r)
+	if err != nil {
+		f := *err
 		f.RequestID = id
 		a.refuse(w, r, profile, &f)
 		return
@@ -176,8 +177,8 @@ func (a *admit) refuse(w http.ResponseWriter, r *http.Request, p refusal.Profile
 
 const admitPath = "/v1/admit"
 
-// asked is what the caller wants to know about; false when its path is unresolved.
-func (a *admit) asked(r *http.Request) (req gate.Request, profile refusal.Profile, ok bool) {
+// asked is what the caller wants to know about, or why that can't be told.
+func (a *admit) asked(r *http.Request) (req gate.Request, profile refusal.Profile, err *refusal.Refusal) {
 	var host, path string
 	if below, ok := strings.CutPrefix(r.URL.Path, admitPath+"/"); ok {
 		req = gate.Request{Method: r.Method, Model: r.Header.Get(ModelHeader)}
@@ -204,7 +205,7 @@ func (a *admit) asked(r *http.Request) (req gate.Request, profile refusal.Profil
 		}
 	}
 	if !paths.Resolved(path) {
-		return req, profile, false
+		return req, profile, &unresolved
 	}
 	req.Method, req.Model, req.Route = usage.CleanText(req.Method), usage.CleanText(req.Model), usage.CleanText(req.Route)
 	found := a.named(req.Route)
@@ -218,12 +219,15 @@ func (a *admit) asked(r *http.Request) (req gate.Request, profile refusal.Profil
 			profile = found.o.Profile
 		}
 		if req.Model == "" && found.o.Model.JSON == "" && found.model != nil {
-			if m, err := found.model(r); err == nil {
-				req.Model = usage.CleanText(m)
+			m, err := found.model(r)
+			var told *refusal.Refusal
+			if errors.As(err, &told) {
+				return req, profile, told
 			}
+			req.Model = usage.CleanText(m)
 		}
 	}
-	return req, profile, true
+	return req, profile, nil
 }
 
 func (a *admit) named(name string) *route {

@@ -90,7 +90,7 @@ func TestWhatAClientCannotSmuggle(t *testing.T) {
 		}
 		var seen []string
 		for name, values := range r.Header {
-			if strings.HasPrefix(strings.ReplaceAll(strings.ToLower(name), "_", "-"), "x-tollkeeper") {
+			if plain := strings.ReplaceAll(strings.ToLower(name), "_", "-"); strings.HasPrefix(plain, "x-tollkeeper") || plain == "x-model" {
 				seen = append(seen, fmt.Sprint(name, values))
 			}
 		}
@@ -102,6 +102,7 @@ func TestWhatAClientCannotSmuggle(t *testing.T) {
 			{Name: "cheap", Prefix: "/", Upstream: up.URL},
 			{Name: "dear", Prefix: "/dear", Upstream: up.URL, StripPrefix: true},
 			{Name: "model", Prefix: "/model", Upstream: up.URL, Model: ModelConfig{JSON: "model"}},
+			{Name: "header", Prefix: "/header", Upstream: up.URL, Model: ModelConfig{Header: "x-model"}},
 		}}
 	})
 	g.ready()
@@ -166,6 +167,22 @@ func TestWhatAClientCannotSmuggle(t *testing.T) {
 			})
 		}
 	})
+	t.Run("another model, by the number or the spelling of headers", func(t *testing.T) {
+		ask := func(header string) (int, string) {
+			_, resp := raw(t, g.proxy, "GET /header HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-search\r\n"+header+"\r\n")
+			body, err := io.ReadAll(resp.Body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return resp.StatusCode, string(body)
+		}
+		if status, _ := ask("X-Model: cheap\r\nX-Model: dear\r\n"); status != http.StatusBadRequest {
+			t.Errorf("two models: %d", status)
+		}
+		if status, body := ask("X-Model: cheap\r\nX_Model: dear\r\n"); status != http.StatusOK || !strings.Contains(body, "X-Model[cheap]") || strings.Contains(body, "dear") {
+			t.Errorf("two spellings: %d, the upstream sees %s", status, body)
+		}
+	})
 	t.Run("the request id, by early hints of the upstream", func(t *testing.T) {
 		if got := do(t, http.MethodGet, g.proxy+"/hints", "sk-search", "", gate.RequestIDHeader, "hints"); got.header.Get(gate.RequestIDHeader) != "hints" {
 			t.Errorf("%+v", got)
@@ -183,6 +200,7 @@ func TestAskingProxies(t *testing.T) {
 		o.Config = Config{Routes: []RouteConfig{
 			{Name: "dear", Prefix: "/dear", Upstream: "http://127.0.0.1:1"},
 			{Name: "cheap", Prefix: "/", Upstream: "http://127.0.0.1:1"},
+			{Name: "models", Prefix: "/models", Upstream: "http://127.0.0.1:1", Model: ModelConfig{Header: "X-Model"}},
 		}}
 	})
 	g.ready()
@@ -208,6 +226,11 @@ func TestAskingProxies(t *testing.T) {
 	} {
 		if got := do(t, c.method, g.admin+c.path, "sk-search", "", c.header...); got.status != c.want {
 			t.Errorf("%s: %d, want %d", name, got.status, c.want)
+		}
+	}
+	for header, want := range map[string]int{"X-Model: a\r\n": 200, "X-Model: a\r\nX-Model: b\r\n": 400} {
+		if _, resp := raw(t, g.admin, "GET /v1/admit/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-search\r\n"+header+"\r\n"); resp.StatusCode != want {
+			t.Errorf("%q: %d", header, resp.StatusCode)
 		}
 	}
 	// The rate of what passes is half of what bounds the eventual tier (law 4).

@@ -215,7 +215,7 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 		value, _ := expand(v)
 		set[textproto.CanonicalMIMEHeaderKey(h)] = value
 	}
-	prefix, readsUsage := c.prefix(), c.readsUsage()
+	prefix, readsUsage, model := c.prefix(), c.readsUsage(), textproto.CanonicalMIMEHeaderKey(c.Model.Header)
 	rp := &httputil.ReverseProxy{
 		Transport:  transport,
 		BufferPool: &p.buffer,
@@ -239,7 +239,7 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 				}
 			}
 			h.Del(EventTimeHeader)
-			dropOurs(h, set)
+			dropOurs(h, set, model)
 			if account, keyID := gate.ReportFrom(r.In.Context()).Account(); account != "" {
 				h.Set(AccountHeader, headerSafe(account))
 				h.Set(KeyIDHeader, headerSafe(keyID))
@@ -300,8 +300,9 @@ func (p *proxy) readUsage(resp *http.Response) {
 const ownPrefix = "X-Tollkeeper-"
 
 // dropOurs takes off a client's request what only the gateway may say, also where it
-// is spelled with underscores, which many upstreams take for dashes.
-func dropOurs(h http.Header, set map[string]string) {
+// is spelled with underscores, which many upstreams take for dashes. So is another
+// model beside the one in the header that was looked at.
+func dropOurs(h http.Header, set map[string]string, model string) {
 	for name := range h {
 		if strings.HasPrefix(name, ownPrefix) {
 			delete(h, name)
@@ -311,7 +312,7 @@ func dropOurs(h http.Header, set map[string]string) {
 			continue
 		}
 		dashed := textproto.CanonicalMIMEHeaderKey(strings.ReplaceAll(name, "_", "-"))
-		if _, ours := set[dashed]; ours || strings.HasPrefix(dashed, ownPrefix) || strings.HasPrefix(dashed, "X-Forwarded-") {
+		if _, ours := set[dashed]; ours || dashed == model || strings.HasPrefix(dashed, ownPrefix) || strings.HasPrefix(dashed, "X-Forwarded-") {
 			delete(h, name)
 		}
 	}
@@ -390,7 +391,12 @@ func modelOf(c *ModelConfig, bodies *models.Room) func(*http.Request) (string, e
 	case c.Fixed != "":
 		return func(*http.Request) (string, error) { return c.Fixed, nil }
 	case c.Header != "":
-		return func(r *http.Request) (string, error) { return r.Header.Get(c.Header), nil }
+		return func(r *http.Request) (string, error) {
+			if values := r.Header.Values(c.Header); len(values) > 1 {
+				return "", &refusal.Refusal{Code: refusal.BadRequest, Detail: "The header " + c.Header + " is there several times, so which model is meant can't be told."}
+			}
+			return r.Header.Get(c.Header), nil
+		}
 	case c.JSON != "":
 		bound := c.MaxBody
 		if bound == 0 {

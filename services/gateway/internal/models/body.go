@@ -29,7 +29,7 @@ func InBody(r *http.Request, member string, bound int64, bodies *Room) (string, 
 	if r.Body == nil || r.Body == http.NoBody {
 		return "", nil
 	}
-	if e := r.Header.Get("Content-Encoding"); e != "" && !strings.EqualFold(e, "identity") {
+	if e := strings.Join(r.Header.Values("Content-Encoding"), ","); e != "" && !strings.EqualFold(e, "identity") {
 		return "", &refusal.Refusal{Code: refusal.BadRequest, Status: http.StatusUnsupportedMediaType, Detail: "The body is compressed, so the model it asks for can't be read: send it plain."}
 	}
 	types := r.Header.Values("Content-Type")

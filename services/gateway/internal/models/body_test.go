@@ -112,6 +112,12 @@ func TestABodyThatMayNameAnotherModelIsRefused(t *testing.T) {
 			}
 		})
 	}
+	// A second encoding counts as the first does.
+	zipped := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/", strings.NewReader("\x1f\x8b"))
+	zipped.Header["Content-Encoding"] = []string{"identity", "gzip"}
+	if model, err := InBody(zipped, "model", 1<<20, NewRoom(1<<20)); err == nil {
+		t.Errorf("model %q", model)
+	}
 	// Where letters of another alphabet stand for those of the name, to some.
 	r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/", strings.NewReader("{\"tas\u212a\":\"dear\"}"))
 	if model, err := InBody(r, "task", 1<<20, NewRoom(1<<20)); err == nil {
