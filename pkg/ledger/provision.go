@@ -182,7 +182,7 @@ func addSubjects(ctx context.Context, js jetstream.JetStream, defs *definitions,
 	try, cancel := context.WithTimeout(ctx, subjectsTimeout)
 	defer cancel()
 	if _, err := js.UpdateStream(try, cfg); err != nil && notice != nil {
-		notice(fmt.Sprintf("the stream %s was made by a version without the subjects %s and could not be given them (%v): what is meant for them waits at the gateways; run `nats stream edit %s --subjects %s` as an operator",
+		notice(fmt.Sprintf("the stream %s was made by a version without the subjects %s and could not be given them (%v): what is meant for them waits at the gateways; run `nats stream edit %s --subjects '%s'` as an operator",
 			Stream, strings.Join(missing, ", "), err, Stream, strings.Join(cfg.Subjects, ",")))
 	}
 	return nil

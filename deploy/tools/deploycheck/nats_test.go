@@ -690,8 +690,26 @@ func TestNATSUsersMayDoTheirWorkAndNoMore(t *testing.T) {
 		}
 	})
 
+	operator := c.connect(t, "operator")
+	t.Run("a ledger without closings is served, and the operator is told what to do", func(t *testing.T) {
+		stream, err := operator.js.Stream(ctx, ledger.Stream)
+		must(t, "stream", err)
+		old := stream.CachedInfo().Config
+		old.Subjects = []string{ledger.AllCalls, ledger.AllControl, ledger.AllLeases}
+		_, err = operator.js.UpdateStream(ctx, old)
+		must(t, "make an old ledger", err)
+		var notice string
+		_, err = ledger.Provision(ctx, c.connect(t, "aggregator").js, ledger.ProvisionOptions{Notice: func(s string) { notice = s }})
+		must(t, "find the old ledger", err)
+		if !strings.Contains(notice, "nats stream edit LEDGER --subjects 'calls.*,control.*,leases.*,closings.*'") {
+			t.Errorf("it is told %q", notice)
+		}
+		_, err = ledger.Provision(ctx, operator.js, ledger.ProvisionOptions{Notice: func(s string) { t.Error(s) }})
+		must(t, "mend the old ledger", err)
+		_, err = gateway.js.Publish(ctx, ledger.ClosingsSubject(3), []byte("x"))
+		must(t, "close", err)
+	})
 	t.Run("operator may do everything in the account, system asks the servers", func(t *testing.T) {
-		operator := c.connect(t, "operator")
 		s, err := operator.js.Stream(ctx, ledger.DeadLetterStream)
 		must(t, "dead letters", err)
 		must(t, "purge dead letters", s.Purge(ctx))
