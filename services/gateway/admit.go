@@ -197,7 +197,11 @@ func (a *admit) asked(r *http.Request) (req gate.Request, profile refusal.Profil
 		}
 		req = gate.Request{Method: first("method", from+"Method"), Model: first("model", ModelHeader), Route: q.Get("route")}
 		host, path = first("host", from+"Host"), "/"
-		if u, err := url.ParseRequestURI(first("uri", from+"Uri")); err == nil {
+		if uri := first("uri", from+"Uri"); uri != "" {
+			u, err := url.ParseRequestURI(uri)
+			if err != nil {
+				return req, profile, &refusal.Refusal{Code: refusal.BadRequest, Detail: "The URI can't be read, so what is asked for can't be told."}
+			}
 			path = u.Path
 		}
 		if profile = refusal.Profile(q.Get("profile")); !profile.Valid() {

@@ -222,6 +222,7 @@ func TestAskingProxies(t *testing.T) {
 		"Envoy, another method":               {"GET", "/v1/admit/dear/x", nil, 200},
 		"Envoy with a query of its client":    {"POST", "/v1/admit/dear/x?route=cheap&method=GET&uri=/&nginx=1", nil, 402},
 		"Envoy with a header of its client":   {"POST", "/v1/admit/dear/x", []string{"X-Forwarded-Uri", "/", "X-Forwarded-Method", "GET", "X-Original-Uri", "/"}, 402},
+		"a path that can't be read":           {"POST", "/v1/admit", []string{"X-Forwarded-Method", "POST", "X-Forwarded-Uri", "/dear/%zz"}, 400},
 		"a path that is another's in the end": {"POST", "/v1/admit?uri=/x/../dear/x", nil, 400},
 	} {
 		if got := do(t, c.method, g.admin+c.path, "sk-search", "", c.header...); got.status != c.want {
