@@ -140,3 +140,43 @@ func TestAPurseThatStillHoldsHearsThatItsWindowIsOver(t *testing.T) {
 		t.Errorf("%d asks, %d since the window is over", asks, since)
 	}
 }
+
+// A clock that is set back makes nobody silent until it is where it was.
+func TestAPurseSpeaksOnAfterItsClockWasSetBack(t *testing.T) {
+	t.Parallel()
+	h := Habits{Term: second, ReportEvery: 100 * ms, RetryAfter: 10 * ms, Recheck: 100 * ms, FirstWant: 1, MaxWant: 1}
+	const before, after = 10_000 * second, 5_000 * second
+	wait := func() (*Purse, Ask) {
+		p := NewPurse(anna, 0, h)
+		p.Need(1, before+second)
+		m, _ := p.Next(before)
+		return p, m
+	}
+	said := func(p *Purse) (asks int) {
+		for now := Micros(after); now < after+second; now += ms {
+			if p.Outcome(1, now) == Fetch {
+				p.Need(1, now+second)
+			}
+			if _, ok := p.Next(now); ok {
+				asks++
+			}
+		}
+		return asks
+	}
+	p, _ := wait()
+	if n := said(p); n < 10 || n > 200 {
+		t.Errorf("after an ask that was not answered: %d asks in a second", n)
+	}
+	p, m := wait()
+	p.Receive(Answer{Gateway: anna, Epoch: 1, Revision: 1, Seq: m.Seq, Verdict: Waiting, Expiry: before + second}, before)
+	if n := said(p); n < 10 || n > 200 {
+		t.Errorf("in the queue: %d asks in a second", n)
+	}
+	for _, v := range []Verdict{DeniedEarly, DeniedFinal} {
+		p, m = wait()
+		p.Receive(Answer{Gateway: anna, Epoch: 1, Revision: 1, Seq: m.Seq, Verdict: v, Expiry: before + second}, before)
+		if n := said(p); n == 0 || n > 200 {
+			t.Errorf("after verdict %d: %d asks in a second", v, n)
+		}
+	}
+}

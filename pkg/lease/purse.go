@@ -386,6 +386,9 @@ func (p *Purse) Receive(a Answer, now Micros) {
 // after Need, Close, Receive, an AdmittedLow, a resolved Hold, and at least
 // every RetryAfter; send what it returns at once.
 func (p *Purse) Next(now Micros) (Ask, bool) {
+	if now < p.sentAt {
+		p.setBack(p.sentAt - now)
+	}
 	if p.closed {
 		if p.Done() || now < p.retryAt {
 			return Ask{}, false
@@ -436,6 +439,18 @@ func (p *Purse) Next(now Micros) (Ask, bool) {
 		return Ask{}, false
 	}
 	return p.send(m, now), true
+}
+
+// setBack does with what is to come what was done to the clock: else the purse would be
+// silent, and a denial stand, until the clock is where it was. What is needed stays so
+// until there is an answer: it may have been said after that.
+func (p *Purse) setBack(by Micros) {
+	for _, at := range [...]*Micros{&p.sentAt, &p.retryAt, &p.hopeAt, &p.renewAt, &p.grantedAt} {
+		*at -= by
+	}
+	if d := p.denial.Load(); d != nil {
+		p.denial.Store(&denial{d.room, d.until - by, d.early})
+	}
 }
 
 // facts is what can be said for certain. Used is read before Held and only

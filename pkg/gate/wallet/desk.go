@@ -115,7 +115,7 @@ func (d *desk) pocket(l *table.Draw, now lease.Micros) *pocket {
 		p.end = lease.Micros(end)
 		p.purse.SetEnd(p.end)
 	}
-	if p.again != 0 && now >= p.again {
+	if p.again != 0 && (now >= p.again || now < p.again-unknownPause) { // or the clock was set back
 		delete(d.byPurse, p.purse)
 		seq := p.sent.Seq
 		d.w.metrics.sent(p.meter, &p.sent, &lease.Ask{})

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
 	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/pkg/window"
 )
 
 var worlds = flag.Int("wallet.worlds", 15, "random worlds")
@@ -71,15 +73,33 @@ func randomWorld(t *testing.T, seed uint64) {
 	if r.IntN(2) == 0 {
 		limits = append(limits, exact("hour", usage.Hour, int64(1+r.IntN(600))))
 	}
+	// A clock that is quite wrong can put a call into another window, and no more than that.
+	jumps := r.IntN(3) == 0
+	if jumps {
+		limits = []usage.Limit{exact("lifetime", usage.Lifetime, int64(1+r.IntN(900)))}
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	go s.tick(ctx)
 
 	var worlds []*world
 	for range gateways {
-		skew := time.Duration(r.IntN(401)-200) * time.Millisecond
+		var skew atomic.Int64
+		skew.Store(int64(roll(401)-200) * int64(time.Millisecond))
+		if jumps {
+			go func() {
+				for {
+					select {
+					case <-ctx.Done():
+						return
+					case <-time.After(time.Duration(roll(10_000)) * time.Millisecond):
+						skew.Store(int64(roll(180_000)-90_000) * int64(time.Millisecond) * int64(roll(2)))
+					}
+				}
+			}()
+		}
 		worlds = append(worlds, newWorld(t, s, func(o *Options) {
-			o.Now = func() usage.Micros { return usage.At(time.Now().Add(skew)) }
+			o.Now = func() usage.Micros { return usage.At(time.Now().Add(time.Duration(skew.Load()))) }
 			if sealed {
 				o.Journal = &notes{r: rand.New(rand.NewPCG(seed, 2))}
 			}
@@ -92,12 +112,7 @@ func randomWorld(t *testing.T, seed uint64) {
 		lock.Lock()
 		defer lock.Unlock()
 		for _, p := range parts {
-			start := usage.Micros(0)
-			if k := p.Limit.Window; k == usage.Minute {
-				start = at - at%60_000_000
-			} else {
-				start = at - at%3_600_000_000
-			}
+			start, _ := window.Bounds(p.Limit.Window, at)
 			spent[key{p.Account(), p.LimitID(), lease.Micros(start)}] += units
 		}
 	}
@@ -210,5 +225,5 @@ func randomWorld(t *testing.T, seed uint64) {
 			t.Errorf("left: %d, %d, %d, %d", len(d.pockets), len(d.byPurse), len(d.open), len(d.turning))
 		}
 	}
-	t.Logf("slow %d, unreliable %d, sealed %v, %d gateways, %+v: %v", slow, lossy, sealed, gateways, limits[0].Amount, counts)
+	t.Logf("slow %d, unreliable %d, sealed %v, jumps %v, %d gateways, %+v: %v", slow, lossy, sealed, jumps, gateways, limits[0].Amount, counts)
 }
