@@ -402,6 +402,11 @@ func (a *auditor) save(ctx context.Context) {
 		bounded, cancel := context.WithTimeout(ctx, 30*time.Second)
 		defer cancel()
 		err = a.store.save(bounded, data)
+		if err == nil {
+			if err := a.store.sweep(bounded); err != nil {
+				a.log.Warn().Err(err).Msg("what was left behind in the books' bucket could not be removed yet")
+			}
+		}
 	}
 	if err != nil {
 		// Without it a restart only has more to read again.

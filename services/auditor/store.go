@@ -81,11 +81,16 @@ func (s *store) save(ctx context.Context, data []byte) error {
 		return fmt.Errorf("write %s: %w", bookNames[s.next], err)
 	}
 	s.next = 1 - s.next
+	return nil
+}
+
+// sweep removes what is left behind in the books' bucket, if it is time.
+func (s *store) sweep(ctx context.Context) error {
 	if time.Since(s.tidy) < tidyEvery {
 		return nil
 	}
 	s.tidy = time.Now()
-	_, err = leftovers.Sweep(ctx, s.js, ledger.BooksBucket, leftovers.Age)
+	_, err := leftovers.Sweep(ctx, s.js, ledger.BooksBucket, leftovers.Age)
 	return err
 }
 
