@@ -104,6 +104,8 @@ type Escrow struct {
 	settled     int64 // spent, by the gateways' words, above and late included
 	outstanding int64 // out and not given up
 	exposure    int64 // out and given up
+	reserved    int64 // out under other escrows, not handed out here
+	elsewhere   int64 // exposure of other escrows
 	leases      []lease
 	since       uint64 // sequence at which more was out than there is; calls it back
 	counts      Counts
@@ -258,7 +260,7 @@ func (e *Escrow) Holds(g Gateway) bool {
 }
 
 // free is what can be handed out; negative after the allowance was lowered.
-func (e *Escrow) free() int64 { return e.amount - e.settled - e.outstanding }
+func (e *Escrow) free() int64 { return e.amount - e.settled - e.outstanding - e.reserved }
 
 func (e *Escrow) excess() int64 { return max(0, -e.free()) }
 
@@ -283,7 +285,7 @@ func (e *Escrow) elapse() {
 				l.waiting, l.need, l.want = 0, 0, 0 // its gateway has died or does not wait any more
 			}
 		}
-		if out := l.out(); e.releaseAt(l) <= e.now && out <= e.terms.MaxExposure-e.exposure {
+		if out := l.out(); e.releaseAt(l) <= e.now && out <= e.terms.MaxExposure-e.exposure-e.elsewhere {
 			l.released = out
 			e.outstanding -= out
 			e.exposure += out
@@ -635,6 +637,9 @@ func (e *Escrow) Denied() bool {
 	return !e.ended() && slices.ContainsFunc(e.leases, func(l lease) bool { return l.verdict == DeniedEarly || l.verdict == DeniedFinal })
 }
 
+// Exposure is what was given up and may yet turn out to be used.
+func (e *Escrow) Exposure() int64 { return e.exposure }
+
 // Counts returns the totals since the allowance began.
 func (e *Escrow) Counts() Counts { return e.counts }
 
@@ -649,6 +654,8 @@ type State struct {
 	// Settled and Outstanding never passes what there was by more than
 	// Terms.MaxExposure.
 	Exposure int64
+	// Reserved is out under names that the limit had before: see Escrow.Reserve.
+	Reserved int64
 	// Overdraft is what was spent beyond the allowance.
 	Overdraft int64
 	// Dead is the part of Outstanding in leases that have ended: it is spent
@@ -663,7 +670,7 @@ type State struct {
 // State returns how the allowance stands.
 func (e *Escrow) State() State {
 	s := State{
-		Amount: e.amount, Settled: e.settled, Outstanding: e.outstanding, Excess: e.excess(), Exposure: e.exposure,
+		Amount: e.amount, Settled: e.settled, Outstanding: e.outstanding, Excess: e.excess(), Exposure: e.exposure, Reserved: e.reserved,
 		Overdraft: max(0, e.settled-e.amount),
 		Leases:    len(e.leases), Ended: e.ended(), Counts: e.counts,
 	}

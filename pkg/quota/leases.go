@@ -40,6 +40,11 @@ type allowance struct {
 	due    usage.Micros // when an entry must come
 	at     int          // in the heap
 
+	// formers are what gateways hold under names that the limit had before, oldest
+	// first; forgotten is what they may hold under still earlier ones.
+	formers   []*former
+	forgotten int64
+
 	// What this entry brings to it:
 	stirred bool
 	entry   lease.Entry
@@ -141,10 +146,16 @@ func (s *Shard) dropAllowance(x *allowance) {
 
 // next is when an entry must come.
 func (x *allowance) next() usage.Micros {
+	due := x.end
 	if at, ok := x.escrow.Due(); ok {
-		return min(x.end, usage.Micros(at))
+		due = min(due, usage.Micros(at))
 	}
-	return x.end
+	for _, f := range x.formers {
+		if at, ok := f.escrow.Due(); ok {
+			due = min(due, usage.Micros(at))
+		}
+	}
+	return due
 }
 
 // stir has the allowance applied in this entry.
@@ -207,6 +218,11 @@ func (s *Shard) ask(m *LeaseAsk) {
 	a := &s.accounts[i]
 	def := s.plans.defs[a.plan]
 	k := slices.IndexFunc(s.plans.limits[def.first:def.first+def.n], func(l limit) bool { return l.leased && l.fullID == m.LimitID })
+	if x, f := s.formerOf(i, m); f != nil {
+		f.says(&m.Ask)
+		s.stir(x)
+		return
+	}
 	if k < 0 {
 		over()
 		return
@@ -274,8 +290,11 @@ func (s *Shard) countLeased(p, k uint32, d int, used int64) {
 			}
 		}
 	}
-	x.entry.Outside = saturated(x.entry.Outside, used-min(used, leased))
-	if leased > 0 {
+	// What may be of a lease that was given under another name is: it is reserved
+	// until it is counted.
+	mine := leased - x.countFormers(lease.Gateway(f.b.Producer), leased)
+	x.entry.Outside = saturated(x.entry.Outside, used-min(used, mine))
+	if leased = mine; leased > 0 {
 		x.counted[0].Gateway = lease.Gateway(f.b.Producer)
 		x.counted[0].Units = saturated(x.counted[0].Units, leased)
 		x.entry.Counted = x.counted[:]
@@ -290,40 +309,53 @@ func (s *Shard) endLeases(g lease.Gateway, complete bool, marks *LeaseMarks) {
 	if !complete && marks == nil {
 		return
 	}
-	keep := s.marked(marks)
-	for key, x := range s.allowances {
-		if (marks != nil || s.limitAt(x).meter == uint32(usage.CallsIndex)) && x.escrow.Holds(g) {
-			x.ended = lease.End{Gateway: g, Keep: keep[key]}
+	keep := marked(marks)
+	for _, x := range s.allowances {
+		l := s.limitAt(x)
+		if marks == nil && l.meter != uint32(usage.CallsIndex) {
+			continue
+		}
+		account := s.name(x.key.account)
+		if x.escrow.Holds(g) {
+			x.ended = lease.End{Gateway: g, Keep: keep.of(account, l.fullID, l.kind, x.key.window)}
 			x.entry.Ended = &x.ended
 			s.stir(x)
+		}
+		for _, f := range x.formers {
+			if f.escrow.Holds(g) {
+				f.ended = lease.End{Gateway: g, Keep: keep.of(account, f.name, l.kind, x.key.window)}
+				f.entry.Ended = &f.ended
+				s.stir(x)
+			}
 		}
 	}
 }
 
-// marked finds the allowances that marks are of.
-func (s *Shard) marked(marks *LeaseMarks) map[allowanceKey]int64 {
+// usedAtMost has marks by account and limit.
+type usedAtMost map[[2]string][]*LeaseMark
+
+func marked(marks *LeaseMarks) usedAtMost {
 	if marks == nil {
 		return nil
 	}
-	keep := make(map[allowanceKey]int64, len(marks.Marks))
+	all := make(usedAtMost, len(marks.Marks))
 	for n := range marks.Marks {
 		m := &marks.Marks[n]
-		i, ok := s.find([]byte(m.Account))
-		if !ok {
-			continue
-		}
-		def := s.plans.defs[s.accounts[i].plan]
-		for k, l := range s.plans.limits[def.first : def.first+def.n] {
-			if !l.leased || l.fullID != m.LimitID {
-				continue
-			}
-			if number := l.kind.Number(m.WindowStart); number == int64(int32(number)) {
-				key := allowanceKey{i, uint32(k), int32(number)}
-				keep[key] = max(keep[key], m.UsedAtMost)
-			}
+		at := [2]string{m.Account, m.LimitID}
+		all[at] = append(all[at], m)
+	}
+	return all
+}
+
+// of returns the mark of an allowance; 0 without one.
+func (all usedAtMost) of(account, limit string, kind window.Kind, number int32) int64 {
+	most := int64(0)
+	for _, m := range all[[2]string{account, limit}] {
+		if kind.Number(m.WindowStart) == int64(number) {
+			most = max(most, m.UsedAtMost)
 		}
 	}
-	return keep
+	return most
 }
 
 // settleLeases applies what this entry brought.
@@ -341,6 +373,7 @@ func (s *Shard) settleLeases() {
 // it is over.
 func (s *Shard) settle(x *allowance) {
 	l := s.limitAt(x)
+	s.settleFormers(x, l)
 	x.entry.Sequence, x.entry.Time = s.sequence, lease.Micros(s.now)
 	before := x.escrow.Counts()
 	fx := x.escrow.Apply(x.entry)
@@ -353,7 +386,7 @@ func (s *Shard) settle(x *allowance) {
 		if x.refusing && a.Gateway == x.ask.Gateway && a.Verdict != lease.Ended {
 			a.Verdict, a.Room = lease.DeniedFinal, 0
 		}
-		s.answerOf(x, l, a)
+		s.answerOf(x, l.fullID, l, a)
 	}
 	s.soil(x.key.account)
 	if x.key.window == s.windows[l.kind].number {
@@ -372,8 +405,9 @@ func (s *Shard) limitAt(x *allowance) *limit {
 	return &s.plans.limits[s.plans.defs[s.accounts[x.key.account].plan].first+x.key.limit]
 }
 
-func (s *Shard) answerOf(x *allowance, l *limit, a lease.Answer) {
-	full := LeaseAnswer{Account: s.name(x.key.account), LimitID: l.fullID, Answer: a}
+// answerOf answers under a name of the limit, the present or a former one.
+func (s *Shard) answerOf(x *allowance, name string, l *limit, a lease.Answer) {
+	full := LeaseAnswer{Account: s.name(x.key.account), LimitID: name, Answer: a}
 	if l.kind != window.Lifetime {
 		full.WindowStart, full.WindowEnd = l.kind.Start(int64(x.key.window)), x.end
 	}
@@ -400,13 +434,16 @@ func (s *Shard) moveAllowances(i uint32, old, limits []limit) {
 			}
 			k := slices.IndexFunc(limits, func(l limit) bool { return l.leased && l.fullID == old[o].fullID && sameCount(&old[o], &l) })
 			if k < 0 {
-				for _, a := range x.escrow.Resume() {
-					a.Revision, a.Verdict, a.Room, a.Recall = s.sequence, lease.Ended, 0, 0
-					s.answerOf(x, &old[o], a)
+				s.endNamed(x, old[o].fullID, &old[o], x.escrow)
+				if k = s.successor(&old[o], limits); k < 0 {
+					for _, f := range x.formers {
+						s.endNamed(x, f.name, &old[o], f.escrow)
+					}
+					s.dropAllowance(x)
+					x.stirred = false
+					continue
 				}
-				s.dropAllowance(x)
-				x.stirred = false
-				continue
+				s.succeed(x, uint32(o), &old[o], &limits[k])
 			}
 			l := &limits[k]
 			if l.Amount != old[o].Amount {
@@ -415,6 +452,9 @@ func (s *Shard) moveAllowances(i uint32, old, limits []limit) {
 			}
 			if l.terms != old[o].terms {
 				x.entry.Terms = &l.terms
+				for _, f := range x.formers {
+					f.entry.Terms = &l.terms
+				}
 				s.stir(x)
 			}
 			if k != o {
@@ -505,8 +545,12 @@ func (s *Shard) Resume() []LeaseAnswer {
 	kept := s.effects.Answers
 	s.effects.Answers = nil
 	for _, x := range s.allowances {
+		l := s.limitAt(x)
 		for _, a := range x.escrow.Resume() {
-			s.answerOf(x, s.limitAt(x), a)
+			s.answerOf(x, l.fullID, l, a)
+		}
+		for _, f := range x.formers {
+			s.endNamed(x, f.name, l, f.escrow)
 		}
 	}
 	s.finishAnswers()
@@ -529,7 +573,7 @@ func (s *Shard) appendAllowances(out []byte, t touch) []byte {
 		if x == nil {
 			continue
 		}
-		state := x.escrow.Append(nil) // which is not empty
+		state := x.appendFormers(x.escrow.Append(nil)) // which is not empty
 		out = binary.AppendUvarint(out, uint64(len(state)))
 		out = append(out, state...)
 		out = binary.AppendVarint(out, int64(x.key.window))
@@ -552,10 +596,18 @@ func (s *Shard) readAllowances(r *reader, t touch, l *limit) bool {
 			return false
 		}
 		e, rest, err := lease.Read(state, termsOf(l, int32(number)))
-		if err != nil || len(rest) != 0 || r.bad {
+		if err != nil || r.bad {
 			return false
 		}
-		s.addAllowance(allowanceKey{t.account, t.limit, int32(number)}, l, e)
+		formers, forgotten, ok := readFormers(rest, termsOf(l, int32(number)))
+		if !ok {
+			return false
+		}
+		x := s.addAllowance(allowanceKey{t.account, t.limit, int32(number)}, l, e)
+		x.formers, x.forgotten = formers, forgotten
+		x.reserve()
+		x.due = x.next()
+		heap.Fix(&s.leaseTimes, x.at)
 		before = number
 	}
 }

@@ -31,8 +31,18 @@ const (
 	MaxAdjustments  = 16       // meters of a correction
 )
 
-// CoreVersion is the version of the rules by which this program folds.
-const CoreVersion = 1
+// CoreVersion is the newest version of the rules by which this program folds. Those
+// before it hold where the ledger does not say this one, so that the same entries lead
+// to the same decisions for ever:
+//
+//	0, 1  an account that comes to another plan has new allowances of the tiers exact
+//	      and leased there; what gateways hold of the old ones is forgotten.
+//	2     where the other plan has the same limit, what they hold is not handed out
+//	      again before it was counted or has come back.
+const CoreVersion = 2
+
+// carriesLeases is the first version by which what is out outlives a change of plan.
+const carriesLeases = 2
 
 // Bounds of what a shard learns from calls. What is beyond them is counted in
 // part, and told.

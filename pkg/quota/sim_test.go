@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 
 	gocmp "github.com/google/go-cmp/cmp"
@@ -45,6 +46,7 @@ type simPlan struct {
 	failovers         int // per second
 	skew              bool
 	changes           int // raises, corrections and foreign calls per second
+	moves             int // of acme to another plan with the same limits, per second
 	broken            string
 }
 
@@ -57,13 +59,20 @@ func (p *simPlan) exposure() int64 {
 
 // simParts are the limits that a call of acme meets.
 var simParts = []struct {
-	account, limit string
-	meter          usage.Meter
-	times          int64 // of the world's amount
+	account, plan, limit string
+	meter                usage.Meter
+	times                int64 // of the world's amount
 }{
-	{"acme", "team/calls", usage.Calls, 1},
-	{"acme", "team/tokens", usage.InputTokens, 2},
-	{"org", "org/calls", usage.Calls, 2},
+	{"acme", "", "calls", usage.Calls, 1}, // of the plan that acme has
+	{"acme", "", "tokens", usage.InputTokens, 2},
+	{"org", "org", "calls", usage.Calls, 2},
+}
+
+// simTeams are the plans that acme may have.
+var simTeams = [...]string{"team", "team-b", "team-c"}
+
+func limitOf(part int, team string) string {
+	return cmp.Or(simParts[part].plan, team) + "/" + simParts[part].limit
 }
 
 func (p *simPlan) plans(amount int64) *PlanSet {
@@ -74,10 +83,15 @@ func (p *simPlan) plans(amount int64) *PlanSet {
 		}
 		return l
 	}
-	return &PlanSet{Version: fmt.Sprint(amount), Plans: []usage.Plan{
-		{ID: "team", Limits: []usage.Limit{limit("calls", usage.Calls, amount), limit("tokens", usage.InputTokens, 2*amount)}},
-		{ID: "org", Limits: []usage.Limit{limit("calls", usage.Calls, 2*amount)}},
-	}}
+	set := &PlanSet{Version: fmt.Sprint(amount), Plans: []usage.Plan{{ID: "org", Limits: []usage.Limit{limit("calls", usage.Calls, 2*amount)}}}}
+	for i, id := range simTeams {
+		limits := []usage.Limit{limit("calls", usage.Calls, amount), limit("tokens", usage.InputTokens, 2*amount)}
+		if i == 2 {
+			slices.Reverse(limits)
+		}
+		set.Plans = append(set.Plans, usage.Plan{ID: id, Limits: limits})
+	}
+	return set
 }
 
 type simEvent struct {
@@ -105,12 +119,20 @@ type simIdentity struct {
 	start usage.Micros
 }
 
+type simPurse struct {
+	simIdentity
+	team string
+}
+
 type simGateway struct {
+	team    string // acme's plan, as far as it knows
+	told    uint64
+	seqs    map[simPurse]uint64 // of messages
 	id      lease.Gateway
 	offset  usage.Micros
 	alive   bool
 	leaving bool
-	purses  map[simIdentity]*lease.Purse
+	purses  map[simPurse]*lease.Purse
 	pending []usage.Call
 	number  uint64
 	landing usage.Micros
@@ -151,6 +173,8 @@ type simWorld struct {
 
 	admitted, limits         map[simIdentity]int64 // units; what may be admitted
 	answered, counted        int                   // calls
+	team                     string
+	moved                    uint64
 	outside, kills           int
 	denied, early, failovers int
 	byWindow                 map[simIdentity]int64 // units that were counted
@@ -158,7 +182,7 @@ type simWorld struct {
 
 func newSimWorld(p simPlan) *simWorld {
 	w := &simWorld{
-		simPlan: p, rng: rand.New(rand.NewPCG(p.seed, 11)), now: simFrom, s: New(Options{Shard: 3}), epoch: 1,
+		simPlan: p, rng: rand.New(rand.NewPCG(p.seed, 11)), now: simFrom, s: New(Options{Shard: 3}), epoch: 1, team: "team",
 		admitted: map[simIdentity]int64{}, limits: map[simIdentity]int64{}, byWindow: map[simIdentity]int64{},
 	}
 	w.append(Entry{Control: &Control{Core: &Core{Version: CoreVersion, Horizon: 3600 * second}}})
@@ -187,6 +211,7 @@ func newSimWorld(p simPlan) *simWorld {
 	w.sometimes(p.kills, func() { w.kill(w.gateways[w.rng.IntN(len(w.gateways))]) })
 	w.sometimes(p.failovers, w.failover)
 	w.sometimes(p.changes, w.change)
+	w.sometimes(p.moves, w.move)
 	return w
 }
 
@@ -286,7 +311,8 @@ func (w *simWorld) check(fx *Effects) {
 			w.fail("two decisions of one entry: %+v", fx.Decisions)
 		}
 		seen[touchName{d.Account, d.LimitID}] = true
-		if spent := d.Used >= d.Amount; (d.Verdict == usage.Deny && d.Room == 0) != spent {
+		lifted := d.Account == "acme" && !strings.HasPrefix(d.LimitID, w.team+"/")
+		if spent := d.Used >= d.Amount && !lifted; (d.Verdict == usage.Deny && d.Room == 0) != spent {
 			w.fail("%s, room %d, where %d of %d are used", d.Verdict, d.Room, d.Used, d.Amount)
 		}
 		if d.Verdict == usage.Deny {
@@ -323,17 +349,17 @@ func (w *simWorld) say(a LeaseAnswer) {
 			if g.id != a.Gateway || !g.alive {
 				continue
 			}
-			part := slices.IndexFunc(simParts, func(p struct {
-				account, limit string
-				meter          usage.Meter
-				times          int64
-			}) bool {
-				return p.account == a.Account && p.limit == a.LimitID
-			})
-			if p := g.purses[simIdentity{part, a.WindowStart}]; p != nil {
-				p.Receive(a.Answer, lease.Micros(w.clock(g)))
-				w.retry(g)
-				w.pump(g)
+			for _, team := range simTeams {
+				for part := range simParts {
+					if simParts[part].account != a.Account || limitOf(part, team) != a.LimitID {
+						continue
+					}
+					if p := g.purses[simPurse{simIdentity{part, a.WindowStart}, team}]; p != nil {
+						p.Receive(a.Answer, lease.Micros(w.clock(g)))
+						w.retry(g)
+						w.pump(g)
+					}
+				}
 			}
 		}
 	})
@@ -366,7 +392,11 @@ func (w *simWorld) change() {
 		n := 1 + w.rng.Int64N(10)
 		w.append(Entry{}) // so that what is used is of this window
 		u, _ := w.s.Account("acme")
-		n = min(n, u.Limits[0].Used)
+		for _, l := range u.Limits {
+			if l.Meter == usage.Calls {
+				n = min(n, l.Used)
+			}
+		}
 		if n == 0 {
 			return
 		}
@@ -391,6 +421,32 @@ func (w *simWorld) change() {
 	}
 }
 
+// move gives acme another plan with the same limits; gateways hear of it in a while.
+func (w *simWorld) move() {
+	team := simTeams[w.rng.IntN(len(simTeams))]
+	if team == w.team {
+		return
+	}
+	w.team = team
+	w.moved++
+	n := w.moved
+	w.append(Entry{Control: &Control{Accounts: []usage.Account{{ID: "acme", Parent: "org", Plan: team}}}})
+	for _, g := range w.gateways {
+		w.after(w.upTo(10*w.delay), func() {
+			if !g.alive || g.told > n {
+				return
+			}
+			g.told, g.team = n, team
+			for at, p := range g.purses {
+				if at.team != team && simParts[at.part].plan == "" {
+					p.Close()
+				}
+			}
+			w.pump(g)
+		})
+	}
+}
+
 // note keeps what a counted call used.
 func (w *simWorld) note(c *usage.Call) {
 	for part, p := range simParts {
@@ -404,7 +460,7 @@ func (w *simWorld) note(c *usage.Call) {
 
 func (w *simWorld) newGateway() *simGateway {
 	w.ids++
-	g := &simGateway{alive: true, purses: map[simIdentity]*lease.Purse{}}
+	g := &simGateway{alive: true, team: w.team, told: w.moved, purses: map[simPurse]*lease.Purse{}, seqs: map[simPurse]uint64{}}
 	binary.BigEndian.PutUint64(g.id[:], w.rng.Uint64())
 	binary.BigEndian.PutUint64(g.id[8:], w.ids)
 	if w.skew {
@@ -427,13 +483,17 @@ func (w *simWorld) clock(g *simGateway) usage.Micros { return w.now + g.offset }
 
 // purse returns the one of a part and the window of a time.
 func (w *simWorld) purse(g *simGateway, part int, start usage.Micros) *lease.Purse {
-	id := simIdentity{part, start}
+	id := simPurse{simIdentity{part, start}, g.team}
+	if simParts[part].plan != "" {
+		id.team = simTeams[0]
+	}
 	p := g.purses[id]
-	if p == nil {
+	if p == nil || p.Done() && id.team == g.team && w.moves > 0 && !g.leaving {
 		p = lease.NewPurse(g.id, lease.Micros(start+60*second), lease.Habits{
 			Skew: lease.Micros(simSkew), Term: lease.Micros(400 * ms), ReportEvery: lease.Micros(100 * ms), RetryAfter: lease.Micros(40 * ms),
 			Recheck: lease.Micros(150 * ms), FirstWant: 8, MaxWant: 1 << 40,
 		})
+		p.After(g.seqs[id])
 		g.purses[id] = p
 	}
 	return p
@@ -447,16 +507,20 @@ func (w *simWorld) pump(g *simGateway) {
 	var asks []LeaseAsk
 	for _, start := range [...]usage.Micros{noon, noon + 60*second} {
 		for part := range simParts {
-			p := g.purses[simIdentity{part, start}]
-			if p == nil {
-				continue
-			}
-			for range 4 {
-				m, ok := p.Next(lease.Micros(w.clock(g)))
-				if !ok {
-					break
+			for _, team := range simTeams {
+				id := simPurse{simIdentity{part, start}, team}
+				p := g.purses[id]
+				if p == nil {
+					continue
 				}
-				asks = append(asks, LeaseAsk{simParts[part].account, simParts[part].limit, start, m})
+				for range 4 {
+					m, ok := p.Next(lease.Micros(w.clock(g)))
+					if !ok {
+						break
+					}
+					g.seqs[id] = max(g.seqs[id], m.Seq)
+					asks = append(asks, LeaseAsk{simParts[part].account, limitOf(part, team), start, m})
+				}
 			}
 		}
 	}
@@ -640,7 +704,7 @@ func (w *simWorld) retry(g *simGateway) {
 func (w *simWorld) admit(id simIdentity, n int64) {
 	w.admitted[id] += n
 	if most := simParts[id.part].times*w.amount + w.limits[id] + w.exposure(); w.admitted[id] > most {
-		w.fail("%s: %d units are admitted where %d are allowed", simParts[id.part].limit, w.admitted[id], most)
+		w.fail("%s: %d units are admitted where %d are allowed", limitOf(id.part, w.team), w.admitted[id], most)
 	}
 	if w.now+2*simSkew < id.start || w.now > id.start+60*second {
 		w.fail("a call is admitted in the wrong window")
@@ -659,31 +723,39 @@ func (w *simWorld) audit() {
 		w.fail("%d calls are in the sums of acme, %d of org, %d were counted", got, org.All.Admitted, w.counted+w.outside)
 	}
 	for part, p := range simParts {
-		u := acme.Limits[part%2]
-		if p.account == "org" {
-			u = org.Limits[0]
+		u := org.Limits[0]
+		for _, l := range acme.Limits {
+			if l.LimitID == limitOf(part, w.team) {
+				u = l
+			}
 		}
 		for i, got := range [...]int64{u.Used, u.Previous} {
 			id := simIdentity{part, u.PeriodStart - usage.Micros(i)*60*second}
 			if got != w.byWindow[id] {
-				w.fail("%s: %d units are in the counter, %d were counted (window %d)", p.limit, got, w.byWindow[id], i)
+				w.fail("%s: %d units are in the counter, %d were counted (window %d)", u.LimitID, got, w.byWindow[id], i)
 			}
 			if w.kills+w.outside == 0 && w.changes == 0 && got != w.admitted[id] {
-				w.fail("%s: %d units are counted, %d were admitted (window %d)", p.limit, got, w.admitted[id], i)
+				w.fail("%s: %d units are counted, %d were admitted (window %d)", u.LimitID, got, w.admitted[id], i)
 			}
 		}
 		if u.Lease == nil {
 			continue
 		}
-		if w.kills == 0 && (u.Lease.Outstanding != 0 || u.Lease.Settled != max(0, u.Used)) {
-			w.fail("%s: %d units are out and %d settled where all have left and used %d", p.limit, u.Lease.Outstanding, u.Lease.Settled, u.Used)
+		forgotten := int64(0) // of too many changes of plan at a time
+		for key, x := range w.s.allowances {
+			if w.s.name(key.account) == p.account && w.s.limitAt(x).fullID == u.LimitID && x.end == u.PeriodEnd {
+				forgotten = x.forgotten
+			}
+		}
+		if w.kills == 0 && (u.Lease.Outstanding+u.Lease.Reserved != forgotten || u.Lease.Settled != max(0, u.Used)) {
+			w.fail("%s: %d units are out, %d reserved and %d settled where all have left and used %d", u.LimitID, u.Lease.Outstanding, u.Lease.Reserved, u.Lease.Settled, u.Used)
 		}
 		// What is not out can be had to the last unit.
-		if rest := u.Amount - u.Lease.Settled - u.Lease.Outstanding; rest > 0 {
+		if rest := u.Amount - u.Lease.Settled - u.Lease.Outstanding - u.Lease.Reserved; rest > 0 {
 			ask := lease.Ask{Gateway: lease.Gateway{255, byte(part)}, Seq: 1, Sent: lease.Micros(w.now), Need: rest}
-			fx := w.append(Entry{Asks: []LeaseAsk{{p.account, p.limit, u.PeriodStart, ask}}})
+			fx := w.append(Entry{Asks: []LeaseAsk{{p.account, u.LimitID, u.PeriodStart, ask}}})
 			if !slices.ContainsFunc(fx.Answers, func(a LeaseAnswer) bool { return a.Gateway == ask.Gateway && a.Granted == rest }) {
-				w.fail("%s: %d units are left and can't be had: %+v", p.limit, rest, fx.Answers)
+				w.fail("%s: %d units are left and can't be had: %+v", u.LimitID, rest, fx.Answers)
 			}
 		}
 	}
@@ -760,6 +832,19 @@ func TestTheLeasedTierAdmitsItsExposureMoreAtMost(t *testing.T) {
 		p.tier = usage.TierLeased
 		return p
 	})
+}
+
+func TestNoMoreIsAdmittedWhereAnAccountChangesPlans(t *testing.T) {
+	t.Parallel()
+	moving := func(tier usage.Tier) func(seed uint64) simPlan {
+		return func(seed uint64) simPlan {
+			p := randomSim(seed)
+			p.tier, p.moves = tier, 200+int(seed*97%3000)
+			return p
+		}
+	}
+	simWorlds(t, "exact, moving", moving(usage.TierExact))
+	simWorlds(t, "leased, moving", moving(usage.TierLeased))
 }
 
 // A simulation that can't fail proves nothing.
