@@ -180,3 +180,32 @@ func TestAPurseSpeaksOnAfterItsClockWasSetBack(t *testing.T) {
 		}
 	}
 }
+
+// From the moment that a purse is closed nothing is taken of it: what is given back by
+// calls that were under way, what comes late, and also where nobody calls Next any more.
+func TestNothingIsTakenOfAPurseThatIsClosed(t *testing.T) {
+	t.Parallel()
+	p := filled(1, 10)[0]
+	h, _, _ := NewHolds(1).Reserve([]Part{{p, 4}}, 1, second)
+	refused := func(when string) {
+		t.Helper()
+		if o, _ := Take([]Part{{p, 1}}, 1); o.OK() {
+			t.Errorf("%s: %d", when, o)
+		}
+		if taken, _ := p.TakeOne(1); taken {
+			t.Errorf("%s: one is taken", when)
+		}
+	}
+	if _, ok := p.Next(1); !ok {
+		t.Error("it does not say what is held")
+	}
+	p.Close()
+	refused("at once")
+	h.Settle([]int64{1}, 1)
+	refused("after a reservation has given back")
+	p.Receive(Answer{Gateway: Gateway{1}, Epoch: 1, Revision: 2, Granted: 15, Expiry: never - 1}, 1)
+	refused("after a grant that came late")
+	if m, ok := p.Next(1); !ok || !m.Closing || m.Used != 1 || m.Returned != 14 {
+		t.Errorf("the last word: %+v", m)
+	}
+}

@@ -254,8 +254,13 @@ func (p *Purse) Need(n int64, until Micros) {
 }
 
 // Close begins the end of the lease: what is free goes back now, the rest when
-// the open reservations are resolved.
-func (p *Purse) Close() { p.closing = true }
+// the open reservations are resolved. Nothing is taken any more, whether or not anybody
+// calls Next after that: nobody may be there to keep account of it.
+func (p *Purse) Close() {
+	p.closing = true
+	p.until.Store(0)
+	p.giveBack()
+}
 
 // Done reports that the lease is closed and that this is known: the purse can
 // be dropped.
@@ -352,7 +357,9 @@ func (p *Purse) Receive(a Answer, now Micros) {
 	if a.Expiry > p.expiry {
 		p.expiry = a.Expiry
 		p.grantedAt, p.usedThen = now, p.used.Load()+p.held.Load()
-		p.until.Store(int64(a.Expiry - p.habits.Skew))
+		if !p.closing {
+			p.until.Store(int64(a.Expiry - p.habits.Skew))
+		}
 	}
 	p.useless = more > 0 && now >= Micros(p.until.Load())
 	if a.Revision < p.seen {

@@ -165,6 +165,7 @@ const (
 // Run brings asks and answers until ctx is done; then it returns nil. Close wants it
 // to be running.
 func (w *Wallet) Run(ctx context.Context) error {
+	defer w.metrics.unregister()
 	sub, err := w.o.Conn.Subscribe(ledger.AnswersSubject(w.o.Gateway), w.hear)
 	if err != nil {
 		return fmt.Errorf("wallet: listen for answers: %w", err)
@@ -196,7 +197,6 @@ func (w *Wallet) Run(ctx context.Context) error {
 	for i := range w.desks {
 		w.desks[i].dismiss()
 	}
-	w.metrics.unregister()
 	return nil
 }
 

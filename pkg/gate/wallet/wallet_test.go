@@ -11,6 +11,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
@@ -400,4 +401,20 @@ func TestASmallCallDoesNotWaitBehindLargeOnes(t *testing.T) {
 		}
 		all.Wait()
 	})
+}
+
+// A wallet that can't begin leaves nothing behind that is in the way of the next.
+func TestAWalletThatCannotListenLeavesNoMetrics(t *testing.T) {
+	t.Parallel()
+	r := prometheus.NewRegistry()
+	for range 2 {
+		w, err := New(Options{Conn: &nats.Conn{}, JS: newShard(), Gateway: ksuid.New(), Shards: 1, Now: func() usage.Micros { return 1 }, Registerer: r})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.o.Conn = nil // on which nothing can be subscribed to
+		if err := w.Run(t.Context()); err == nil {
+			t.Fatal("it listens")
+		}
+	}
 }
