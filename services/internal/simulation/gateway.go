@@ -58,6 +58,7 @@ type gateway struct {
 	told     [shards]int
 	old      []*lane.Lane
 	purses   map[leaseKey]*purse
+	said     map[leaseKey]uint64 // newest message about an allowance, whichever purse's
 	order    []*purse
 	holds    *lease.Holds
 	waiting  []*waiter
@@ -116,6 +117,7 @@ func (g *gateway) begin() {
 		g.added[s], g.told[s] = nil, 0
 	}
 	g.purses, g.order, g.waiting = make(map[leaseKey]*purse), nil, nil
+	g.said = make(map[leaseKey]uint64)
 	g.holds = lease.NewHolds(1000)
 	g.denies = make(map[string]usage.Decision)
 	g.old, g.underWay, g.ending = nil, 0, false
@@ -441,6 +443,8 @@ func (g *gateway) purse(l *pathLimit, now usage.Micros) *purse {
 			FirstWant: 10, MaxWant: 1000, Sealed: true,
 		}
 		p = &purse{key: key, end: end, shard: l.shard, lease: lease.NewPurse(lease.Gateway(g.producer), lease.Micros(end), habits)}
+		// What an earlier purse was answered is of its lease, which is over.
+		p.lease.After(g.said[key])
 		g.purses[key] = p
 		g.order = append(g.order, p)
 	}
@@ -495,6 +499,7 @@ func (g *gateway) speak() {
 		if !ok {
 			continue
 		}
+		g.said[p.key] = m.Seq
 		if asks[p.shard] == nil {
 			asks[p.shard] = &tollkeeperv1.LeaseEntry{Gateway: g.producer.Bytes(), Name: g.proc.name}
 		}
