@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/answer"
@@ -55,28 +54,7 @@ func DefaultKeyHeaders() []string { return []string{"Authorization", "X-Api-Key"
 
 // KeyFromHeaders returns a function that takes the API key from the first of
 // these headers that has one.
-func KeyFromHeaders(names ...string) func(*http.Request) string {
-	canonical := make([]string, len(names))
-	for i, n := range names {
-		canonical[i] = http.CanonicalHeaderKey(n)
-	}
-	return func(r *http.Request) string {
-		for _, n := range canonical {
-			v := strings.TrimSpace(r.Header.Get(n))
-			if n == "Authorization" || n == "Proxy-Authorization" {
-				scheme, token, ok := strings.Cut(v, " ")
-				if !ok || !strings.EqualFold(scheme, "Bearer") {
-					continue
-				}
-				v = strings.TrimSpace(token)
-			}
-			if v != "" {
-				return v
-			}
-		}
-		return ""
-	}
-}
+func KeyFromHeaders(names ...string) func(*http.Request) string { return ids.Key(names...) }
 
 // HashKey returns what the directory knows an API key by. The key itself is kept
 // nowhere.

@@ -13,6 +13,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/headers"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
 )
 
@@ -131,8 +132,8 @@ func (a *admit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set(RecordedHeader, "1")
 	}
 	if v.Allowed {
-		w.Header().Set(AccountHeader, headerSafe(caller.Account.ID()))
-		w.Header().Set(KeyIDHeader, headerSafe(keyID))
+		w.Header().Set(AccountHeader, headers.Safe(caller.Account.ID()))
+		w.Header().Set(KeyIDHeader, headers.Safe(keyID))
 		w.Header().Set("Cache-Control", "no-store")
 		outcome := "admitted"
 		if v.Unknown {

@@ -23,6 +23,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/headers"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/models"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
@@ -239,10 +240,10 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 				}
 			}
 			h.Del(EventTimeHeader)
-			dropOurs(h, set, model)
+			headers.DropOurs(h, set, model)
 			if account, keyID := gate.ReportFrom(r.In.Context()).Account(); account != "" {
-				h.Set(AccountHeader, headerSafe(account))
-				h.Set(KeyIDHeader, headerSafe(keyID))
+				h.Set(AccountHeader, headers.Safe(account))
+				h.Set(KeyIDHeader, headers.Safe(keyID))
 			}
 			if readsUsage {
 				h.Set("Accept-Encoding", "identity")
@@ -293,28 +294,6 @@ func (p *proxy) readUsage(resp *http.Response) {
 	if drops && tokens.IsStream(resp.Header.Get("Content-Type")) {
 		resp.ContentLength = -1 // less than was announced may pass
 		resp.Header.Del("Content-Length")
-	}
-}
-
-// ownPrefix is that of headers that only the gateway sets.
-const ownPrefix = "X-Tollkeeper-"
-
-// dropOurs takes off a client's request what only the gateway may say, also where it
-// is spelled with underscores, which many upstreams take for dashes. So is another
-// model beside the one in the header that was looked at.
-func dropOurs(h http.Header, set map[string]string, model string) {
-	for name := range h {
-		if strings.HasPrefix(name, ownPrefix) {
-			delete(h, name)
-			continue
-		}
-		if strings.IndexByte(name, '_') < 0 {
-			continue
-		}
-		dashed := textproto.CanonicalMIMEHeaderKey(strings.ReplaceAll(name, "_", "-"))
-		if _, ours := set[dashed]; ours || dashed == model || strings.HasPrefix(dashed, ownPrefix) || strings.HasPrefix(dashed, "X-Forwarded-") {
-			delete(h, name)
-		}
 	}
 }
 
@@ -373,16 +352,6 @@ func (p *proxy) answer(w http.ResponseWriter, r *http.Request, f *refusal.Refusa
 	if err := f.Write(w, profile); err != nil && r.Context().Err() == nil {
 		p.logger.Debug().Err(err).Str("request_id", f.RequestID).Msg("an answer could not be delivered")
 	}
-}
-
-// headerSafe: an account's id may be anything.
-func headerSafe(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r < 0x20 || r == 0x7f {
-			return -1
-		}
-		return r
-	}, s)
 }
 
 // modelOf returns what finds a request's model; nil when nothing has to.

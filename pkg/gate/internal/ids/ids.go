@@ -3,6 +3,7 @@ package ids
 
 import (
 	"encoding/hex"
+	"net/http"
 	"strings"
 
 	"github.com/segmentio/ksuid"
@@ -23,6 +24,31 @@ func Request(given string) string {
 		}
 	}
 	return given
+}
+
+// Key returns a function that takes the API key from the first of these headers that
+// has one; of Authorization the scheme Bearer alone counts.
+func Key(names ...string) func(*http.Request) string {
+	canonical := make([]string, len(names))
+	for i, n := range names {
+		canonical[i] = http.CanonicalHeaderKey(n)
+	}
+	return func(r *http.Request) string {
+		for _, n := range canonical {
+			v := strings.TrimSpace(r.Header.Get(n))
+			if n == "Authorization" || n == "Proxy-Authorization" {
+				scheme, token, ok := strings.Cut(v, " ")
+				if !ok || !strings.EqualFold(scheme, "Bearer") {
+					continue
+				}
+				v = strings.TrimSpace(token)
+			}
+			if v != "" {
+				return v
+			}
+		}
+		return ""
+	}
 }
 
 // Traceparent reads a W3C traceparent header; what is not one is no trace.
