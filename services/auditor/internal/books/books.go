@@ -128,6 +128,8 @@ type shard struct {
 	total    Life
 	accounts map[string]*Life
 	dirty    []string
+	// wrong are those that the counters did not agree about when they were last asked.
+	wrong map[string]bool
 }
 
 // Life is what an account has used since the ledger began.

@@ -382,6 +382,39 @@ func TestAnAccountThatIsCountedWithOthersIsNoGap(t *testing.T) {
 	}
 }
 
+// Counters may be right again, when an owner has started anew, before anybody looks at
+// the whole a second time: the account is asked for until it agrees, without a call.
+func TestAnAccountThatWasWrongIsAskedForUntilItAgrees(t *testing.T) {
+	t.Parallel()
+	w := &world{t: t, b: New(Options{}), now: clock}
+	g := newGateway(1)
+	w.frame(g.seal(1, begin, call("a", 3)))
+	w.b.Out()
+	hash := g.row(1, 1, 0)
+	differences := func(said ledger.Totals) (asked, found int) {
+		list := w.b.Ask(1, 1000)
+		w.b.Counters(list, reply(1, said, map[string]ledger.Totals{"a": said}))
+		for _, o := range w.b.Out() {
+			found += len(o.Differences)
+		}
+		return len(list), found
+	}
+	right, wrong := totals(1, 0, 3, hash), totals(0, 0, 3, hash)
+	if _, found := differences(wrong); found != 1 {
+		t.Fatalf("%d differences", found)
+	}
+	if asked, _ := differences(right); asked != 0 {
+		t.Errorf("%d accounts are asked for at once", asked)
+	}
+	if asked, found := differences(right); asked != 1 || found != 0 {
+		t.Errorf("%d accounts are asked for, %d differ", asked, found)
+	}
+	differences(right)
+	if asked, _ := differences(right); asked != 0 {
+		t.Errorf("%d accounts are asked for that agree", asked)
+	}
+}
+
 // TestCountersAreComparedAtTheirOwnPosition, account by account, and a difference
 // has the minute since which they may differ.
 func TestCountersAreComparedAtTheirOwnPosition(t *testing.T) {

@@ -65,8 +65,13 @@ func (b *Books) Counters(asked []string, r *ledger.UsageReply) {
 		b.stats.CheckedAccounts++
 		if b.life(r, id, life, got) {
 			life.First, life.Last = 0, 0
+			delete(s.wrong, id)
 		} else {
 			wrong = true
+			if s.wrong == nil {
+				s.wrong = map[string]bool{}
+			}
+			s.wrong[id] = true
 		}
 		life.Dirty = false
 		done[id] = true
@@ -98,6 +103,13 @@ func (b *Books) total(s *shard, r *ledger.UsageReply, wrong bool) {
 	agrees := t == s.total.Tally
 	if agrees {
 		s.total.First, s.total.Last = 0, 0
+		// Those that were wrong may be right again without a call of theirs.
+		for _, id := range slices.Sorted(maps.Keys(s.wrong)) {
+			if life := s.accounts[id]; life != nil && !life.Dirty {
+				life.Dirty = true
+				s.dirty = append(s.dirty, id)
+			}
+		}
 	}
 	if !agrees && !wrong && len(s.dirty) == 0 {
 		for id, life := range s.accounts {
