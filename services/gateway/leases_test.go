@@ -240,6 +240,9 @@ func TestAnUpstreamThatIsTooLateMayHaveUsedTheBound(t *testing.T) {
 	own := w.exact(usage.Limit{ID: "out", Meter: usage.OutputTokens, Window: usage.Month, Amount: 1000, Tier: usage.TierExact})
 	up := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
+		if strings.HasPrefix(r.URL.Path, "/breaks") {
+			panic(http.ErrAbortHandler) // it has served the call, and says nothing
+		}
 		<-r.Context().Done()
 	}))
 	t.Cleanup(up.Close)
@@ -249,6 +252,7 @@ func TestAnUpstreamThatIsTooLateMayHaveUsedTheBound(t *testing.T) {
 		o.Config = Config{Routes: []RouteConfig{
 			{Name: "late", Prefix: "/late", Upstream: up.URL, Timeout: Duration(50 * time.Millisecond)},
 			{Name: "gone", Prefix: "/gone", Upstream: nobody.URL},
+			{Name: "breaks", Prefix: "/breaks", Upstream: up.URL},
 		}}
 	})
 	r.ready()
@@ -262,8 +266,11 @@ func TestAnUpstreamThatIsTooLateMayHaveUsedTheBound(t *testing.T) {
 	if got := call("gone"); got != 502 {
 		t.Errorf("status %d", got)
 	}
-	within(t, 30*time.Second, "the bound is used, once", func() bool {
+	if got := call("breaks"); got != 502 {
+		t.Errorf("status %d", got)
+	}
+	within(t, 30*time.Second, "the bounds of what had the request are used, once", func() bool {
 		l := own.Limit("tight", "of-tight/out")
-		return l.Lease != nil && l.Lease.Settled == 100
+		return l.Lease != nil && l.Lease.Settled == 200
 	})
 }
