@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 
 	gocmp "github.com/google/go-cmp/cmp"
@@ -200,11 +201,17 @@ func genAsk(s *Shard, now usage.Micros) *rapid.Generator[LeaseAsk] {
 				Need: small.Draw(t, "need"), Want: small.Draw(t, "want"), Renew: rapid.Bool().Draw(t, "renew"), Closing: rapid.IntRange(0, 5).Draw(t, "closing") == 0,
 			},
 		}
+		if rapid.Bool().Draw(t, "begins") {
+			ask.Ask = lease.Ask{Gateway: ask.Gateway, Seq: rapid.Uint64Range(1, 6).Draw(t, "seq"), Sent: ask.Sent, Need: rapid.Int64Range(1, 5).Draw(t, "need")}
+		}
 		if u, ok := s.Account(ask.Account); ok && len(u.Limits) > 0 {
 			l := rapid.SampledFrom(u.Limits).Draw(t, "limit")
 			ask.LimitID, ask.WindowStart = l.LimitID, l.PeriodStart
 			if rapid.IntRange(0, 5).Draw(t, "next") == 0 {
 				ask.WindowStart = l.PeriodEnd
+			}
+			if _, name, ok := strings.Cut(l.LimitID, "/"); ok && rapid.IntRange(0, 3).Draw(t, "of another plan") == 0 {
+				ask.LimitID = rapid.SampledFrom(planIDs).Draw(t, "plan") + "/" + name
 			}
 		}
 		return ask
@@ -221,13 +228,44 @@ func anything(t *rapid.T) {
 		answers   []LeaseAnswer
 	}
 	var log []folded
-	for range rapid.IntRange(1, 30).Draw(t, "entries") {
+	if rapid.Bool().Draw(t, "newest rules") {
+		e := Entry{Sequence: 1, Time: noon, Control: &Control{Core: &Core{Version: CoreVersion, Horizon: 600 * second}}}
+		s.Apply(e)
+		log = append(log, folded{Entry: e})
+		st.seq = 1
+	}
+	kinds := []string{"as it is", "as it is", "asks", "asks", "asks", "tiers", "much", "end", "rules", "twins", "move", "move"}
+	calm := rapid.Bool().Draw(t, "calm")
+	if calm {
+		// One window, in which accounts change plans while leases of theirs are out.
+		kinds = []string{"as it is", "asks", "asks", "asks", "asks", "asks", "end", "twins", "move", "move"}
+	}
+	for range rapid.IntRange(1, 40).Draw(t, "entries") {
+		before := st.now
 		e := st.next(t)
-		switch rapid.SampledFrom([]string{"as it is", "as it is", "asks", "asks", "asks", "tiers", "much", "end", "rules"}).Draw(t, "what") {
+		if calm {
+			st.now = min(st.now, before+second)
+			e.Time = st.now
+		}
+		switch rapid.SampledFrom(kinds).Draw(t, "what") {
 		case "asks":
 			e = step{Entry: Entry{Sequence: e.Sequence, Time: e.Time, Asks: rapid.SliceOfN(genAsk(s, e.Time), 1, 4).Draw(t, "asks")}}
 		case "tiers":
 			e = step{Entry: Entry{Sequence: e.Sequence, Time: e.Time, Control: &Control{PlanSet: genTiered.Draw(t, "plans")}}}
+		case "twins":
+			set := genTiered.Draw(t, "plans")
+			if len(set.Plans) > 0 {
+				limits := set.Plans[0].Limits
+				set.Plans = nil
+				for _, id := range planIDs {
+					set.Plans = append(set.Plans, usage.Plan{ID: id, Limits: slices.Clone(limits)})
+				}
+			}
+			e = step{Entry: Entry{Sequence: e.Sequence, Time: e.Time, Control: &Control{PlanSet: set}}}
+		case "move":
+			e = step{Entry: Entry{Sequence: e.Sequence, Time: e.Time, Control: &Control{Accounts: []usage.Account{{
+				ID: rapid.SampledFrom(accountIDs).Draw(t, "account"), Plan: rapid.SampledFrom(planIDs).Draw(t, "plan"),
+			}}}}}
 		case "much":
 			if b := e.Batch; b != nil {
 				much := rapid.SampledFrom([]int64{usage.MaxQuantity, 1 << 62, 1<<63 - 1}).Draw(t, "much")
