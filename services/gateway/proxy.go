@@ -3,11 +3,9 @@ package gateway
 import (
 	"context"
 	"errors"
-	"io"
 	stdlog "log"
 	"net"
 	"net/http"
-	"net/http/httptrace"
 	"net/http/httputil"
 	"net/textproto"
 	"net/url"
@@ -27,6 +25,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/headers"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/models"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/once"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
 )
@@ -220,7 +219,7 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 	}
 	prefix, readsUsage, model := c.prefix(), c.readsUsage(), textproto.CanonicalMIMEHeaderKey(c.Model.Header)
 	rp := &httputil.ReverseProxy{
-		Transport:  once{transport},
+		Transport:  once.Transport{Next: transport},
 		BufferPool: &p.buffer,
 		ErrorLog:   stdlog.New(debugLog{p.logger}, "", 0),
 		Rewrite: func(r *httputil.ProxyRequest) {
@@ -271,45 +270,6 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { p.failed(w, r, err, c.Profile) },
 	}
 	return rp, nil
-}
-
-// once keeps a transport from sending a call again when a connection that was idle
-// breaks before the answer, as http.Transport does with what has no body and is
-// idempotent: the upstream may have served the first, and one call was admitted. What
-// comes of it is 502, and whether to try again is the client's decision.
-type once struct{ next http.RoundTripper }
-
-// RoundTrip implements http.RoundTripper.
-func (o once) RoundTrip(r *http.Request) (*http.Response, error) {
-	if (r.Body == nil || r.Body == http.NoBody) && repeats(r) {
-		// A body that can't be had a second time; that it is empty is found out
-		// before anything is sent, so that none is announced (but an empty one where
-		// the method has one as a rule).
-		r = r.WithContext(r.Context())
-		r.Body, r.GetBody = struct{ io.ReadCloser }{http.NoBody}, nil
-	}
-	var written atomic.Bool
-	r = r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{WroteHeaders: func() { written.Store(true) }}))
-	resp, err := o.next.RoundTrip(r)
-	if err != nil && written.Load() {
-		err = &sentError{err}
-	}
-	return resp, err
-}
-
-// sentError is of a call that the upstream may have, and may have served.
-type sentError struct{ err error }
-
-func (e *sentError) Error() string { return e.err.Error() }
-func (e *sentError) Unwrap() error { return e.err }
-
-// repeats reports what http.Transport takes for idempotent.
-func repeats(r *http.Request) bool {
-	switch r.Method {
-	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace:
-		return true
-	}
-	return r.Header["Idempotency-Key"] != nil || r.Header["X-Idempotency-Key"] != nil
 }
 
 // asksUsage marks requests whose usage the gateway asks for, and not the client.
@@ -373,7 +333,7 @@ func (p *proxy) failed(w http.ResponseWriter, r *http.Request, err error, profil
 	case errors.As(err, &timeout) && timeout.Timeout():
 		f.Code = refusal.GatewayTimeout
 	}
-	if sent := (*sentError)(nil); errors.As(err, &sent) {
+	if sent := (*once.SentError)(nil); errors.As(err, &sent) {
 		gate.ReportFrom(r.Context()).Unknown()
 	}
 	p.seldom(zerolog.WarnLevel).Err(err).Str("request_id", f.RequestID).Msg("an upstream did not answer")
