@@ -159,6 +159,7 @@ func work(ctx context.Context, o Options, m *metrics, ready *telemetry.Component
 // session audits until something ends it.
 func (a *auditor) session(ctx context.Context) error {
 	a.entries, a.claims, a.pending = make(chan ledger.Message, 256), make(chan ledger.Message, 64), map[uint32]answer{}
+	a.ends, a.ledgerEar, a.claimsEar = make(chan ends), ear{}, ear{}
 	a.checker, a.busy, a.committed = nil, false, 0
 	if err := a.retry(ctx, "can't begin yet", a.begin); err != nil {
 		return err
@@ -171,6 +172,7 @@ func (a *auditor) session(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return a.readLedger(ctx, a.books.Position+1) })
 	group.Go(func() error { return a.readClaims(ctx, a.books.ClaimsPosition+1) })
+	group.Go(func() error { return a.watch(ctx) })
 	if len(a.o.ClickHouse.Addrs) > 0 {
 		a.checker = newChecker(a.o, a.js)
 		group.Go(func() error { return a.checker.run(ctx) })
@@ -255,8 +257,17 @@ func (a *auditor) begin(ctx context.Context) error {
 		}
 		break
 	}
-	a.findings, err = a.store.findings(ctx)
-	return err
+	if a.findings, err = a.store.findings(ctx); err != nil {
+		return err
+	}
+	for _, f := range a.findings.List() {
+		for i := range f.Parts {
+			if f.Open() && f.Pair == books.GatewayLedger {
+				a.books.Told(f.Parts[i].Origin)
+			}
+		}
+	}
+	return nil
 }
 
 func (a *auditor) readLedger(ctx context.Context, from uint64) error {

@@ -3,6 +3,7 @@ package auditor
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"strings"
 	"sync"
 	"testing"
@@ -16,6 +17,7 @@ import (
 	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/audit"
+	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/claims"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
@@ -42,6 +44,8 @@ type world struct {
 	counters []*quota.Shard // as of the ledger's entry
 	folded   uint64
 	lie      map[string]func(*ledger.Totals) // what they say wrongly of an account
+
+	overdue time.Duration // of the auditor's options
 }
 
 func newWorld(t *testing.T) *world {
@@ -202,7 +206,7 @@ func (w *world) start() (registry *prometheus.Registry, stop func()) {
 	go func() {
 		done <- Run(ctx, Options{
 			NATS: natsconn.Options{URL: w.url}, Logger: zerolog.New(zerolog.NewTestWriter(w.t)).Level(zerolog.WarnLevel), Registerer: registry,
-			Every: 50 * time.Millisecond, Unclaimed: 2 * time.Second, SaveEvery: 100 * time.Millisecond,
+			Every: 50 * time.Millisecond, Unclaimed: 2 * time.Second, Overdue: w.overdue, SaveEvery: 100 * time.Millisecond,
 		})
 	}()
 	var once sync.Once
@@ -338,6 +342,45 @@ func TestAKilledGatewaysSpoolIsClaimedByTheNext(t *testing.T) {
 	if s.Open != 0 || s.Unclaimed != 0 || s.LateClaims != 0 {
 		t.Errorf("%+v", s)
 	}
+}
+
+// A gap that was told heals by the frame that comes while the auditor is away, also where
+// the books from before it are what is left.
+func TestATellingThatOutlivesTheBooksHeals(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.overdue = 100 * time.Millisecond
+	p := ksuid.New()
+	call := usage.Call{Time: usage.At(time.Now()), Account: "acme", Status: 200}
+	var b ledger.Builder
+	b.Add(&call)
+	sealed := usage.At(time.Now())
+	frame := b.Seal(ledger.Header{Producer: p, Shard: 1, Number: 1, SealedAt: sealed})
+	lane := audit.NewLane(p.String(), 1, 100)
+	lane.Add(1, &call)
+	lane.Seal(sealed)
+	for _, data := range audit.Encode(dedup.Producer(p), 1, lane.Take()) {
+		if _, err := w.js.Publish(t.Context(), ledger.ClaimSubject(p.String()), data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, stop := w.start()
+	w.until("the frame is missing", func(s *Status) bool { return s.Open == 1 })
+	stop()
+	objects, err := w.js.ObjectStore(t.Context(), ledger.BooksBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range bookNames {
+		if err := objects.Delete(t.Context(), name); err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) {
+			t.Fatal(err)
+		}
+	}
+	if _, err := w.js.PublishMsg(t.Context(), ledger.FrameMessage(1, frame)); err != nil {
+		t.Fatal(err)
+	}
+	w.start()
+	w.until("it came", func(s *Status) bool { return s.Open == 0 && s.Claimed == 1 })
 }
 
 // Somebody sends frames and claims nothing: they are told, and are no finding.

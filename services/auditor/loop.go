@@ -35,6 +35,9 @@ type auditor struct {
 	anew            bool              // what was stored is of no use
 	newer           *quota.NewerError // the books go no further
 	entries, claims chan ledger.Message
+	ends            chan ends
+	ledgerEar       ear
+	claimsEar       ear
 
 	books    *books.Books
 	findings *findings.Book
@@ -87,7 +90,7 @@ func (a *auditor) loop(ctx context.Context) error {
 		results = a.checker.results
 	}
 	defer a.last(context.WithoutCancel(ctx))
-	a.publish(ctx)
+	_ = a.publish(ctx) // again at the next tick
 	for {
 		// Claims first: what a frame is held against should be there before it,
 		// unless the ledger is far behind.
@@ -110,6 +113,9 @@ func (a *auditor) loop(ctx context.Context) error {
 			a.claim(m)
 		case m := <-entries:
 			a.fold(m)
+		case e := <-a.ends:
+			a.ledgerEar.ends(e.at, e.ledger)
+			a.claimsEar.ends(e.at, e.claims)
 		case r := <-results:
 			a.hear(r)
 		case <-tick.C:
@@ -223,12 +229,12 @@ func (a *auditor) tick(ctx context.Context) {
 		}
 	}
 	if a.newer == nil {
-		a.books.Tick(now)
+		a.books.Tick(now, books.Heard{Ledger: a.ledgerEar.reach(a.books.Position), Claims: a.claimsEar.reach(a.books.ClaimsPosition)})
 	}
 	a.conclude()
 	a.findings.Expire(usage.At(now), a.o.Keep)
 	a.check(now, true)
-	a.publish(ctx)
+	_ = a.publish(ctx) // again at the next tick
 }
 
 // check gives the checker its next piece of work; when there is none, it only
@@ -391,6 +397,9 @@ func (a *auditor) save(ctx context.Context) {
 	if a.begunBeyond() {
 		return // what is stored knows more
 	}
+	if a.publish(ctx) != nil {
+		return // books that have told what no finding says would not tell it again
+	}
 	var rounds []*books.Round
 	for _, r := range a.rounds {
 		if r.checked.IsZero() {
@@ -423,17 +432,21 @@ func (a *auditor) last(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	a.conclude()
-	a.publish(ctx)
+	if a.begunBeyond() {
+		_ = a.publish(ctx) // as far as it comes: it is the last word
+	}
 	a.save(ctx)
 }
 
 // publish makes findings durable and says how far the audit is.
-func (a *auditor) publish(ctx context.Context) {
+func (a *auditor) publish(ctx context.Context) error {
 	bounded, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	s := a.status(time.Now())
 	a.metrics.set(s, a.findings)
-	if err := a.store.publish(bounded, s, a.findings); err != nil && ctx.Err() == nil {
+	err := a.store.publish(bounded, s, a.findings)
+	if err != nil && ctx.Err() == nil {
 		a.log.Debug().Err(err).Msg("findings can't be stored yet")
 	}
+	return err
 }

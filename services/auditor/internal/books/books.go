@@ -112,6 +112,8 @@ type Books struct {
 	accounts  int
 	held      int
 	waiting   int
+	heard     Heard           // since the books were opened
+	told      map[string]bool // origins of open findings, beside those that are waiting
 
 	stats    Stats
 	out      []Outcome

@@ -98,7 +98,14 @@ func (w *world) claim(messages ...[]byte) {
 
 func (w *world) pass(d time.Duration) {
 	w.now = w.now.Add(d)
-	w.b.Tick(w.now)
+	w.b.Tick(w.now, Heard{d, d})
+	w.hear()
+}
+
+// away is that time passes in which nothing is heard.
+func (w *world) away(d time.Duration) {
+	w.now = w.now.Add(d)
+	w.b.Tick(w.now, Heard{})
 	w.hear()
 }
 
@@ -241,6 +248,67 @@ func TestOneFrameThatIsLostOnItsWayIsFound(t *testing.T) {
 			}
 		}
 	})
+}
+
+// An auditor that was away, or whose NATS was, has not had the time to hear of frames
+// and of claims: they are overdue by what was heard, not by the clock.
+func TestWhatThereWasNoTimeToHearIsNotOverdue(t *testing.T) {
+	t.Parallel()
+	w := &world{t: t, b: New(Options{Overdue: time.Minute, Unclaimed: time.Minute}), now: clock}
+	g, other := newGateway(1), newGateway(2)
+	late := g.seal(1, begin, call("a", 7))
+	w.claim(g.claim()...)
+	w.frame(other.seal(2, begin, call("b", 7)))
+	w.away(40 * time.Second)
+	w.pass(30 * time.Second)
+	data, err := w.b.Marshal("ledger", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w.b, _, err = Unmarshal(Options{Overdue: time.Minute, Unclaimed: time.Minute}, "ledger", data); err != nil {
+		t.Fatal(err)
+	}
+	w.away(time.Hour)
+	w.pass(20 * time.Second)
+	if s := w.b.Stats(); len(w.outcomes) != 0 || s.Unclaimed != 0 {
+		t.Fatalf("it was told before it was heard for a minute: %+v, %+v", w.outcomes, s)
+	}
+	w.claim(other.claim()...)
+	if s := w.b.Stats(); s.Claimed != 1 || s.LateClaims != 0 {
+		t.Errorf("the claim came in time: %+v", s)
+	}
+	w.pass(20 * time.Second)
+	if len(w.outcomes) != 1 || w.outcomes[0].Differences == nil {
+		t.Fatalf("heard for 70 s, before the restart and after it, and it is no gap: %+v", w.outcomes)
+	}
+	w.frame(late)
+	if len(w.outcomes) != 2 || w.outcomes[1].Differences != nil {
+		t.Errorf("it came, and was not healed: %+v", w.outcomes)
+	}
+}
+
+// A killed auditor goes on with books from before it told a gap: that the gap has healed
+// meanwhile is told by the ones that read on.
+func TestAGapThatOlderBooksDoNotKnowOfHeals(t *testing.T) {
+	t.Parallel()
+	w := &world{t: t, b: New(Options{Overdue: time.Minute}), now: clock}
+	g := newGateway(1)
+	late := g.seal(1, begin, call("a", 7))
+	claim := g.claim()
+	w.claim(claim...)
+	w.pass(2 * time.Minute)
+	if len(w.outcomes) != 1 {
+		t.Fatalf("found: %+v", w.outcomes)
+	}
+	w.b = New(Options{Overdue: time.Minute})
+	w.b.Told(w.outcomes[0].Origin)
+	w.frame(late)
+	w.claim(claim...)
+	w.frame(g.seal(1, begin, call("a", 7)))
+	w.claim(g.claim()...)
+	if len(w.outcomes) != 2 || w.outcomes[1].Differences != nil || w.outcomes[1].Origin != w.outcomes[0].Origin {
+		t.Errorf("not healed, or told twice: %+v", w.outcomes)
+	}
 }
 
 func TestWhatAKilledGatewayNeverClaimedIsUnclaimedAndNoGap(t *testing.T) {

@@ -42,6 +42,7 @@ type heldFrame struct {
 	number uint64
 	minute audit.Minute
 	since  time.Time
+	heard  time.Duration // what was heard of claims by then
 	calls  int64
 	cells  []heldCell
 }
@@ -56,8 +57,13 @@ type waiting struct {
 	from, through uint64
 	want, got     *audit.Cells
 	since         time.Time
+	heard         time.Duration // what was heard of the ledger by then
 	told          bool
 }
+
+// Heard is for how long the streams were listened to to their end: not while the
+// auditor was away or behind, nor while they were.
+type Heard struct{ Ledger, Claims time.Duration }
 
 func (l *lane) idle() bool { return len(l.held) == 0 && len(l.waiting) == 0 && l.partial == nil }
 
@@ -76,7 +82,7 @@ func (b *Books) arrived(s *shard, f *ledger.Frame, minute audit.Minute, repeated
 	key := laneKey{dedup.Producer(f.Producer), f.Shard}
 	l := b.lane(key, now)
 	l.last = f.Number
-	frame := heldFrame{number: f.Number, minute: minute, since: now, calls: int64(f.N), cells: make([]heldCell, 0, len(f.Account.Dict))}
+	frame := heldFrame{number: f.Number, minute: minute, since: now, heard: b.heard.Claims, calls: int64(f.N), cells: make([]heldCell, 0, len(f.Account.Dict))}
 	for d, account := range f.Account.Dict {
 		t := b.scratch.counted[d]
 		if repeated {
@@ -138,15 +144,25 @@ func (b *Books) settle(key laneKey, l *lane) {
 func (b *Books) compared(key laneKey, w *waiting) {
 	d := audit.Compare(w.want, w.got)
 	b.stats.CheckedCells += int64(w.want.Len())
-	if d == nil && !w.told {
+	if d == nil && !w.told && len(b.told) == 0 {
+		return
+	}
+	origin := fmt.Sprintf("%s/%d/%d-%d", ksuid.KSUID(key.producer), key.shard, w.from, w.through)
+	if d == nil && !w.told && !b.told[origin] {
 		return
 	}
 	w.told = true
-	b.out = append(b.out, Outcome{
-		Pair:   GatewayLedger,
-		Origin: fmt.Sprintf("%s/%d/%d-%d", ksuid.KSUID(key.producer), key.shard, w.from, w.through),
-		From:   w.from, To: w.through, Differences: d,
-	})
+	delete(b.told, origin)
+	b.out = append(b.out, Outcome{Pair: GatewayLedger, Origin: origin, From: w.from, To: w.through, Differences: d})
+}
+
+// Told takes note of what is an open finding of GatewayLedger: books that were stored
+// before it was told, and read on from there, say of it too that it has healed.
+func (b *Books) Told(origin string) {
+	if b.told == nil {
+		b.told = map[string]bool{}
+	}
+	b.told[origin] = true
 }
 
 // Claims folds a message of a producer's claims; position is its place in their
@@ -191,7 +207,7 @@ func (b *Books) claim(key laneKey, c *audit.Claim, now time.Time) {
 	if c.More {
 		return
 	}
-	w := &waiting{from: c.From, through: c.Through, want: l.partial.Cells, got: audit.NewCells(b.o.Cells), since: now}
+	w := &waiting{from: c.From, through: c.Through, want: l.partial.Cells, got: audit.NewCells(b.o.Cells), since: now, heard: b.heard.Ledger}
 	l.partial = nil
 	known := w.from > l.claimed && w.from > l.gaveUp
 	l.claimed = c.Through
@@ -222,17 +238,22 @@ func (b *Books) claim(key laneKey, c *audit.Claim, now time.Time) {
 
 // Tick does what time brings: frames that nobody claims, claims whose frames do
 // not come, producers that are no more.
-func (b *Books) Tick(now time.Time) {
+//
+// more is what was heard since the last one: what there was no time to hear is
+// neither unclaimed nor overdue.
+func (b *Books) Tick(now time.Time, more Heard) {
+	b.heard.Ledger += more.Ledger
+	b.heard.Claims += more.Claims
 	for key, l := range b.lanes {
 		n := 0
-		for n < len(l.held) && now.Sub(l.held[n].since) > b.o.Unclaimed {
+		for n < len(l.held) && now.Sub(l.held[n].since) > b.o.Unclaimed && b.heard.Claims-l.held[n].heard > b.o.Unclaimed {
 			n++
 		}
 		if n > 0 {
 			b.giveUp(l, n)
 		}
 		for _, w := range l.waiting {
-			if !w.told && now.Sub(w.since) > b.o.Overdue {
+			if !w.told && now.Sub(w.since) > b.o.Overdue && b.heard.Ledger-w.heard > b.o.Overdue {
 				b.compared(key, w)
 			}
 		}

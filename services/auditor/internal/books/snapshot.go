@@ -54,6 +54,7 @@ type heldSnapshot struct {
 	Number uint64
 	Minute audit.Minute
 	Since  time.Time
+	Heard  time.Duration // of claims since then
 	Calls  int64
 	Cells  []audit.Cell
 }
@@ -62,6 +63,7 @@ type waitingSnapshot struct {
 	From, Through uint64
 	Want, Got     []audit.Cell
 	Since         time.Time
+	Heard         time.Duration // of the ledger since then
 	Told          bool
 }
 
@@ -102,14 +104,14 @@ func (b *Books) Marshal(ledgerID string, rounds []*Round) ([]byte, error) {
 		}
 		for i := range l.held {
 			f := &l.held[i]
-			h := heldSnapshot{Number: f.number, Minute: f.minute, Since: f.since, Calls: f.calls}
+			h := heldSnapshot{Number: f.number, Minute: f.minute, Since: f.since, Heard: b.heard.Claims - f.heard, Calls: f.calls}
 			for k := range f.cells {
 				h.Cells = append(h.Cells, audit.Cell{Account: f.cells[k].account, Tally: f.cells[k].tally})
 			}
 			out.Held = append(out.Held, h)
 		}
 		for _, w := range l.waiting {
-			out.Waiting = append(out.Waiting, waitingSnapshot{w.from, w.through, slices.Collect(w.want.All()), slices.Collect(w.got.All()), w.since, w.told})
+			out.Waiting = append(out.Waiting, waitingSnapshot{w.from, w.through, slices.Collect(w.want.All()), slices.Collect(w.got.All()), w.since, b.heard.Ledger - w.heard, w.told})
 		}
 		x.Lanes = append(x.Lanes, out)
 	}
@@ -157,7 +159,7 @@ func Unmarshal(o Options, ledgerID string, data []byte) (*Books, []*Round, error
 		in := &x.Lanes[i]
 		l := &lane{claimed: in.Claimed, gaveUp: in.GaveUp, last: in.Last, closed: in.Closed, touched: in.Touched}
 		for _, h := range in.Held {
-			f := heldFrame{number: h.Number, minute: h.Minute, since: h.Since, calls: h.Calls}
+			f := heldFrame{number: h.Number, minute: h.Minute, since: h.Since, heard: -h.Heard, calls: h.Calls}
 			for k := range h.Cells {
 				f.cells = append(f.cells, heldCell{h.Cells[k].Account, h.Cells[k].Tally})
 			}
@@ -165,7 +167,7 @@ func Unmarshal(o Options, ledgerID string, data []byte) (*Books, []*Round, error
 			l.held = append(l.held, f)
 		}
 		for _, w := range in.Waiting {
-			next := &waiting{from: w.From, through: w.Through, want: b.cells(w.Want), got: b.cells(w.Got), since: w.Since, told: w.Told}
+			next := &waiting{from: w.From, through: w.Through, want: b.cells(w.Want), got: b.cells(w.Got), since: w.Since, heard: -w.Heard, told: w.Told}
 			b.waiting += next.want.Len()
 			l.waiting = append(l.waiting, next)
 		}
