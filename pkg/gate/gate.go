@@ -186,7 +186,7 @@ func New(o Options) (*Gate, error) {
 	if o.StaleAfter <= 0 {
 		o.StaleAfter = DefaultStaleAfter
 	}
-	if o.Leases.Wait < 0 || o.Leases.Skew < 0 || o.Leases.MaxPurses < 0 || o.Leases.MaxWaiting < 0 || o.Leases.MaxReservations < 0 {
+	if o.Leases.Wait < 0 || o.Leases.Skew < 0 || o.Leases.MaxPurses < 0 || o.Leases.MaxShelved < 0 || o.Leases.MaxWaiting < 0 || o.Leases.MaxReservations < 0 {
 		return nil, errors.New("gate: the times and bounds of leases must not be negative")
 	}
 	if o.CloseTimeout <= 0 {

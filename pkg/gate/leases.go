@@ -24,9 +24,10 @@ type Leases struct {
 	Skew time.Duration
 	// Name of the gateway in the ledger, for people.
 	Name string
-	// MaxPurses, MaxWaiting and MaxReservations are bounds; 0 means the wallet's
-	// defaults. What is beyond is refused with BILLING_STATE_UNKNOWN.
-	MaxPurses, MaxWaiting, MaxReservations int
+	// MaxPurses, MaxShelved, MaxWaiting and MaxReservations are bounds; 0 means the
+	// wallet's defaults. What is beyond is refused with BILLING_STATE_UNKNOWN: beyond
+	// MaxShelved, purses that nobody needs now stay among the others.
+	MaxPurses, MaxShelved, MaxWaiting, MaxReservations int
 	// PassUnknown lets calls that nobody answered for pass where all the limits
 	// that could not be asked are of the tier leased, as Options.Unknown says. Calls
 	// under a limit of the tier exact never pass unknown.
@@ -201,6 +202,9 @@ func (g *Gate) take(ctx context.Context, t *table.Table, w *wallet.Wallet, a *Ac
 			v = parts[r.At].Denied(r.Decision, r.Start, parts[r.At].Units)
 		default:
 			v = g.unanswered(t, a, parts, v)
+			if !v.Allowed && r.Bound != wallet.Unbounded {
+				v.Detail = fmt.Sprintf("This gateway has reached its bound of %s, and could not ask whether this call is paid for: try again later.", r.Bound)
+			}
 		}
 	}
 	switch {
@@ -231,7 +235,7 @@ func (g *Gate) openWallet(nc *nats.Conn, js jetstream.JetStream, out Outbox, sha
 	w, err := wallet.New(wallet.Options{
 		Conn: nc, JS: js, Gateway: out.Producer(), Name: g.o.Leases.Name, Shards: shards, Now: g.LedgerNow,
 		Skew: g.o.Leases.Skew, Wait: g.o.Leases.Wait,
-		MaxPurses: g.o.Leases.MaxPurses, MaxWaiting: g.o.Leases.MaxWaiting, MaxHolds: g.o.Leases.MaxReservations,
+		MaxPurses: g.o.Leases.MaxPurses, MaxShelved: g.o.Leases.MaxShelved, MaxWaiting: g.o.Leases.MaxWaiting, MaxHolds: g.o.Leases.MaxReservations,
 		Logger: g.o.Logger, Registerer: g.o.Registerer, Journal: wallet.JournalOf(out),
 	})
 	if err != nil {

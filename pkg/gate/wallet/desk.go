@@ -36,6 +36,8 @@ type pocket struct {
 	heard    uint64          // newest ask that was answered
 	wanted   int64           // mark that the notary was asked for; 0: none, or it failed
 	again    lease.Micros    // when a new purse may be tried; 0: this one is good
+	touched  lease.Micros    // when a call needed it last that was not admitted at once, or it spoke
+	holds    int             // reservations that are not settled
 	grace    bool            // somebody waits although an early denial stands
 	due      bool            // in the desk's list of those whose Next is to be called
 	hot      bool            // in the list of those that wait for something
@@ -58,6 +60,10 @@ type desk struct {
 	hot     []*pocket
 	turning []*waiter // for the next window
 
+	shelf    map[key]shelved
+	floor    uint64       // no purse that has no record has said anything under a higher number
+	failedAt lease.Micros // when an entry was lost
+
 	kick chan struct{}
 	low  chan *lease.Purse
 }
@@ -79,6 +85,7 @@ const (
 func (d *desk) init(w *Wallet, shard uint32) {
 	d.w, d.shard = w, shard
 	d.pockets, d.byPurse = make(map[key]*pocket), make(map[*lease.Purse]*pocket)
+	d.shelf = make(map[key]shelved)
 	d.kick, d.low = make(chan struct{}, 1), make(chan *lease.Purse, lowRoom)
 }
 
@@ -90,11 +97,11 @@ func (d *desk) wake() {
 }
 
 // pocket returns that of the limit's current window and opens it when it is not;
-// nil: there are too many. With d.mu.
-func (d *desk) pocket(l *table.Draw, now lease.Micros) *pocket {
+// else which bound is in the way. With d.mu.
+func (d *desk) pocket(l *table.Draw, now lease.Micros) (*pocket, Bound) {
 	kind, ok := window.Parse(l.Limit.Window)
 	if !ok {
-		return nil // of a newer writer
+		return nil, Unbounded // of a newer writer
 	}
 	start, end := kind.Bounds(usage.Micros(now))
 	k := key{l.Account(), l.LimitID(), lease.Micros(start)}
@@ -102,11 +109,12 @@ func (d *desk) pocket(l *table.Draw, now lease.Micros) *pocket {
 	if p == nil {
 		if d.w.purses.Add(1) > int64(d.w.o.MaxPurses) {
 			d.w.purses.Add(-1)
-			return nil
+			return nil, Purses
 		}
 		p = &pocket{key: k, end: lease.Micros(end), of: l.Allowance, meter: meterLabel(l.Limit.Meter)}
 		d.pockets[k] = p
 		d.fill(p, l.Limit)
+		d.resume(p)
 		p.pos = len(d.open)
 		d.open = append(d.open, p)
 	}
@@ -130,7 +138,8 @@ func (d *desk) pocket(l *table.Draw, now lease.Micros) *pocket {
 		p.of.Told()
 		p.of.Use(p.purse)
 	}
-	return p
+	p.touched = now
+	return p, Unbounded
 }
 
 // fill puts a new purse into a pocket.
@@ -181,11 +190,14 @@ func (d *desk) look(p *pocket) {
 	}
 }
 
-// resolved lets those that wait have what reservations gave back.
-func (d *desk) resolved(pockets []*pocket) {
+// resolved lets those that wait have what a reservation gave back.
+func (d *desk) resolved(pockets []*pocket, how lease.Resolution) {
 	d.mu.Lock()
 	now := d.w.tell()
 	for _, p := range pockets {
+		if how != lease.Already {
+			p.holds--
+		}
 		d.serve(p, now)
 	}
 	d.mu.Unlock()
@@ -245,6 +257,8 @@ func (d *desk) run(ctx context.Context) {
 	timer := time.NewTimer(beat)
 	timer.Stop()
 	defer timer.Stop()
+	sweep := time.NewTicker(sweepEvery)
+	defer sweep.Stop()
 	// While an entry is on its way, however long, purses are looked after. A beat that
 	// is due is not put off by what wakes the desk meanwhile: it may be woken all the
 	// time.
@@ -264,6 +278,8 @@ func (d *desk) run(ctx context.Context) {
 		case <-timer.C:
 			beats = false
 			d.tick()
+		case <-sweep.C:
+			d.sweep()
 		}
 		if !busy {
 			if entry, pockets := d.gather(); entry != nil {
@@ -284,7 +300,7 @@ func (d *desk) run(ctx context.Context) {
 func (d *desk) idle() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return len(d.open) == 0 && len(d.turning) == 0
+	return len(d.open) == 0 && len(d.turning) == 0 && (len(d.shelf) == 0 || !d.w.closing.Load())
 }
 
 // lows looks at the purses that run low.
@@ -326,6 +342,9 @@ func (d *desk) tick() {
 			d.at = 0
 		}
 		p := d.open[d.at]
+		if d.shelve(p, now) {
+			continue // another is in its place
+		}
 		d.at++
 		p.of.Told()
 		d.look(p)
@@ -395,7 +414,7 @@ func (d *desk) gather() (*tollkeeperv1.LeaseEntry, []*pocket) {
 			entry.Asks = append(entry.Asks, askToProto(p.key, &m))
 			pockets = append(pockets, p)
 			d.w.metrics.sent(p.meter, &p.sent, &m)
-			p.sent = m
+			p.sent, p.touched = m, max(p.touched, now)
 		}
 		if waits := p.sent.Seq > p.heard || len(p.queue) > 0; waits && !p.hot {
 			p.hot = true
@@ -403,6 +422,14 @@ func (d *desk) gather() (*tollkeeperv1.LeaseEntry, []*pocket) {
 		}
 	}
 	d.due = slices.Delete(d.due, 0, taken)
+	if d.w.closing.Load() && len(d.shelf) > 0 && len(pockets) < ledger.MaxAsks {
+		if entry == nil {
+			entry = &tollkeeperv1.LeaseEntry{Gateway: d.w.o.Gateway.Bytes(), Name: d.w.o.Name}
+		}
+		if entry.Asks = d.lastWords(entry.Asks, ledger.MaxAsks-len(pockets), now); len(entry.Asks) == 0 {
+			entry = nil
+		}
+	}
 	return entry, pockets
 }
 
@@ -426,6 +453,9 @@ func (d *desk) append(ctx context.Context, entry *tollkeeperv1.LeaseEntry, pocke
 		if ctx.Err() == nil {
 			d.w.metrics.lost.Add(float64(len(entry.GetAsks())))
 			d.w.trouble.begins(err)
+			d.mu.Lock()
+			d.failedAt = d.w.tell()
+			d.mu.Unlock()
 		}
 		return
 	}
@@ -438,6 +468,10 @@ func (d *desk) append(ctx context.Context, entry *tollkeeperv1.LeaseEntry, pocke
 			p.said = true
 			d.tellGone()
 		}
+	}
+	for _, a := range entry.GetAsks()[len(pockets):] {
+		d.unshelve(key{a.GetAccount(), a.GetLimit(), lease.Micros(a.GetWindowStartUnixMicros())})
+		d.tellGone()
 	}
 }
 
@@ -482,7 +516,7 @@ func (d *desk) close() {
 func (d *desk) unsaid() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	n := 0
+	n := len(d.shelf)
 	for _, p := range d.open {
 		if !p.said {
 			n++

@@ -25,6 +25,8 @@ type metrics struct {
 	waits                                           prometheus.Histogram
 	takes                                           *prometheus.CounterVec
 	byStanding                                      [Closed + 1]prometheus.Counter
+	refusals                                        *prometheus.CounterVec
+	bounds                                          [Reservations + 1]prometheus.Counter
 	outstanding, held                               [usage.NumBuiltIn + 1]atomic.Int64
 
 	registerer prometheus.Registerer
@@ -51,7 +53,13 @@ func newMetrics(w *Wallet, r prometheus.Registerer) (*metrics, error) {
 		takes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "tollkeeper_gate_lease_takes_total", Help: "Calls that could not be admitted from what was at hand, by what became of them; denied_early: others held what was left.",
 		}, []string{"standing"}),
+		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "tollkeeper_gate_lease_bound_refusals_total", Help: "Calls refused because one of the gateway's bounds for leases is reached.",
+		}, []string{"bound"}),
 		registerer: r,
+	}
+	for b, name := range [...]string{Unbounded: "window_unknown", Purses: "purses", Waiting: "waiting_calls", Reservations: "reservations"} {
+		m.bounds[b] = m.refusals.WithLabelValues(name)
 	}
 	for s, name := range [...]string{Taken: "taken", Denied: "denied", DeniedEarly: "denied_early", NoAnswer: "no_answer", Turning: "window_turning", Busy: "busy", Closed: "closed"} {
 		m.byStanding[s] = m.takes.WithLabelValues(name)
@@ -63,8 +71,11 @@ func newMetrics(w *Wallet, r prometheus.Registerer) (*metrics, error) {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tollkeeper_gate_lease_" + name, Help: help, ConstLabels: labels}, func() float64 { return float64(f()) })
 	}
 	all := []prometheus.Collector{
-		m.asks, m.lost, m.answers, m.grants, m.above, m.undecodable, m.marks, m.unnoted, m.waits, m.takes,
+		m.asks, m.lost, m.answers, m.grants, m.above, m.undecodable, m.marks, m.unnoted, m.waits, m.takes, m.refusals,
 		gauge("purses", "Open purses.", nil, w.purses.Load),
+		gauge("purses_bound", "How many purses may be open.", nil, func() int64 { return int64(w.o.MaxPurses) }),
+		gauge("shelved_purses", "Purses that nobody needs now, of windows that are not over.", nil, w.shelved.Load),
+		gauge("shelved_purses_bound", "How many purses may be shelved; beyond, they stay open.", nil, func() int64 { return int64(w.o.MaxShelved) }),
 		gauge("waiting_calls", "Calls that wait for units.", nil, w.waiting.Load),
 		gauge("open_reservations", "Reservations that are not settled.", nil, func() int64 { return int64(w.holds.Counts().Open) }),
 		gauge("expired_reservations", "Reservations that passed their deadline and are not settled: they stay held.", nil, func() int64 { return int64(w.holds.Counts().Expired) }),

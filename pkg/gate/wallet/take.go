@@ -49,6 +49,27 @@ type Result struct {
 	At       int
 	Decision *usage.Decision
 	Start    usage.Micros // of the window
+	// Bound that is reached. Busy only.
+	Bound Bound
+}
+
+// Bound is one of the wallet's.
+type Bound uint8
+
+// The bounds.
+const (
+	Unbounded Bound = iota
+	// Purses: Options.MaxPurses.
+	Purses
+	// Waiting: Options.MaxWaiting.
+	Waiting
+	// Reservations: Options.MaxHolds.
+	Reservations
+)
+
+// String says to a person what is bounded.
+func (b Bound) String() string {
+	return [...]string{"nothing", "leases", "calls that wait for units", "open reservations"}[b]
 }
 
 // Hold is the reservation of one call. Its methods are safe for concurrent use.
@@ -62,9 +83,9 @@ type Hold struct {
 // Settle says what the call did cost, part by part: the bound where nothing is
 // said (-1).
 func (h *Hold) Settle(actual []int64) {
-	_, above := h.hold.Settle(actual, h.d.w.tell())
+	how, above := h.hold.Settle(actual, h.d.w.tell())
 	h.d.w.metrics.above.Add(float64(above))
-	h.d.resolved(h.pockets)
+	h.d.resolved(h.pockets, how)
 }
 
 // Parts that are reserved; the caller must not change them.
@@ -72,8 +93,7 @@ func (h *Hold) Parts() []Part { return h.parts }
 
 // Void gives everything back: the call cost nothing.
 func (h *Hold) Void() {
-	h.hold.Void(h.d.w.tell())
-	h.d.resolved(h.pockets)
+	h.d.resolved(h.pockets, h.hold.Void(h.d.w.tell()))
 }
 
 // waiter is a call that waits for units.
@@ -111,7 +131,7 @@ func (w *Wallet) Take(ctx context.Context, parts []Part, reserve bool, lifetime 
 	if w.waiting.Add(1) > int64(w.o.MaxWaiting) {
 		x.over = true
 		if x.result.Standing != DeniedEarly {
-			x.result = Result{Standing: Busy}
+			x.result = Result{Standing: Busy, Bound: Waiting}
 		}
 	} else {
 		x.done = make(chan struct{})
@@ -141,6 +161,9 @@ func (w *Wallet) Take(ctx context.Context, parts []Part, reserve bool, lifetime 
 
 func (w *Wallet) counted(x *waiter) Result {
 	w.metrics.standing(x.result.Standing)
+	if x.result.Standing == Busy {
+		w.metrics.bounds[x.result.Bound].Inc()
+	}
 	return x.result
 }
 
@@ -155,9 +178,9 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 		return end(Result{Standing: Closed})
 	}
 	for i := range x.parts {
-		p := d.pocket(&x.parts[i].Draw, now)
+		p, bound := d.pocket(&x.parts[i].Draw, now)
 		if p == nil {
-			return end(Result{Standing: Busy})
+			return end(Result{Standing: Busy, Bound: bound})
 		}
 		x.pockets[i], x.lease[i] = p, lease.Part{Purse: p.purse, Amount: x.parts[i].Units}
 	}
@@ -178,6 +201,9 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 		r := Result{Standing: Taken, Time: usage.Micros(now)}
 		if hold != nil {
 			r.Hold = &Hold{d: d, hold: hold, parts: x.parts, pockets: x.pockets}
+			for _, p := range x.pockets {
+				p.holds++
+			}
 		}
 		return end(r)
 	case lease.Refused:
@@ -199,7 +225,7 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 		d.look(p)
 		return false
 	case lease.Full:
-		return end(Result{Standing: Busy})
+		return end(Result{Standing: Busy, Bound: Reservations})
 	case lease.Over:
 		// Nobody can tell any more which window it is: the next one is asked for
 		// as soon as it has begun for certain.

@@ -3,8 +3,9 @@
 // ledger and the owners' answers to them, and lets calls wait for units that have
 // to be fetched.
 //
-// A purse stays until its window is over: a gateway's identity can begin a lease
-// once. What an idle one held goes back by itself when its lease ends.
+// What an idle purse held goes back by itself when its lease ends. The purse itself
+// can't just be forgotten before its window is over, since a gateway's identity can
+// begin a lease once: it is shelved, which leaves a record of its totals.
 package wallet
 
 import (
@@ -37,8 +38,14 @@ const (
 	DefaultSkew = 250 * time.Millisecond
 	// DefaultWait is how long a call waits for units at most.
 	DefaultWait = time.Second
-	// DefaultMaxPurses bounds memory: a purse is about a kilobyte.
+	// DefaultMaxPurses are open at a time, which bounds memory: a purse is about a
+	// kilobyte. It stays open while it is used, and a minute longer; where room gets
+	// scarce, some seconds.
 	DefaultMaxPurses = 200_000
+	// DefaultMaxShelved are remembered of those that are not used any more but whose
+	// window is not over: 80 bytes each, up to 200 with the room of the map, and what
+	// it is called. Beyond, purses stay open.
+	DefaultMaxShelved = 2_000_000
 	// DefaultMaxWaiting calls wait at a time, over all purses.
 	DefaultMaxWaiting = 16_384
 	// DefaultMaxHolds reservations are open at a time.
@@ -58,12 +65,13 @@ type Options struct {
 	Shards uint32
 	// Now is the ledger's time as the gateway estimates it.
 	Now func() usage.Micros
-	// Skew, Wait, MaxPurses, MaxWaiting and MaxHolds have defaults. A call that is
+	// Skew, Wait, MaxPurses, MaxShelved, MaxWaiting and MaxHolds have defaults. A call that is
 	// denied early, because others hold what is left, waits a quarter of Wait for it
 	// to come back, and all of Wait where calls reserve: what others have reserved
 	// and do not use comes back when their calls are through.
 	Skew, Wait                      time.Duration
 	MaxPurses, MaxWaiting, MaxHolds int
+	MaxShelved                      int
 	// Journal, where there is one, notes how much of its leases the gateway can have
 	// used, before it does: what is beyond comes back when it was killed. While it
 	// fails, calls go on with what is noted, and those that need more wait in vain.
@@ -91,10 +99,12 @@ type Wallet struct {
 	holds   *lease.Holds
 	metrics *metrics
 	purses  atomic.Int64
+	shelved atomic.Int64
 	waiting atomic.Int64
 	closing atomic.Bool
 	gone    chan struct{} // a last word was heard or is out
 	trouble trouble
+	scarce  trouble
 	notary  *notary // nil: there is no journal
 }
 
@@ -103,12 +113,13 @@ func New(o Options) (*Wallet, error) {
 	if o.Conn == nil || o.JS == nil || o.Now == nil || o.Shards == 0 || o.Gateway.IsNil() {
 		return nil, errors.New("wallet: a connection, the gateway's identity, the number of shards or the clock is missing")
 	}
-	if o.Skew < 0 || o.Wait < 0 || o.MaxPurses < 0 || o.MaxWaiting < 0 || o.MaxHolds < 0 {
+	if o.Skew < 0 || o.Wait < 0 || o.MaxPurses < 0 || o.MaxShelved < 0 || o.MaxWaiting < 0 || o.MaxHolds < 0 {
 		return nil, errors.New("wallet: bounds and times must not be negative")
 	}
 	orDuration(&o.Skew, DefaultSkew)
 	orDuration(&o.Wait, DefaultWait)
 	orInt(&o.MaxPurses, DefaultMaxPurses)
+	orInt(&o.MaxShelved, DefaultMaxShelved)
 	orInt(&o.MaxWaiting, DefaultMaxWaiting)
 	orInt(&o.MaxHolds, DefaultMaxHolds)
 	w := &Wallet{
@@ -117,6 +128,11 @@ func New(o Options) (*Wallet, error) {
 			log:    o.Logger,
 			failed: "asks for leases do not get into the ledger: calls go on with what leases hold, and are refused after that; trying again",
 			works:  "asks for leases get into the ledger again",
+		},
+		scarce: trouble{
+			log:    o.Logger,
+			failed: "there is little room left for leases: soon calls of accounts that have none here are refused; allow more, or spread accounts over more gateways",
+			works:  "there is room for leases again",
 		},
 	}
 	for i := range w.desks {
@@ -184,6 +200,7 @@ func (w *Wallet) Run(ctx context.Context) error {
 		case <-ctx.Done():
 		case <-timer.C:
 			w.holds.Sweep(w.tell())
+			w.watch()
 			if w.purses.Load() > 0 {
 				timer.Reset(clockEvery)
 			} else {
@@ -198,6 +215,18 @@ func (w *Wallet) Run(ctx context.Context) error {
 		w.desks[i].dismiss()
 	}
 	return nil
+}
+
+// watch warns before calls have to be refused for want of room.
+func (w *Wallet) watch() {
+	open, shelved := w.purses.Load(), w.shelved.Load()
+	used := max(float64(open)/float64(w.o.MaxPurses), float64(shelved)/float64(w.o.MaxShelved))
+	switch {
+	case used > .9:
+		w.scarce.begins(fmt.Errorf("%d of %d purses are open, %d of %d shelved", open, w.o.MaxPurses, shelved, w.o.MaxShelved))
+	case used < .8:
+		w.scarce.ends()
+	}
 }
 
 // hear takes the answers of a shard's owner.

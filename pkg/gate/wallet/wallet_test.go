@@ -238,7 +238,7 @@ func (w *world) busy(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			w.desks[0].resolved(nil)
+			w.desks[0].resolved(nil, lease.Settled)
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -169,6 +170,31 @@ func randomWorld(t *testing.T, seed uint64) {
 			})
 		}
 	}
+	// Purses are shelved whenever that can be.
+	var shelved atomic.Int64
+	go func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(time.Duration(roll(500)) * time.Millisecond):
+			}
+			for _, w := range worlds {
+				d := &w.desks[0]
+				d.mu.Lock()
+				for _, p := range slices.Clone(d.open) {
+					touched := p.touched
+					p.touched = 0
+					if roll(2) == 0 && d.shelve(p, w.tell()) {
+						shelved.Add(1)
+						continue
+					}
+					p.touched = touched
+				}
+				d.mu.Unlock()
+			}
+		}
+	}()
 	over := make(chan struct{})
 	go func() {
 		for {
@@ -221,9 +247,9 @@ func randomWorld(t *testing.T, seed uint64) {
 		if n, m := w.purses.Load(), w.waiting.Load(); n != 0 || m != 0 {
 			t.Errorf("%d purses, %d waiting", n, m)
 		}
-		if d := &w.desks[0]; len(d.pockets)+len(d.byPurse)+len(d.open)+len(d.turning) != 0 {
-			t.Errorf("left: %d, %d, %d, %d", len(d.pockets), len(d.byPurse), len(d.open), len(d.turning))
+		if d := &w.desks[0]; len(d.pockets)+len(d.byPurse)+len(d.open)+len(d.turning)+len(d.shelf)+int(w.shelved.Load()) != 0 {
+			t.Errorf("left: %d, %d, %d, %d, %d", len(d.pockets), len(d.byPurse), len(d.open), len(d.turning), len(d.shelf))
 		}
 	}
-	t.Logf("slow %d, unreliable %d, sealed %v, jumps %v, %d gateways, %+v: %v", slow, lossy, sealed, jumps, gateways, limits[0].Amount, counts)
+	t.Logf("slow %d, unreliable %d, sealed %v, jumps %v, %d gateways, %d times shelved, %+v: %v", slow, lossy, sealed, jumps, gateways, shelved.Load(), limits[0].Amount, counts)
 }

@@ -579,7 +579,7 @@ func TestPursesAndReservationsAreBounded(t *testing.T) {
 	if v, _ := n.Take(t.Context(), one, request, nil); !v.Allowed {
 		t.Fatalf("%+v", v)
 	}
-	if v, _ := n.Take(t.Context(), two, request, nil); v.Allowed || v.Code != usage.BillingStateUnknown {
+	if v, _ := n.Take(t.Context(), two, request, nil); v.Allowed || v.Code != usage.BillingStateUnknown || !strings.Contains(v.Detail, "bound of leases") {
 		t.Errorf("a purse too many: %+v", v)
 	}
 	var cost gate.Cost
@@ -588,7 +588,7 @@ func TestPursesAndReservationsAreBounded(t *testing.T) {
 	if !v.Allowed {
 		t.Fatalf("%+v", v)
 	}
-	if v, _ := n.Take(t.Context(), one, request, &cost); v.Allowed || v.Code != usage.BillingStateUnknown {
+	if v, _ := n.Take(t.Context(), one, request, &cost); v.Allowed || v.Code != usage.BillingStateUnknown || !strings.Contains(v.Detail, "open reservations") {
 		t.Errorf("a reservation too many: %+v", v)
 	}
 	k.Void()

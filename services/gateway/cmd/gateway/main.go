@@ -39,6 +39,8 @@ type flags struct {
 	LeaseWait       time.Duration `help:"How long a call waits for units of an exact limit that have to be fetched; then it is refused with 503." default:"1s" env:"TOLLKEEPER_LEASE_WAIT"`
 	LeaseSkew       time.Duration `help:"By how much this machine's idea of the ledger's time is wrong at most." default:"250ms" env:"TOLLKEEPER_LEASE_SKEW"`
 	LeasePass       bool          `help:"Let calls under limits of the tier leased pass as --unknown says when nobody answers in time; those of the tier exact never do." env:"TOLLKEEPER_LEASE_PASS"`
+	LeasePurses     int           `help:"How many accounts' limits of the tiers exact and leased may be in use at a time, about 1 KB each; beyond, calls are refused with 503." default:"200000" env:"TOLLKEEPER_LEASE_PURSES"`
+	LeaseShelved    int           `help:"How many of them, not in use any more, are remembered until their window is over, 80 to 200 bytes each." default:"2000000" env:"TOLLKEEPER_LEASE_SHELVED"`
 	StaleAfter      time.Duration `help:"How long nothing may be heard of a shard before its state is unknown." default:"3s" env:"TOLLKEEPER_STALE_AFTER"`
 	TrustEventTime  bool          `help:"Let clients say when a call took place (Tollkeeper-Event-Time): for replays only." env:"TOLLKEEPER_TRUST_EVENT_TIME"`
 
@@ -77,7 +79,7 @@ func (f *flags) options() (gateway.Options, error) {
 		NATS:   f.NATS.Options("gateway", logger),
 		Listen: f.GatewayListen, AdminListen: f.GatewayAdminListen, Name: f.Name, Region: f.Region,
 		Unknown:    gate.Unknown{Mode: gate.UnknownMode(f.Unknown), MaxCalls: f.UnknownMaxCalls},
-		Leases:     gate.Leases{Wait: f.LeaseWait, Skew: f.LeaseSkew, PassUnknown: f.LeasePass},
+		Leases:     gate.Leases{Wait: f.LeaseWait, Skew: f.LeaseSkew, PassUnknown: f.LeasePass, MaxPurses: f.LeasePurses, MaxShelved: f.LeaseShelved},
 		StaleAfter: f.StaleAfter, TrustEventTime: f.TrustEventTime,
 		SpoolDir: f.SpoolDir, SpoolBytes: f.SpoolBytes, SpoolBeforeAnswer: f.SpoolBeforeAnswer,
 		OnFull: map[string]outbox.FullPolicy{"block": outbox.Block, "refuse": outbox.Refuse, "drop": outbox.Drop}[f.OnFull],
