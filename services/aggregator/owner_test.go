@@ -72,6 +72,21 @@ func TestAShardThatCannotBeTakenOverInTimeIsGivenBack(t *testing.T) {
 	}
 }
 
+// TestAnAnswerSaysThatItsShardIsStillBeingCounted: an account that is not counted again
+// yet looks as if it had used nothing.
+func TestAnAnswerSaysThatItsShardIsStillBeingCounted(t *testing.T) {
+	t.Parallel()
+	o := newOwner(&service{log: zerolog.Nop()}, 0)
+	o.target = 7
+	if m := o.message([]byte("{}")); m.Header.Get(countingHeader) != "7" || string(m.Data) != "{}" {
+		t.Errorf("got %+v", m)
+	}
+	o.ready = true
+	if m := o.message([]byte("{}")); len(m.Header) != 0 || string(m.Data) != "{}" {
+		t.Errorf("got %+v", m)
+	}
+}
+
 // slowObjects store when they are told to.
 type slowObjects struct {
 	jetstream.ObjectStore

@@ -1,6 +1,8 @@
 package aggregator
 
 import (
+	"strconv"
+
 	"github.com/nats-io/nats.go"
 
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/meter"
@@ -13,6 +15,11 @@ const (
 	errorCodeHeader = "Nats-Service-Error-Code"
 )
 
+// countingHeader of an answer says up to which entry its shard is still being counted
+// after it was taken over: until then calls, and accounts, are missing that were
+// counted before.
+const countingHeader = "Tollkeeper-Counting-To"
+
 // answer answers a usage query from the state as it stands.
 func (o *owner) answer(q *nats.Msg) {
 	data, err := reply.Usage(o.state, o.pub.Last().Epoch, q.Data)
@@ -21,9 +28,18 @@ func (o *owner) answer(q *nats.Msg) {
 		return
 	}
 	o.m.Queries.WithLabelValues("answered").Inc()
-	if err := q.Respond(data); err != nil {
+	if err := q.RespondMsg(o.message(data)); err != nil {
 		o.log.Debug().Err(err).Msg("a usage query could not be answered")
 	}
+}
+
+// message is an answer, with what must be known of it.
+func (o *owner) message(data []byte) *nats.Msg {
+	m := &nats.Msg{Data: data}
+	if !o.ready {
+		m.Header = nats.Header{countingHeader: {strconv.FormatUint(o.target, 10)}}
+	}
+	return m
 }
 
 func refuse(m *meter.Metrics, q *nats.Msg, code, why string) {

@@ -119,6 +119,10 @@ func (c *console) getAccounts(w http.ResponseWriter, r *http.Request) {
 	}
 	query := r.URL.Query()
 	cursor, part, plan, parent := query.Get("cursor"), query.Get("q"), query.Get("plan"), query.Get("parent")
+	if usage.CleanText(cursor) != cursor {
+		front.BadRequest(front.NoCursor).Write(w)
+		return
+	}
 	now := micros(time.Now())
 	answer := struct {
 		Accounts []accountLine `json:"accounts"`
@@ -391,6 +395,11 @@ func (c *console) getDecisions(w http.ResponseWriter, r *http.Request) {
 		front.BadRequest("verdict is allow, warn or deny").Write(w)
 		return
 	}
+	cursor := r.URL.Query().Get("cursor")
+	if cursor != "" && !views.IsCursor(cursor, c.shards) {
+		front.BadRequest(front.NoCursor).Write(w)
+		return
+	}
 	loaded, stale := c.state.decisions.Status()
 	if !loaded {
 		front.Unavailable("the decisions were not read yet").Write(w)
@@ -398,7 +407,7 @@ func (c *console) getDecisions(w http.ResponseWriter, r *http.Request) {
 	}
 	now := micros(time.Now())
 	account := r.URL.Query().Get("account")
-	page, next := c.state.decisions.Page(r.URL.Query().Get("cursor"), n, func(d *usage.Decision) bool {
+	page, next := c.state.decisions.Page(cursor, n, func(d *usage.Decision) bool {
 		return (account == "" || d.Account == account) && (verdict == "" || lineOf(d, now).Effective == verdict)
 	})
 	answer := struct {
@@ -434,12 +443,10 @@ func (c *console) getDecisionHistory(w http.ResponseWriter, r *http.Request) {
 		front.BadRequest("verdict is allow, warn or deny").Write(w)
 		return
 	}
-	var before uint64
-	if s := r.URL.Query().Get("cursor"); s != "" {
-		if before, err = strconv.ParseUint(s, 10, 64); err != nil {
-			front.BadRequest("cursor is the next_cursor of the page before").Write(w)
-			return
-		}
+	before, err := front.Before(r)
+	if err != nil {
+		front.BadRequest(err.Error()).Write(w)
+		return
 	}
 	if c.o.History == nil {
 		front.Unavailable("the console has no address of ClickHouse").Write(w)

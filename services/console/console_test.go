@@ -20,6 +20,7 @@ import (
 	"github.com/getkin/kin-openapi/openapi3filter"
 	"github.com/getkin/kin-openapi/routers/gorillamux"
 	"github.com/google/go-cmp/cmp"
+	"github.com/nats-io/nats.go"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -199,6 +200,18 @@ func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
 		t.Errorf("decisions: %+v", ds)
 	}
 	c.do(exchange{path: "/v1/decisions?verdict=maybe", status: 400})
+	for _, path := range []string{
+		"/v1/decisions?cursor=nonsense", "/v1/decisions?cursor=99.acme.x", "/v1/decisions?cursor=0.acme", "/v1/decisions?cursor=0.ac=me.x",
+		"/v1/decisions/history?cursor=nonsense", "/v1/decisions/history?cursor=0", "/v1/decisions/history?cursor=-1",
+		"/v1/accounts?cursor=%00", "/v1/accounts?cursor=" + strings.Repeat("a", usage.MaxIDBytes+1),
+	} {
+		var p front.Problem
+		decode(t, c.do(exchange{path: path, status: 400}), &p)
+		if p.Code != front.CodeBadRequest || p.Detail != front.NoCursor {
+			t.Errorf("%s: %+v", path, p)
+		}
+	}
+	decode(t, c.do(exchange{path: "/v1/decisions?cursor=" + ledger.DecisionKey(0, "acme/gone", "free/calls")}), &ds)
 	c.do(exchange{path: "/v1/decisions/" + deny.ID + "/explain", status: 404})
 	var past struct {
 		Decisions []decisionLine
@@ -558,5 +571,58 @@ func TestWithoutAnAggregatorTheAnswerSaysSo(t *testing.T) {
 	}](t, base+"/v1/accounts/"+url.PathEscape("acme/search"))
 	if account.Usage != nil || account.Why == "" {
 		t.Errorf("got %+v", account)
+	}
+}
+
+// A shard that is silent, or is being counted anew by who took it over, has not said that
+// an account has used nothing.
+func TestCountersThatAreNotThereAreNotNoUsage(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.apply(demoPlans())
+	base := w.start(Options{})
+	for what, want := range map[string]string{"silent": "has not answered within", "counting": "still being counted"} {
+		subs := make([]*nats.Subscription, 0, testShards)
+		for s := range uint32(testShards) {
+			sub, err := w.nc.Subscribe(ledger.UsageSubject(s), func(m *nats.Msg) {
+				if what == "silent" {
+					return
+				}
+				data, err := json.Marshal(ledger.UsageReply{Shard: s, Epoch: 2, Sequence: 3, Accounts: []ledger.AccountUsage{}})
+				if err == nil {
+					err = m.RespondMsg(&nats.Msg{Data: data, Header: nats.Header{"Tollkeeper-Counting-To": {"9"}}})
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			subs = append(subs, sub)
+		}
+		if err := w.nc.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		u := get[counters.Answer](t, base+"/v1/usage?account=acme/search")
+		shard := w.shard("acme/search")
+		if u.Complete || len(u.Accounts) != 0 || u.Shards[shard].OK || !strings.Contains(u.Shards[shard].Error, want) {
+			t.Errorf("%s: got %+v", what, u)
+		}
+		account := get[struct {
+			Usage *counters.Account
+			Why   string `json:"usage_error"`
+		}](t, base+"/v1/accounts/"+url.PathEscape("hooli"))
+		if account.Usage != nil || !strings.Contains(account.Why, want) {
+			t.Errorf("%s: got %+v", what, account)
+		}
+		for _, sub := range subs {
+			if err := sub.Unsubscribe(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := w.nc.Flush(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

@@ -100,4 +100,5 @@ func TestUsageIsCorrectedOverHTTP(t *testing.T) {
 		t.Errorf("the last page: %+v", list)
 	}
 	c.do(exchange{path: "/v1/corrections?cursor=x", header: header, status: 400})
+	c.do(exchange{path: "/v1/corrections?cursor=0", header: header, status: 400})
 }

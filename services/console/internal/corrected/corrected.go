@@ -187,12 +187,10 @@ func get(w http.ResponseWriter, r *http.Request, h History) {
 			return
 		}
 	}
-	var before uint64
-	if s := r.URL.Query().Get("cursor"); s != "" {
-		if before, err = strconv.ParseUint(s, 10, 64); err != nil {
-			front.BadRequest("cursor is the next_cursor of the page before").Write(w)
-			return
-		}
+	before, err := front.Before(r)
+	if err != nil {
+		front.BadRequest(err.Error()).Write(w)
+		return
 	}
 	if h == nil {
 		front.Unavailable("the console has no address of ClickHouse").Write(w)

@@ -24,6 +24,10 @@ const Parallel = 16
 // timeout of one question.
 const timeout = 2 * time.Second
 
+// countingHeader of an answer is the entry up to which its shard is still being
+// counted: before that calls and accounts are missing in it.
+const countingHeader = "Tollkeeper-Counting-To"
+
 // Client asks. Safe for concurrent use.
 type Client struct {
 	NC *nats.Conn
@@ -43,6 +47,9 @@ func (c *Client) Shard(ctx context.Context, shard uint32, q ledger.UsageRequest)
 	if errors.Is(err, nats.ErrNoResponders) {
 		return ledger.UsageReply{}, fmt.Errorf("nobody owns shard %d: is an aggregator running?", shard)
 	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return ledger.UsageReply{}, fmt.Errorf("shard %d has not answered within %s: ask again: %w", shard, timeout, err)
+	}
 	if err != nil {
 		return ledger.UsageReply{}, fmt.Errorf("ask shard %d: %w", shard, err)
 	}
@@ -53,6 +60,9 @@ func (c *Client) Shard(ctx context.Context, shard uint32, q ledger.UsageRequest)
 	var reply ledger.UsageReply
 	if err := json.Unmarshal(msg.Data, &reply); err != nil {
 		return ledger.UsageReply{}, fmt.Errorf("ask shard %d: the answer is not JSON: %w", shard, err)
+	}
+	if to := msg.Header.Get(countingHeader); to != "" {
+		return ledger.UsageReply{}, fmt.Errorf("shard %d is still being counted after its aggregator changed, at entry %d of %s: ask again", shard, reply.Sequence, to)
 	}
 	return reply, nil
 }

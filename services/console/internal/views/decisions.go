@@ -5,6 +5,7 @@ package views
 
 import (
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -132,6 +133,34 @@ func (d *Decisions) Worst(account string, now usage.Micros) usage.Verdict {
 		worst = max(worst, Effective(&v, now))
 	}
 	return worst
+}
+
+// IsCursor reports whether s can be what Page returned as the cursor of the next page,
+// in a ledger of so many shards: the key of a decision, which may be gone by now.
+func IsCursor(s string, shards uint32) bool {
+	parts := strings.Split(s, ".")
+	if len(parts) != 3 {
+		return false
+	}
+	shard, err := strconv.ParseUint(parts[0], 10, 32)
+	return err == nil && uint32(shard) < shards && isToken(parts[1]) && isToken(parts[2])
+}
+
+// isToken reports whether ledger.KeyToken can have written s.
+func isToken(s string) bool {
+	for i := 0; i < len(s); i++ {
+		if s[i] != '=' {
+			continue
+		}
+		if len(s) < i+3 {
+			return false
+		}
+		if b, err := strconv.ParseUint(s[i+1:i+3], 16, 8); err != nil || ledger.KeyToken(string([]byte{byte(b)})) != s[i:i+3] {
+			return false
+		}
+		i += 2
+	}
+	return s != "" && ledger.KeyToken(strings.ReplaceAll(s, "=", "_")) == strings.ReplaceAll(s, "=", "_")
 }
 
 // Page returns up to n decisions whose key comes after cursor and that match,

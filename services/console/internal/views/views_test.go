@@ -51,13 +51,16 @@ func TestPagesAreCompleteAndInOrder(t *testing.T) {
 	var d Decisions
 	d.Reset(nil)
 	for i := range 25 {
-		d.Apply(change(t, usage.Decision{Account: fmt.Sprintf("a%02d", i), LimitID: "p/l", Verdict: usage.Verdict(1 + i%3)}))
+		d.Apply(change(t, usage.Decision{Account: fmt.Sprintf("a%02d", i), LimitID: "p/=l.é", Verdict: usage.Verdict(1 + i%3)}))
 	}
 	var got []string
 	for cursor, pages := "", 0; ; pages++ {
 		page, next := d.Page(cursor, 4, func(d *usage.Decision) bool { return d.Verdict == usage.Deny })
 		for _, p := range page {
 			got = append(got, p.Account)
+		}
+		if next != "" && (!IsCursor(next, 1) || IsCursor(next, 0)) {
+			t.Errorf("%q is the cursor of the next page", next)
 		}
 		if cursor = next; cursor == "" || pages > 10 {
 			break
