@@ -149,7 +149,9 @@ func TestKillsUnderLoadLoseAndDoubleNothing(t *testing.T) {
 	execute(t, db, "CREATE TABLE calls (block UInt64, n UInt64) ENGINE = MergeTree ORDER BY (block, n) SETTINGS non_replicated_deduplication_window = 1000")
 	for block := range blocks {
 		if block%(blocks/kills) == blocks/kills/2 {
-			pid := s.PID()
+			// Process 0, while the engine is not back yet, would be all of us.
+			pid := 0
+			eventually(t, "there is an engine to kill", 30*time.Second, func() bool { pid = s.PID(); return pid > 0 })
 			// In the middle of an insert as often as between two.
 			go func() { _ = syscall.Kill(pid, syscall.SIGKILL) }()
 		}
