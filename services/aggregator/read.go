@@ -2,9 +2,11 @@ package aggregator
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/anchor"
 )
 
 // blockedAfter is how long the others wait for a shard that does not take its
@@ -43,7 +45,7 @@ func (r *reader) read(ctx context.Context, from uint64) error {
 	}
 	blocked := time.NewTimer(blockedAfter)
 	defer blocked.Stop()
-	return ledger.Read(ctx, r.js, opts, func(m ledger.Message) error {
+	err := ledger.Read(ctx, r.js, opts, func(m ledger.Message) error {
 		if r.all {
 			r.m.Pending.Set(float64(m.Pending))
 			r.head.Store(m.Sequence)
@@ -87,6 +89,10 @@ func (r *reader) read(ctx context.Context, from uint64) error {
 		}
 		return nil
 	})
+	if errors.Is(err, ledger.ErrRewound) {
+		return anchor.Lost(err)
+	}
+	return err
 }
 
 // readApart lets a shard have a reader of its own, for as long as it takes from

@@ -544,6 +544,54 @@ func TestALedgerThatHasLostWhatWasCountedIsNotCountedOn(t *testing.T) {
 	if !errors.Is(err, ledger.ErrRewound) {
 		t.Errorf("got %v", err)
 	}
+	w.remedied(err)
+}
+
+// One that is counting when the ledger is lost says the same.
+func TestALedgerThatIsLostWhileItIsCountedEndsTheCounting(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 1, time.Minute)
+	last := w.send(ksuid.New(), calls("acme", 3))
+	r := w.run(Options{})
+	w.counted(0, last)
+	if err := w.js.DeleteStream(t.Context(), ledger.Stream); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ledger.Provision(t.Context(), w.js, ledger.ProvisionOptions{Shards: 1}); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-r.done:
+		if !errors.Is(err, ledger.ErrRewound) {
+			t.Errorf("got %v", err)
+		}
+		w.remedied(err)
+	case <-time.After(20 * time.Second):
+		t.Fatal("it counts on")
+	}
+}
+
+// remedied does what the error says, and sees that it is counted again.
+func (w *world) remedied(err error) {
+	t := w.t
+	t.Helper()
+	if !strings.Contains(err.Error(), "delete the key-value bucket decisions and the object bucket snapshots and start again") {
+		t.Fatalf("it does not say what to do: %v", err)
+	}
+	if err := w.js.DeleteKeyValue(t.Context(), ledger.DecisionsBucket); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.js.DeleteObjectStore(t.Context(), ledger.SnapshotsBucket); err != nil {
+		t.Fatal(err)
+	}
+	r := w.run(Options{})
+	w.counted(0, w.send(ksuid.New(), calls("acme", 2)))
+	if u := w.usage(0, "acme"); len(u.Accounts) != 1 || u.Total.Admitted != 2 {
+		t.Errorf("counted anew: %+v", u)
+	}
+	if err := r.stop(w.t); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestItStopsInTimeAlthoughNATSIsAway(t *testing.T) {

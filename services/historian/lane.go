@@ -306,6 +306,9 @@ func (l *lane) readAll(ctx context.Context, from uint64, out chan<- ledger.Messa
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
+		if errors.Is(err, ledger.ErrRewound) {
+			return fmt.Errorf("%w: start the historian again: it goes on where the stream still has what the history has, and says what to do where it has not", err)
+		}
 		if !errors.Is(err, ledger.ErrPurged) || !l.purgeIsFine {
 			return err
 		}

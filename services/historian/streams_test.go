@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -303,4 +304,35 @@ func (a announced) Insert(ctx context.Context, token string) error {
 	default:
 	}
 	return a.part.Insert(ctx, token)
+}
+
+// One that is reading when the ledger loses what was read says what to do, and says it
+// again, more exactly, when that was done.
+func TestALedgerThatIsLostWhileItIsReadEndsTheHistory(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	c := newClients(w, 2)
+	c.some(10)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- run(ctx, w.options(), seams{}) }()
+	c.agree()
+	if err := w.js.DeleteStream(t.Context(), ledger.Stream); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ledger.Provision(t.Context(), w.js, ledger.ProvisionOptions{Shards: testShards}); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-done:
+		if !errors.Is(err, ledger.ErrRewound) || !strings.Contains(err.Error(), "start the historian again") {
+			t.Errorf("it says: %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("it goes on")
+	}
+	if err := run(ctx, w.options(), seams{}); err == nil || !strings.Contains(err.Error(), "to write it anew, or bring back the stream") {
+		t.Errorf("started again it says: %v", err)
+	}
 }

@@ -99,6 +99,14 @@ type Ending struct {
 	Control uint64 // of its control subject
 }
 
+// Lost adds to an error that wraps ledger.ErrRewound what is to be done. Starting again
+// is not enough: entries that take the numbers of those that were lost would count as
+// counted.
+func Lost(err error) error {
+	return fmt.Errorf("%w: restore the ledger; or, if it still begins at entry 1, stop every aggregator, delete the key-value bucket %s and the object bucket %s and start again: what the ledger holds is counted anew",
+		err, ledger.DecisionsBucket, ledger.SnapshotsBucket)
+}
+
 // Ends returns how far the ledger goes, if it holds what a shard with such a
 // state and such decisions needs.
 func (s *Stores) Ends(ctx context.Context, shard uint32, folded uint64, at publish.Position) (e Ending, err error) {
@@ -112,11 +120,10 @@ func (s *Stores) Ends(ctx context.Context, shard uint32, folded uint64, at publi
 	// take their numbers.
 	e.Stream = stream.CachedInfo().State.LastSeq
 	if told := max(folded, at.Found.Sequence, at.Newest.Revision); told > e.Stream {
-		return e, fmt.Errorf("shard %d is counted up to entry %d, but the ledger ends at %d: restore the ledger, or delete the bucket %s and the snapshots to count what it holds anew: %w",
-			shard, told, e.Stream, ledger.DecisionsBucket, ledger.ErrRewound)
+		return e, Lost(fmt.Errorf("shard %d is counted up to entry %d, but the ledger ends at %d: %w", shard, told, e.Stream, ledger.ErrRewound))
 	}
 	if first := stream.CachedInfo().State.FirstSeq; folded == 0 && first > 1 {
-		return e, fmt.Errorf("shard %d: the ledger begins at %d and there is no snapshot: %w", shard, first, ledger.ErrPurged)
+		return e, fmt.Errorf("shard %d: the ledger begins at %d and there is no snapshot: restore the ledger's beginning, or the shard's snapshot (bucket %s): %w", shard, first, ledger.SnapshotsBucket, ledger.ErrPurged)
 	}
 	for _, subject := range ledger.ShardSubjects(shard) {
 		m, found, err := s.last(ctx, ledger.Stream, subject)

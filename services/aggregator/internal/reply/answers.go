@@ -73,7 +73,7 @@ func Answers(shard uint32, epoch uint64, all []quota.LeaseAnswer) (out []Parcel,
 func answerOf(a *quota.LeaseAnswer, epoch uint64) (*tollkeeperv1.LeaseAnswer, error) {
 	out := &tollkeeperv1.LeaseAnswer{
 		Account: a.Account, Limit: a.LimitID, WindowStartUnixMicros: int64(a.WindowStart), WindowEndUnixMicros: int64(a.WindowEnd),
-		Revision: a.Revision, Seq: a.Seq, Granted: a.Granted, ExpiryUnixMicros: int64(a.Expiry), Room: a.Room, Recall: a.Recall,
+		Revision: a.Revision, Seq: a.Seq, Granted: a.Granted, ExpiryUnixMicros: int64(a.Expiry), Room: a.Room, Soon: &a.Soon, Recall: a.Recall,
 		Standing: standings[a.Verdict],
 	}
 	if a.Decision == nil {

@@ -151,10 +151,10 @@ func (w *world) count(s *quota.Shard) {
 	}
 }
 
-func (w *world) audit(asJSON bool) (string, error) {
+func (w *world) audit(asJSON bool, only ...uint32) (string, error) {
 	w.t.Helper()
 	var out bytes.Buffer
-	err := Print(w.t.Context(), Options{NATS: natsconn.Options{URL: w.url}, JSON: asJSON, Out: &out})
+	err := Print(w.t.Context(), Options{NATS: natsconn.Options{URL: w.url}, JSON: asJSON, Only: only, Out: &out})
 	return out.String(), err
 }
 
@@ -186,6 +186,22 @@ func TestTheLedgerGivesTheStateThatWasCounted(t *testing.T) {
 		if s.StateHash != hashOf(w.state(s.Shard, nil)) || s.Entries == 0 || s.From != 1 || len(s.Compared) != 2 || s.Compared[0].With != WithSnapshot || s.Compared[1].Epoch != 7 {
 			t.Errorf("shard %d: %+v", s.Shard, s)
 		}
+	}
+}
+
+func TestAShardThatIsNamedSeveralTimesIsAuditedOnce(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	text, err := w.audit(true, 1, 0, 1, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r Report
+	if err := json.Unmarshal([]byte(text), &r); err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Shards) != 2 || r.Shards[0].Shard != 0 || r.Shards[1].Shard != 1 {
+		t.Errorf("audited: %+v", r.Shards)
 	}
 }
 

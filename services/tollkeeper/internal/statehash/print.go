@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -66,6 +67,8 @@ func Print(ctx context.Context, o Options) error {
 		a.Progress = progress(o.Progress, time.Now, geometry.Shards)
 	}
 	r := Report{Same: true, Shards: []Shard{}}
+	// What is named twice is audited once.
+	only = slices.Compact(slices.Sorted(slices.Values(only)))
 	for _, s := range only {
 		if s >= geometry.Shards {
 			return fmt.Errorf("there is no shard %d: the ledger has %d, counted from 0", s, geometry.Shards)
