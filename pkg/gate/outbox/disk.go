@@ -4,7 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"syscall"
 	"time"
+
+	"github.com/rs/zerolog"
+	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/bound"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/spool"
@@ -35,8 +39,12 @@ type disk struct {
 
 	budget  bound.Budget // of frames read back
 	retryAt usage.Micros
-	trouble trouble
-	noting  trouble
+	// unwritable: it was not possible to write, and is tried again at writeAt; what
+	// earlier producers left is sent meanwhile, and makes room.
+	unwritable bool
+	writeAt    usage.Micros
+	trouble    trouble
+	noting     trouble
 }
 
 // source is a producer's log and how far it is sent.
@@ -56,6 +64,10 @@ type source struct {
 	notedAt    usage.Micros // when that was last written
 	// lossy: something that was in the log did not get into the ledger.
 	lossy bool
+	// passed is the newest stretch that was not to be read and was told of.
+	passed spool.Position
+	// seen has numbers of frames that there were and that can't be read, by shard.
+	seen map[uint32]uint64
 }
 
 // stage of an earlier producer on its way out.
@@ -74,6 +86,7 @@ const (
 type job struct {
 	src     *source
 	append  []spool.Record
+	probe   bool // whether there is room again
 	refs    []ref
 	load    int64             // bytes at most
 	wants   map[uint32]uint64 // by shard: number to load next; others are passed
@@ -91,6 +104,7 @@ type job struct {
 	torn      []spool.Torn
 	loadErr   error
 	removeErr error
+	aside     []spool.Aside
 	noteErr   error
 	leases    []marks.Mark
 	marked    bool
@@ -135,16 +149,28 @@ func newDisk(s *sender) (*disk, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open outbox: %w", err), store.Close())
 	}
-	log, err := store.Create(spool.Identity{Producer: s.b.producer, Gateway: o.Gateway, Shards: o.Shards, OpenedAt: s.b.now()})
-	if err != nil {
+	store.Genuine = genuine
+	log := store.Create(spool.Identity{Producer: s.b.producer, Gateway: o.Gateway, Shards: o.Shards, OpenedAt: s.b.now()})
+	switch err := log.Make(); {
+	case err == nil:
+	case errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT):
+		d.notWritten(err)
+	default:
 		return nil, errors.Join(fmt.Errorf("open outbox: %w", err), store.Close())
 	}
 	d.marks = marks.New(log.Dir(), s.b.producer)
+	d.marks.After(log.Make)
 	d.own = &source{log: log, slots: s.slots, live: map[uint64]int{}, first: 1, active: 1}
 	if n := len(d.earlier); n > 0 {
 		o.Logger.Info().Int("producers", n).Int64("bytes", store.Bytes()).Msg("the spool of earlier producers will be sent")
 	}
 	return d, nil
+}
+
+// genuine reports whether a frame is that of its record.
+func genuine(producer ksuid.KSUID, r *spool.Record) bool {
+	var f ledger.Frame
+	return f.Decode(r.Data) == nil && f.Producer == producer && f.Shard == r.Shard && f.Number == r.Number
 }
 
 // begin starts the goroutine that does the jobs, end waits for it.
@@ -172,6 +198,8 @@ func (j *job) do() {
 	log := j.src.log
 	if len(j.append) > 0 {
 		j.at, j.appendErr = log.Append(j.append)
+	} else if j.probe {
+		j.appendErr = log.Probe()
 	}
 	if j.load > 0 {
 		j.doLoad(log)
@@ -188,14 +216,16 @@ func (j *job) do() {
 	if j.destroy && j.removeErr == nil {
 		j.removeErr = log.Destroy()
 	}
+	j.aside = log.Aside()
 	j.active = log.Active()
 }
 
 func (j *job) doLoad(log *spool.Log) {
 	for size := int64(0); ; {
 		r, at, next, torn, ok, err := log.Read(j.cursor)
-		if torn != nil {
-			j.torn = append(j.torn, *torn)
+		j.torn = append(j.torn, torn...)
+		if err == nil && slices.ContainsFunc(torn, func(t spool.Torn) bool { return t.Damaged }) {
+			err = log.MarkLossy() // before anything makes the damage forgotten
 		}
 		if err != nil {
 			j.loadErr = err
@@ -250,7 +280,10 @@ func (d *disk) work() {
 func (d *disk) ownJob(now usage.Micros) *job {
 	src := d.own
 	j := &job{src: src, cursor: src.cursor}
-	d.collect(j, now)
+	if !d.unwritable || now >= d.writeAt {
+		d.collect(j, now)
+		j.probe = d.unwritable && len(j.append) == 0
+	}
 	d.wantBack(j)
 	keep := src.keep()
 	if len(src.live) > 0 {
@@ -264,7 +297,7 @@ func (d *disk) ownJob(now usage.Micros) *job {
 		j.remove = keep
 		src.first = keep
 	}
-	if len(j.append) == 0 && j.load == 0 && j.remove == 0 && !src.noteDue(now) {
+	if len(j.append) == 0 && !j.probe && j.load == 0 && j.remove == 0 && !src.noteDue(now) {
 		return nil
 	}
 	j.notes = src.takeNotes(now)
@@ -469,6 +502,7 @@ func (d *disk) handle(j *job) {
 	if j.removeErr != nil {
 		d.failed(j.removeErr)
 	}
+	d.putAside(j)
 	d.noted(j)
 	if j.src != d.own {
 		d.drained(j)
@@ -515,16 +549,28 @@ func (d *disk) appended(j *job) {
 		r.slot.lane.Unspooled(r.number)
 	}
 	if j.appendErr != nil {
-		d.failed(j.appendErr)
-	} else if len(j.at) > 0 {
+		d.notWritten(j.appendErr)
+	} else if len(j.at) > 0 || j.probe {
+		d.unwritable = false
 		d.trouble.over(s.b.o.Now(), "the spool takes frames again")
 		s.b.spoolFails.Store(false)
 	}
 }
 
+// notWritten pauses writing.
+func (d *disk) notWritten(err error) {
+	d.unwritable, d.writeAt = true, d.s.b.now()+pauseAfterError
+	d.alarm(err)
+}
+
+// failed pauses the disk.
 func (d *disk) failed(err error) {
-	now := d.s.b.o.Now()
 	d.retryAt = d.s.b.now() + pauseAfterError
+	d.alarm(err)
+}
+
+func (d *disk) alarm(err error) {
+	now := d.s.b.o.Now()
 	d.s.b.spoolFails.Store(true)
 	what := "the spool fails: " + err.Error()
 	if errors.Is(err, spool.ErrFull) {
@@ -567,16 +613,66 @@ func (d *disk) loaded(j *job) {
 	}
 	d.budget.Give(room)
 	src.cursor = j.cursor
-	for _, t := range j.torn {
-		// The end of the last segment was never answered.
-		src.lossy = src.lossy || t.Position.Segment != src.log.Last()
-		s.count(func(c *counts) { c.torn++ })
-		s.b.o.Logger.Warn().Stringer("producer", src.log.Identity().Producer).Uint64("segment", t.Position.Segment).Int64("bytes", t.Bytes).
-			Msg("the end of a spool segment is torn: a crash came while it was written; what was answered as safe is before it")
+	for i := range j.torn {
+		d.passed(src, &j.torn[i])
 	}
 	if j.loadErr != nil {
 		d.failed(j.loadErr)
 	}
+}
+
+// passed tells of what could not be read.
+func (d *disk) passed(src *source, t *spool.Torn) {
+	s := d.s
+	if at := src.passed; t.Position.Segment < at.Segment || t.Position.Segment == at.Segment && t.Position.Offset <= at.Offset {
+		return
+	}
+	src.passed = t.Position
+	id := src.log.Identity()
+	to := func(e *zerolog.Event) *zerolog.Event {
+		return e.Stringer("producer", id.Producer).Uint64("segment", t.Position.Segment).Int64("at", t.Position.Offset).Int64("bytes", t.Bytes)
+	}
+	if !t.Damaged {
+		s.count(func(c *counts) { c.torn++ })
+		to(s.b.o.Logger.Warn()).Msg("the end of a spool segment is torn: a crash came while it was written; what was answered as safe is before it")
+		return
+	}
+	src.lossy = true
+	s.count(func(c *counts) { c.damaged++ })
+	e := to(s.b.o.Logger.Error())
+	if t.Number > 0 && t.Shard < id.Shards {
+		e.Uint32("shard", t.Shard).Uint64("frame", t.Number)
+		if src.seen == nil {
+			src.seen = map[uint32]uint64{}
+		}
+		src.seen[t.Shard] = max(src.seen[t.Shard], t.Number)
+	}
+	e.Msg("a part of the spool is damaged: calls that were answered as safe may be in it, and are lost unless the ledger has them; what is behind it is sent, and its segment is put aside then")
+}
+
+// putAside tells what became of damaged segments.
+func (d *disk) putAside(j *job) {
+	for _, a := range j.aside {
+		e := d.s.b.o.Logger.Error().Stringer("producer", j.src.log.Identity().Producer).Uint64("segment", a.Segment)
+		if a.Path != "" {
+			e.AnErr("error", a.Err).Str("kept", a.Path).Msg("a damaged segment of the spool was put aside: take it away when nobody needs it any more")
+		} else {
+			e.Err(a.Err).Msg("a damaged segment of the spool could not be put aside, and is deleted")
+		}
+	}
+}
+
+// farthest is how far beyond the newest frame that is known a number is believed.
+const farthest = 1 << 16
+
+// last is the number of the newest frame of a shard that there was, as far as the spool
+// tells: one that is lost is missed by its number.
+func (src *source) last(l *lane.Lane) uint64 {
+	known := max(l.Last(), src.log.Acked(l.Shard()))
+	if seen := src.seen[l.Shard()]; seen > known && seen-known <= farthest {
+		return seen
+	}
+	return l.Last()
 }
 
 // missed looks for frames of our own that only the spool has and that are not there any
@@ -641,6 +737,9 @@ func (d *disk) retire(src *source, j *job) {
 	}
 	whole := src.log.Whole() && !src.lossy
 	if j.marksErr != nil {
+		if errors.Is(j.marksErr, marks.ErrDamaged) {
+			d.s.count(func(c *counts) { c.damagedMarks++ })
+		}
 		d.s.b.o.Logger.Error().Err(j.marksErr).Stringer("producer", id.Producer).Msg("how much of its leases an earlier producer can have used can't be read: what it held stays spent until the windows end")
 	}
 	left := j.leases
@@ -658,7 +757,7 @@ func (d *disk) retire(src *source, j *job) {
 			d.s.count(func(c *counts) { c.unmarked++ })
 		}
 		left = left[n:]
-		sl.lane.Retire(closing(id.Producer, sl.lane.Last(), whole && !unmarked, leases, d.s.b.o.Now()))
+		sl.lane.Retire(closing(id.Producer, src.last(sl.lane), whole && !unmarked, leases, d.s.b.o.Now()))
 		d.s.pump(sl)
 	}
 }

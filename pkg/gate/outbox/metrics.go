@@ -28,6 +28,9 @@ type Stats struct {
 	KnownFrames int64
 	// TornSegments: segments of the spool whose end a crash had cut.
 	TornSegments int64
+	// Damaged stretches of the spool, and files of marks, that are not what was written:
+	// calls that were answered as safe may be lost, and leases stay spent.
+	Damaged, DamagedMarks int64
 	// UnmarkedEnds: closing entries of killed producers that could not say what was
 	// used of leases; it stays spent until the windows end.
 	UnmarkedEnds int64
@@ -52,6 +55,7 @@ type Stats struct {
 type counts struct {
 	acked, frames, resent, bytes, rejected, rejectedFrames int64
 	spooled, recoveredFrames, knownFrames, torn, unmarked  int64
+	damaged, damagedMarks                                  int64
 	sent, recovered                                        Totals
 	inflight                                               int64
 	oldest                                                 usage.Micros
@@ -74,6 +78,7 @@ func (o *Outbox) Stats() Stats {
 		Acked: c.acked, Sent: c.sent, Dropped: o.dropped.Load(), Refused: o.refused.Load(), Invalid: o.invalid.Load(), Rejected: c.rejected,
 		Frames: c.frames, Resent: c.resent, RejectedFrames: c.rejectedFrames, Bytes: c.bytes,
 		Spooled: c.spooled, Recovered: c.recovered, RecoveredFrames: c.recoveredFrames, KnownFrames: c.knownFrames, TornSegments: c.torn, UnmarkedEnds: c.unmarked,
+		Damaged: c.damaged, DamagedMarks: c.damagedMarks,
 		InFlight: c.inflight, MemoryBytes: o.budget.Used(), Connected: c.connected, SpoolFailing: o.spoolFails.Load(), Full: o.full.Load(),
 	}
 	if d := o.s.disk; d != nil {
@@ -100,6 +105,7 @@ type metrics struct {
 	latency prometheus.Histogram
 	calls   *prometheus.Desc
 	frames  *prometheus.Desc
+	damages *prometheus.Desc
 	gauges  []gauge
 }
 
@@ -115,8 +121,9 @@ func newMetrics(o *Outbox, reg prometheus.Registerer) (*metrics, error) {
 			Name: "tollkeeper_outbox_ack_latency_seconds", Help: "From sending a frame to its acknowledgement.",
 			Buckets: prometheus.ExponentialBuckets(0.0001, 2.5, 13),
 		}),
-		calls:  prometheus.NewDesc("tollkeeper_outbox_calls_total", "Calls by what became of them.", []string{"outcome"}, nil),
-		frames: prometheus.NewDesc("tollkeeper_outbox_frames_total", "Frames by what became of them.", []string{"outcome"}, nil),
+		calls:   prometheus.NewDesc("tollkeeper_outbox_calls_total", "Calls by what became of them.", []string{"outcome"}, nil),
+		frames:  prometheus.NewDesc("tollkeeper_outbox_frames_total", "Frames by what became of them.", []string{"outcome"}, nil),
+		damages: prometheus.NewDesc("tollkeeper_outbox_damages_total", "Damage met in the spool, in its segments (answered calls may be lost) or marks (leases stay spent until the windows end): alarm.", []string{"file"}, nil),
 	}
 	add := func(name, help string, value func(*Stats) float64) {
 		m.gauges = append(m.gauges, gauge{prometheus.NewDesc("tollkeeper_outbox_"+name, help, nil, nil), value})
@@ -165,6 +172,8 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	for outcome, n := range map[string]int64{"acked": st.Frames, "resent": st.Resent, "recovered": st.RecoveredFrames, "known": st.KnownFrames, "rejected": st.RejectedFrames} {
 		ch <- prometheus.MustNewConstMetric(m.frames, prometheus.CounterValue, float64(n), outcome)
 	}
+	ch <- prometheus.MustNewConstMetric(m.damages, prometheus.CounterValue, float64(st.Damaged), "segment")
+	ch <- prometheus.MustNewConstMetric(m.damages, prometheus.CounterValue, float64(st.DamagedMarks), "marks")
 	for _, g := range m.gauges {
 		ch <- prometheus.MustNewConstMetric(g.desc, prometheus.GaugeValue, g.value(&st))
 	}

@@ -192,7 +192,8 @@ const reserveChunk = 16 << 10
 
 // Open makes an outbox with a new producer. It does not need NATS to be there.
 // With a spool directory it locks it (ErrSpoolInUse), and Run will send what
-// earlier producers left in it.
+// earlier producers left in it. That its disk is full is no error, because sending
+// makes room: until there is some, Add does what Options.OnFull says where it needs it.
 func Open(o Options) (*Outbox, error) {
 	if o.NATS == nil {
 		return nil, errors.New("outbox: Options.NATS is missing")

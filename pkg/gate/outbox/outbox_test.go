@@ -360,3 +360,81 @@ func TestEveryShardHasItsTurnOnASlowDisk(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Without room for its own directory an outbox is one whose spool fails, until there is
+// room: also when the ledger is away and nobody has anything to be written.
+func TestAnOutboxWithoutRoomForItselfBecomesAbleWhenThereIs(t *testing.T) {
+	t.Parallel()
+	o, err := Open(Options{NATS: away(t), Shards: 1, Logger: zerolog.Nop(), SpoolDir: t.TempDir(), SpoolBeforeAnswer: true, OnFull: Refuse})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := o.s.disk
+	// As Open leaves it when Make has no room; a file in its way is what makes it fail here.
+	id := d.own.log.Identity()
+	if err := d.own.log.Destroy(); err != nil {
+		t.Fatal(err)
+	}
+	d.own.log = d.store.Create(id)
+	d.marks.After(d.own.log.Make)
+	if err := os.WriteFile(d.own.log.Dir(), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.notWritten(errors.New("no room"))
+	d.begin()
+	c := usage.Call{Time: usage.At(time.Now()), Account: "a"}
+	for range 3 {
+		if err := o.Add(context.Background(), 0, &c); !errors.Is(err, ErrFull) {
+			t.Fatalf("without room: %v", err)
+		}
+		d.writeAt = 0
+		if !d.doNext() || d.doNext() || !o.Stats().SpoolFailing {
+			t.Error("it is not tried once in a while whether there is room")
+		}
+		if err := o.Marks().Write(0, nil); err == nil {
+			t.Error("a mark is durable where there is no directory")
+		}
+	}
+	// The ledger makes calls safe as well.
+	o.s.connection(true)
+	add(t, o)
+	o.s.connection(false)
+	if err := o.Add(context.Background(), 0, &c); !errors.Is(err, ErrFull) {
+		t.Errorf("without room and ledger: %v", err)
+	}
+	if err := os.Remove(d.own.log.Dir()); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.Marks().Write(0, nil); err != nil {
+		t.Error(err)
+	}
+	d.writeAt = 0
+	if !d.doNext() || o.Stats().SpoolFailing {
+		t.Error("there is room again, and it is not known")
+	}
+	add(t, o)
+	d.doNext()
+	d.end()
+	if err := o.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+	if st := o.Stats(); st.Sent.Admitted != 2 {
+		t.Errorf("%d calls are safe of two", st.Sent.Admitted)
+	}
+}
+
+// A disk that could not be written with nothing left to write is asked again.
+func TestASpoolThatFailedIsAskedAgainAlsoWithNothingToWrite(t *testing.T) {
+	t.Parallel()
+	o := spooling(t, t.TempDir())
+	o.s.disk.notWritten(errors.New("no room"))
+	o.s.disk.writeAt = 0
+	o.s.disk.begin()
+	if !o.s.disk.doNext() || o.Stats().SpoolFailing {
+		t.Error("it is not")
+	}
+	o.s.disk.end()
+	if err := o.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+}

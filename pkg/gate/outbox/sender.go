@@ -433,6 +433,9 @@ func (s *sender) tick() {
 // acknowledgement may have been lost with it.
 func (s *sender) connection(connected bool) {
 	s.connected = connected
+	if connected && s.drained() {
+		s.healthy(true) // as far as anybody can know before the next frame
+	}
 	if !connected {
 		s.healthy(false)
 		s.trouble.is(s.b.o.Now(), "NATS is away: calls gather in memory and in the spool, if there is one")

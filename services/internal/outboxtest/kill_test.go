@@ -33,7 +33,16 @@ const (
 
 func TestMain(m *testing.M) {
 	if url := os.Getenv(childURL); url != "" {
-		if err := victim(url, os.Getenv(childSpool), os.Getenv(childFirst) == "true"); err != nil {
+		var err error
+		switch dir := os.Getenv(childSpool); {
+		case os.Getenv(childDisk) == "true":
+			err = smallDisk(url, dir)
+		case os.Getenv(childFull) == "true":
+			err = fullVictim(dir)
+		default:
+			err = victim(url, dir, os.Getenv(childFirst) == "true")
+		}
+		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}

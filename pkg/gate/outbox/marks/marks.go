@@ -25,6 +25,7 @@ import (
 
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/torn"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
@@ -99,6 +100,7 @@ type Journal struct {
 	buf     []byte
 	begun   bool
 	closed  bool
+	prepare func() error // nil: nothing is to be done before the file is made
 }
 
 // New returns the journal of a producer in its directory; Write makes the file.
@@ -107,6 +109,10 @@ func New(dir string, producer ksuid.KSUID) *Journal {
 		return os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	}}
 }
+
+// After has the function called before the file is made, each time; what it fails with
+// Write does. Before the first Write.
+func (j *Journal) After(prepare func() error) { j.prepare = prepare }
 
 // Write returns nil once the marks, at most MaxBatch, are on disk. Those of windows
 // that ended before now, the ledger's time, are forgotten sooner or later. After an
@@ -158,6 +164,11 @@ func (j *Journal) renew(now usage.Micros) error {
 		err := j.cur.Close()
 		j.cur = nil
 		if err != nil {
+			return fmt.Errorf("marks: %w", err)
+		}
+	}
+	if j.prepare != nil {
+		if err := j.prepare(); err != nil {
 			return fmt.Errorf("marks: %w", err)
 		}
 	}
@@ -285,8 +296,9 @@ func Read(dir string, producer ksuid.KSUID) ([]Mark, bool, error) {
 			return nil, false, fmt.Errorf("%w: a record of %s in %s is not of marks", ErrDamaged, File, dir)
 		}
 	}
-	// A crash cuts the one record that was being written.
-	if len(data) > recordHead+maxRecord {
+	// A crash cuts the one record that was being written. Behind anything else marks may
+	// have been that are greater than those before it.
+	if len(data) > recordHead+maxRecord || !torn.End(data) || anyRecord(data) {
 		return nil, false, fmt.Errorf("%w: %d bytes of %s in %s can't be read", ErrDamaged, len(data), File, dir)
 	}
 	for k, s := range all {
@@ -295,6 +307,17 @@ func Read(dir string, producer ksuid.KSUID) ([]Mark, bool, error) {
 		}
 	}
 	return sorted(all), true, nil
+}
+
+// anyRecord reports whether there is a record somewhere behind the beginning.
+func anyRecord(data []byte) bool {
+	for len(data) > 1 {
+		data = data[1:]
+		if _, ok := record(data); ok {
+			return true
+		}
+	}
+	return false
 }
 
 func sorted(all map[key]standing) []Mark {

@@ -118,6 +118,49 @@ func TestATornEndIsPassedOverWhereverItIs(t *testing.T) {
 	}
 }
 
+// A mark that was noted and can't be read any more may be greater than those that can:
+// then nobody knows what was used, rather than less than was.
+func TestWrongBitsNeverMakeMarksSmaller(t *testing.T) {
+	t.Parallel()
+	dir, p := t.TempDir(), ksuid.New()
+	j := New(dir, p)
+	for n := range int64(4) {
+		write(t, j, mark("acme", 16*(n+1)))
+	}
+	whole, err := os.ReadFile(filepath.Join(dir, File))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for bit := range 8 * len(whole) {
+		damage := bytes.Clone(whole)
+		damage[bit/8] ^= 1 << (bit % 8)
+		if err := os.WriteFile(filepath.Join(dir, File), damage, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if all, kept, err := Read(dir, p); !errors.Is(err, ErrDamaged) || kept {
+			t.Fatalf("bit %d of byte %d of %d: %+v, %v, %v", bit%8, bit/8, len(whole), all, kept, err)
+		}
+	}
+}
+
+// What the file needs is there before it, and its marks are not noted without it.
+func TestAFileIsMadeAfterWhatItNeeds(t *testing.T) {
+	t.Parallel()
+	dir, p := filepath.Join(t.TempDir(), "not yet"), ksuid.New()
+	j := New(dir, p)
+	full := error(syscall.ENOSPC)
+	j.After(func() error { return errors.Join(full, os.MkdirAll(dir, 0o700)) })
+	if err := j.Write(60*second, []Mark{mark("acme", 16)}); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, File)); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	full = nil
+	write(t, j, mark("bert", 3))
+	is(t, read(t, dir, p), mark("acme", 16), mark("bert", 3))
+}
+
 // disk fails where it is told to, and says when it is about to sync.
 type disk struct {
 	file

@@ -1,6 +1,7 @@
 // Package spool keeps frames on disk: one directory a producer, in it segment
 // files of records in the order they were appended. What Append has returned
-// is on disk (fsync); a record that a crash cut is found by its CRC.
+// is on disk (fsync); a record that a crash cut is found by its CRC, and so is one
+// that was damaged since, which hides nothing that is behind it.
 //
 //	segment := "TKS1" producer:20 number:8 crc:4
 //	record  := length:4 crc:4 shard:4 number:8 calls:4 at:8 frame
@@ -10,6 +11,7 @@
 package spool
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -21,11 +23,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/torn"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -90,8 +94,13 @@ type Store struct {
 	limit        int64
 	segmentBytes int64
 	bytes        atomic.Int64
-	kept         int64 // bytes of what Keep has put aside; -1: not looked at yet
+	aside        map[string]int64 // bytes of what was put aside, by directory; none: not looked at yet
 	create       func(path string) (file, error)
+	mkdir        func(path string) error
+
+	// Genuine, if set, reports whether a frame is what its record says. Behind damage
+	// it is asked: a call's own texts could look like a record there.
+	Genuine func(ksuid.KSUID, *Record) bool
 }
 
 // Open makes the directory if it has to, and locks it.
@@ -110,12 +119,13 @@ func Open(dir string, limit int64) (*Store, error) {
 		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), lock.Close())
 	}
 	return &Store{
-		dir: dir, lock: lock, limit: limit, kept: -1,
+		dir: dir, lock: lock, limit: limit, aside: map[string]int64{},
 		// A small spool has small segments, so that it is freed bit by bit.
 		segmentBytes: max(min(DefaultSegmentBytes, limit/8), 64<<10),
 		create: func(path string) (file, error) {
 			return os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 		},
+		mkdir: func(path string) error { return os.Mkdir(path, 0o700) },
 	}, nil
 }
 
@@ -159,7 +169,8 @@ func (s *Store) Earlier() ([]*Log, error) {
 		if err != nil || !e.IsDir() {
 			continue
 		}
-		l := &Log{store: s, dir: filepath.Join(s.dir, e.Name()), identity: Identity{Producer: producer}}
+		l := s.Create(Identity{Producer: producer})
+		l.made = true
 		data, err := os.ReadFile(filepath.Join(l.dir, identityFile))
 		if errors.Is(err, os.ErrNotExist) {
 			// It was not even begun, or all but gone: nothing was sent before
@@ -192,20 +203,39 @@ const (
 	wholeFile    = "whole" // empty; there: see Log.Whole
 )
 
-// Create begins the log of a new producer; its identity is on disk.
-func (s *Store) Create(id Identity) (*Log, error) {
-	l := &Log{store: s, dir: filepath.Join(s.dir, id.Producer.String()), identity: id}
-	if err := os.Mkdir(l.dir, 0o700); err != nil {
-		return nil, fmt.Errorf("spool: %w", err)
+// Create returns the log of a new producer, of which nothing is on disk before Make.
+func (s *Store) Create(id Identity) *Log {
+	return &Log{store: s, dir: filepath.Join(s.dir, id.Producer.String()), identity: id}
+}
+
+// Make has the producer's directory on disk, with its identity; Append does it too.
+// After an error nothing of it is there, and it may be tried again. Safe for concurrent
+// use.
+func (l *Log) Make() error {
+	l.making.Lock()
+	defer l.making.Unlock()
+	if l.made {
+		return nil
 	}
-	data, err := json.Marshal(id)
+	data, err := json.Marshal(l.identity)
 	if err != nil {
-		return nil, fmt.Errorf("spool: %w", err)
+		return fmt.Errorf("spool: %w", err)
 	}
-	if err := s.write(filepath.Join(l.dir, identityFile), data); err != nil {
-		return nil, err
+	if err := l.store.mkdir(l.dir); err != nil {
+		return fmt.Errorf("spool: %w", err)
 	}
-	return l, syncDir(s.dir)
+	path := filepath.Join(l.dir, identityFile)
+	if err = l.store.write(path, data); err == nil {
+		err = syncDir(l.store.dir)
+	}
+	if err != nil {
+		if gone := os.Remove(path); gone != nil && !errors.Is(gone, os.ErrNotExist) {
+			err = errors.Join(err, gone)
+		}
+		return errors.Join(err, os.Remove(l.dir))
+	}
+	l.made = true
+	return nil
 }
 
 func (s *Store) write(path string, data []byte) error {
@@ -223,31 +253,45 @@ func (s *Store) write(path string, data []byte) error {
 	return syncDir(filepath.Dir(path))
 }
 
+// Directories of what is put aside, for a person, in the store's.
+const (
+	rejectedDir = "rejected"
+	damagedDir  = "damaged"
+)
+
 // Keep puts a frame that the ledger can never take aside, for a person: up to a
 // quarter of the store's limit, beside it. Not safe for concurrent use.
 func (s *Store) Keep(producer ksuid.KSUID, r *Record) (path string, err error) {
-	dir := filepath.Join(s.dir, "rejected")
+	path, err = s.besides(rejectedDir, fmt.Sprintf("%s-%d-%d.frame", producer, r.Shard, r.Number), int64(len(r.Data)))
+	if err != nil {
+		return "", err
+	}
+	return path, s.write(path, r.Data)
+}
+
+// besides returns where something of a size may be put aside.
+func (s *Store) besides(name, file string, size int64) (path string, err error) {
+	dir := filepath.Join(s.dir, name)
 	if err := makeDir(dir, syncDir); err != nil {
 		return "", fmt.Errorf("spool: %w", err)
 	}
-	if s.kept < 0 {
+	if _, looked := s.aside[name]; !looked {
 		entries, err := os.ReadDir(dir)
 		if err != nil {
 			return "", fmt.Errorf("spool: %w", err)
 		}
-		s.kept = 0
+		s.aside[name] = 0
 		for _, e := range entries {
 			if info, err := e.Info(); err == nil { // else somebody has just taken it away
-				s.kept += info.Size()
+				s.aside[name] += info.Size()
 			}
 		}
 	}
-	if s.kept+int64(len(r.Data)) > s.limit/4 {
+	if s.aside[name]+size > s.limit/4 {
 		return "", fmt.Errorf("spool: %s: %w", dir, ErrFull)
 	}
-	path = filepath.Join(dir, fmt.Sprintf("%s-%d-%d.frame", producer, r.Shard, r.Number))
-	s.kept += int64(len(r.Data))
-	return path, s.write(path, r.Data)
+	s.aside[name] += size
+	return filepath.Join(dir, file), nil
 }
 
 func syncDir(dir string) error {
@@ -266,6 +310,8 @@ type Log struct {
 	store    *Store
 	dir      string
 	identity Identity
+	making   sync.Mutex
+	made     bool      // the directory is there
 	segments []segment // oldest first
 
 	// The segment that is being written, always the last one; nil: the next
@@ -275,6 +321,8 @@ type Log struct {
 
 	reading *os.File // segment of the last Read
 	readSeg uint64
+	damaged map[uint64]bool // segments in which Read met damage
+	aside   []Aside
 
 	noting *os.File          // nil: nothing was noted by this process
 	acked  map[uint32]uint64 // by shard, as it was found
@@ -350,6 +398,9 @@ func (l *Log) Append(records []Record) (at []Position, err error) {
 
 // appendSome writes what goes into the current segment, with one fsync.
 func (l *Log) appendSome(records []Record) (at []Position, err error) {
+	if err := l.Make(); err != nil {
+		return nil, err
+	}
 	if n := len(l.segments); l.cur != nil && l.segments[n-1].size >= l.store.segmentBytes {
 		if err := l.rest(); err != nil {
 			return nil, err
@@ -415,6 +466,46 @@ func recordSum(length, body []byte) uint32 {
 	return crc32.Update(crc32.Checksum(length, castagnoli), castagnoli, body)
 }
 
+// probeBytes is for how much Probe wants room.
+const probeBytes = 32 << 10
+
+// Probe finds out whether Append has room for some frames again, after an error.
+func (l *Log) Probe() error {
+	if l.store.limit-l.store.bytes.Load() < min(probeBytes, l.store.limit/8) {
+		return ErrFull
+	}
+	if err := l.Make(); err != nil || l.cur != nil {
+		return err
+	}
+	if err := l.begin(); err != nil {
+		return err
+	}
+	_, err := l.cur.Write(make([]byte, probeBytes))
+	if err == nil {
+		err = l.cur.Sync()
+	}
+	if err == nil {
+		err = l.cur.Truncate(segmentHeader)
+	}
+	if err == nil {
+		_, err = l.cur.Seek(segmentHeader, io.SeekStart)
+	}
+	if err != nil {
+		n := len(l.segments) - 1
+		err = errors.Join(err, l.cur.Close(), os.Remove(l.path(l.segments[n].number)))
+		l.cur, l.segments = nil, l.segments[:n]
+		l.store.bytes.Add(-segmentHeader)
+		return fmt.Errorf("spool: %w", err)
+	}
+	return nil
+}
+
+func (l *Log) head(n uint64) []byte {
+	head := append([]byte(magic), l.identity.Producer.Bytes()...)
+	head = binary.LittleEndian.AppendUint64(head, n)
+	return binary.LittleEndian.AppendUint32(head, crc32.Checksum(head, castagnoli))
+}
+
 func (l *Log) begin() error {
 	n := uint64(1)
 	if k := len(l.segments); k > 0 {
@@ -427,10 +518,7 @@ func (l *Log) begin() error {
 	if err != nil {
 		return fmt.Errorf("spool: %w", err)
 	}
-	head := append([]byte(magic), l.identity.Producer.Bytes()...)
-	head = binary.LittleEndian.AppendUint64(head, n)
-	head = binary.LittleEndian.AppendUint32(head, crc32.Checksum(head, castagnoli))
-	_, err = f.Write(head)
+	_, err = f.Write(l.head(n))
 	if err == nil {
 		// The records' fsync will cover the header, but not the name.
 		err = syncDir(l.dir)
@@ -457,66 +545,110 @@ func (l *Log) rest() error {
 	return nil
 }
 
-// Torn is what Read met that is not a record: the end of a segment that a crash
-// cut, or a damaged one. Reading goes on in the next segment.
+// Torn is what Read met that is not a record. Reading goes on behind it.
 type Torn struct {
 	Position Position
 	Bytes    int64
+	// Damaged: it is not the end that a crash leaves, so what was there may have been
+	// answered as safe.
+	Damaged bool
+	// Shard and Number of the first record in it, if that says so itself; 0 both if not.
+	Shard  uint32
+	Number uint64
 }
 
 // Read returns the record at pos or, where none begins, the next one, and the
-// position behind it. ok is false at the end of what is on disk. torn is not
-// nil when something unreadable was passed. The data is the caller's.
-func (l *Log) Read(pos Position) (r Record, at, next Position, torn *Torn, ok bool, err error) {
+// position behind it. ok is false at the end of what is on disk. passed is what it
+// met before it. The data is the caller's.
+func (l *Log) Read(pos Position) (r Record, at, next Position, passed []Torn, ok bool, err error) {
 	for _, seg := range l.segments {
 		switch {
 		case seg.number < pos.Segment:
 			continue
 		case seg.number > pos.Segment || pos.Offset < segmentHeader:
 			pos = Position{seg.number, segmentHeader}
-		}
-		if pos.Offset >= seg.size {
-			continue
-		}
-		r, n, err := l.readAt(pos, seg.size)
-		if errors.Is(err, errTorn) {
-			if torn == nil {
-				torn = &Torn{Position: pos}
+			if seg.size > segmentHeader {
+				t, err := l.readHead(seg.number)
+				if err != nil {
+					return r, at, next, passed, false, err
+				}
+				if t != nil {
+					passed = append(passed, *t)
+				}
 			}
-			torn.Bytes += seg.size - pos.Offset
-			pos = Position{seg.number, seg.size}
-			continue
 		}
-		if err != nil {
-			return r, at, next, torn, false, err
+		for pos.Offset < seg.size {
+			r, n, err := l.readAt(pos, seg.size)
+			if err == nil {
+				return r, pos, Position{pos.Segment, pos.Offset + n}, passed, true, nil
+			}
+			if !errors.Is(err, errTorn) && !errors.Is(err, io.EOF) {
+				return r, at, next, passed, false, err
+			}
+			t, err := l.pass(pos, seg.size)
+			if errors.Is(err, io.EOF) {
+				// Less is there than there was.
+				t, err = Torn{Position: pos, Bytes: seg.size - pos.Offset, Damaged: true}, nil
+			}
+			if err != nil {
+				return r, at, next, passed, false, err
+			}
+			passed = append(passed, t)
+			pos.Offset += t.Bytes
 		}
-		return r, pos, Position{pos.Segment, pos.Offset + n}, torn, true, nil
 	}
-	return r, at, pos, torn, false, nil
+	return r, at, pos, passed, false, nil
 }
 
 var errTorn = errors.New("not a record")
 
-func (l *Log) readAt(pos Position, end int64) (r Record, n int64, err error) {
-	if l.reading == nil || l.readSeg != pos.Segment {
-		if err := l.stopReading(); err != nil {
-			return r, 0, err
-		}
-		f, err := os.Open(l.path(pos.Segment))
-		if err != nil {
-			return r, 0, fmt.Errorf("spool: %w", err)
-		}
-		l.reading, l.readSeg = f, pos.Segment
+func (l *Log) open(segment uint64) error {
+	if l.reading != nil && l.readSeg == segment {
+		return nil
 	}
-	if pos.Offset == segmentHeader {
-		var head [segmentHeader]byte
-		if _, err := l.reading.ReadAt(head[:], 0); err != nil {
-			return r, 0, fmt.Errorf("spool: %w", err)
-		}
-		sum := binary.LittleEndian.Uint32(head[segmentHeader-4:])
-		if string(head[:4]) != magic || crc32.Checksum(head[:segmentHeader-4], castagnoli) != sum || [20]byte(head[4:24]) != [20]byte(l.identity.Producer) {
-			return r, 0, errTorn
-		}
+	if err := l.stopReading(); err != nil {
+		return err
+	}
+	f, err := os.Open(l.path(segment))
+	if err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	l.reading, l.readSeg = f, segment
+	return nil
+}
+
+// isDamaged takes note that the segment is.
+func (l *Log) isDamaged(segment uint64) {
+	if l.damaged == nil {
+		l.damaged = map[uint64]bool{}
+	}
+	l.damaged[segment] = true
+}
+
+// readHead returns nil where the beginning of a segment is what it should be.
+func (l *Log) readHead(segment uint64) (*Torn, error) {
+	if err := l.open(segment); err != nil {
+		return nil, err
+	}
+	var head [segmentHeader]byte
+	if _, err := l.reading.ReadAt(head[:], 0); err != nil && err != io.EOF {
+		return nil, fmt.Errorf("spool: %w", err)
+	}
+	want := l.head(segment)
+	if bytes.Equal(head[:], want) {
+		return nil, nil
+	}
+	t := &Torn{Position: Position{Segment: segment}, Bytes: segmentHeader}
+	if t.Damaged = !bytes.HasPrefix(want, bytes.TrimRight(head[:], "\x00")); t.Damaged {
+		l.isDamaged(segment)
+	}
+	return t, nil
+}
+
+// readAt returns the record that begins at pos and its size.
+func (l *Log) readAt(pos Position, end int64) (r Record, n int64, err error) {
+	if err := l.open(pos.Segment); err != nil {
+		return r, 0, err
 	}
 	var head [recordHeader]byte
 	if end-pos.Offset < recordHeader+recordFixed {
@@ -536,10 +668,73 @@ func (l *Log) readAt(pos Position, end int64) (r Record, n int64, err error) {
 	if recordSum(head[:4], body) != binary.LittleEndian.Uint32(head[4:]) {
 		return r, 0, errTorn
 	}
-	return Record{
+	r = Record{
 		Shard: binary.LittleEndian.Uint32(body), Number: binary.LittleEndian.Uint64(body[4:]), Calls: binary.LittleEndian.Uint32(body[12:]),
 		At: usage.Micros(binary.LittleEndian.Uint64(body[16:])), Data: body[recordFixed:],
-	}, recordHeader + length, nil
+	}
+	if l.damaged[pos.Segment] && l.store.Genuine != nil && !l.store.Genuine(l.identity.Producer, &r) {
+		return r, 0, errTorn
+	}
+	return r, recordHeader + length, nil
+}
+
+// pass finds where reading can go on behind what is not a record, and what that is.
+func (l *Log) pass(pos Position, end int64) (Torn, error) {
+	before := l.damaged[pos.Segment]
+	l.isDamaged(pos.Segment) // what is behind it is doubted
+	next, err := l.find(pos, end)
+	if err != nil {
+		return Torn{}, err
+	}
+	t := Torn{Position: pos, Bytes: next - pos.Offset, Damaged: true}
+	rest := make([]byte, min(t.Bytes, recordHeader+maxRecord+1))
+	if _, err := l.reading.ReadAt(rest, pos.Offset); err != nil {
+		return t, fmt.Errorf("spool: %w", err)
+	}
+	if len(rest) >= recordHeader+recordFixed {
+		t.Shard, t.Number = binary.LittleEndian.Uint32(rest[recordHeader:]), binary.LittleEndian.Uint64(rest[recordHeader+4:])
+	}
+	// A crash cuts what was written last.
+	if next == end && pos.Segment == l.Last() && len(rest) <= recordHeader+maxRecord && torn.End(rest) {
+		t.Damaged = false
+		if !before {
+			delete(l.damaged, pos.Segment)
+		}
+	}
+	return t, nil
+}
+
+// window is how much of a segment is looked at at once.
+const window = 64 << 10
+
+// find returns where the next record begins behind pos; end when there is none.
+func (l *Log) find(pos Position, end int64) (int64, error) {
+	buf := make([]byte, window+recordHeader+4)
+	shards := l.identity.Shards
+	if shards == 0 {
+		shards = 1 << 16 // whoever's it is
+	}
+	for base := pos.Offset + 1; base < end; base += window {
+		part := buf[:min(int64(len(buf)), end-base)]
+		if _, err := l.reading.ReadAt(part, base); err != nil {
+			return 0, fmt.Errorf("spool: %w", err)
+		}
+		for i := 0; i < window && i+recordHeader+4 <= len(part); i++ {
+			at := base + int64(i)
+			length := int64(binary.LittleEndian.Uint32(part[i:]))
+			if length < recordFixed || length > maxRecord || at+recordHeader+length > end || binary.LittleEndian.Uint32(part[i+recordHeader:]) >= shards {
+				continue
+			}
+			_, _, err := l.readAt(Position{pos.Segment, at}, end)
+			if err == nil {
+				return at, nil
+			}
+			if !errors.Is(err, errTorn) {
+				return 0, err
+			}
+		}
+	}
+	return end, nil
 }
 
 func (l *Log) stopReading() error {
@@ -572,6 +767,9 @@ func (l *Log) Remove(before uint64) error {
 				return err
 			}
 		}
+		if l.damaged[seg.number] {
+			l.setAside(seg)
+		}
 		if err := os.Remove(l.path(seg.number)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("spool: %w", err)
 		}
@@ -587,9 +785,53 @@ func (l *Log) Remove(before uint64) error {
 	return syncDir(l.dir)
 }
 
+// Aside is a damaged segment that Remove has put aside, for a person.
+type Aside struct {
+	Segment uint64
+	Path    string // empty with Err: it is deleted
+	Err     error
+}
+
+// Aside returns what was put aside since it was called last.
+func (l *Log) Aside() []Aside {
+	all := l.aside
+	l.aside = nil
+	return all
+}
+
+// setAside moves a segment to the damaged ones: up to a quarter of the store's limit.
+func (l *Log) setAside(seg segment) {
+	delete(l.damaged, seg.number)
+	a := Aside{Segment: seg.number}
+	a.Path, a.Err = l.store.besides(damagedDir, fmt.Sprintf("%s-%d.seg", l.identity.Producer, seg.number), seg.size)
+	if a.Err == nil {
+		if a.Err = os.Rename(l.path(seg.number), a.Path); a.Err == nil {
+			a.Err = syncDir(filepath.Dir(a.Path))
+		} else {
+			a.Path = ""
+		}
+	}
+	l.aside = append(l.aside, a)
+}
+
 // MarkWhole notes, on disk, that the producer has ended in order: no call is under
 // way, and every one it let through is in the log or in the ledger.
-func (l *Log) MarkWhole() error { return l.store.write(filepath.Join(l.dir, wholeFile), nil) }
+func (l *Log) MarkWhole() error {
+	if err := l.Make(); err != nil {
+		return err
+	}
+	return l.store.write(filepath.Join(l.dir, wholeFile), nil)
+}
+
+// MarkLossy takes MarkWhole back.
+func (l *Log) MarkLossy() error {
+	if err := os.Remove(filepath.Join(l.dir, wholeFile)); errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	return syncDir(l.dir)
+}
 
 // Whole reports whether every call that the producer let through is in the log or in
 // the ledger. Of one that was killed nobody knows: calls may have been under way
@@ -608,6 +850,9 @@ func (l *Log) Destroy() error {
 	}
 	if err := l.Close(); err != nil {
 		return err
+	}
+	if !l.made {
+		return nil
 	}
 	for _, name := range []string{wholeFile, ackedFile, marks.Fresh, marks.File, identityFile} {
 		if err := os.Remove(filepath.Join(l.dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"testing"
 
@@ -23,8 +24,8 @@ func store(t *testing.T, dir string, limit int64) *Store {
 
 func begin(t *testing.T, s *Store) *Log {
 	t.Helper()
-	l, err := s.Create(Identity{Producer: ksuid.New(), Gateway: "g", Shards: 8, OpenedAt: 5})
-	if err != nil {
+	l := s.Create(Identity{Producer: ksuid.New(), Gateway: "g", Shards: 8, OpenedAt: 5})
+	if err := l.Make(); err != nil {
 		t.Fatal(err)
 	}
 	return l
@@ -50,8 +51,8 @@ func all(t *testing.T, l *Log) (out []Record, torn int64) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if tr != nil {
-			torn += tr.Bytes
+		for _, x := range tr {
+			torn += x.Bytes
 		}
 		if !ok {
 			return out, torn
@@ -163,6 +164,232 @@ func TestATornEndIsCutWhereverItIs(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+	}
+}
+
+// stretches are what a reader of the log passes on its way.
+func stretches(t *testing.T, l *Log) (numbers []uint64, passed []Torn) {
+	t.Helper()
+	var pos Position
+	for {
+		r, _, next, some, ok, err := l.Read(pos)
+		if err != nil {
+			t.Fatal(err)
+		}
+		passed = append(passed, some...)
+		if !ok {
+			return numbers, passed
+		}
+		numbers, pos = append(numbers, r.Number), next
+	}
+}
+
+// One wrong bit costs the record that it is in and no other, and is never taken for
+// what a crash has cut.
+func TestAWrongBitCostsOneRecordWhereverItIs(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := store(t, dir, 1<<30)
+	l := begin(t, s)
+	at, err := l.Append(recs(1, 5, 20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole, err := os.ReadFile(l.path(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for bit := range 8 * len(whole) {
+		damage := bytes.Clone(whole)
+		damage[bit/8] ^= 1 << (bit % 8)
+		if err := os.WriteFile(l.path(1), damage, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		again := s.Create(l.identity)
+		if err := again.scan(); err != nil {
+			t.Fatal(err)
+		}
+		hit := 0 // the header
+		for hit < len(at) && int64(bit/8) >= at[hit].Offset {
+			hit++
+		}
+		want := slices.DeleteFunc([]uint64{1, 2, 3, 4, 5}, func(n uint64) bool { return n == uint64(hit) })
+		numbers, passed := stretches(t, again)
+		if !slices.Equal(numbers, want) || len(passed) != 1 || !passed[0].Damaged {
+			t.Fatalf("bit %d of byte %d: %v, %+v", bit%8, bit/8, numbers, passed)
+		}
+		if p := passed[0]; hit > 0 && bit/8 >= int(at[hit-1].Offset)+recordHeader+recordFixed && (p.Number != uint64(hit) || p.Shard != uint32(hit%3) || p.Position != at[hit-1] || p.Bytes != at[1].Offset-at[0].Offset) {
+			t.Fatalf("byte %d: %+v", bit/8, p)
+		}
+		if err := again.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Behind damage a call's own text may look like a record.
+func TestBehindDamageOnlyGenuineRecordsAreRead(t *testing.T) {
+	t.Parallel()
+	s := store(t, t.TempDir(), 1<<30)
+	l := begin(t, s)
+	forged := rec(7, 9)
+	inner := Record{Shard: 1, Number: 2, Calls: 1, At: 7, Data: appendRecord([]byte("text: "), &forged)}
+	at, err := l.Append([]Record{rec(1, 9), inner, rec(3, 9)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if numbers, passed := stretches(t, l); !slices.Equal(numbers, []uint64{1, 2, 3}) || len(passed) != 0 {
+		t.Errorf("%v, %+v", numbers, passed)
+	}
+	data, err := os.ReadFile(l.path(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	data[at[1].Offset+recordHeader] ^= 1
+	if err := os.WriteFile(l.path(1), data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.Genuine = func(p ksuid.KSUID, r *Record) bool { return p == l.identity.Producer && r.Number != 7 }
+	if numbers, passed := stretches(t, l); !slices.Equal(numbers, []uint64{1, 3}) || len(passed) != 1 || !passed[0].Damaged {
+		t.Errorf("%v, %+v", numbers, passed)
+	}
+}
+
+func TestADamagedSegmentIsPutAsideWithinABound(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := store(t, dir, 1<<30)
+	s.segmentBytes = 500
+	l := begin(t, s)
+	at, err := l.Append(recs(1, 20, 100))
+	if err != nil {
+		t.Fatal(err)
+	}
+	harm := func(n uint64) []byte {
+		data, err := os.ReadFile(l.path(n))
+		if err != nil {
+			t.Fatal(err)
+		}
+		data[segmentHeader+50] ^= 1
+		if err := os.WriteFile(l.path(n), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	first := harm(1)
+	harm(3)
+	s.limit = 4 * 700 // one of them fits
+	if numbers, passed := stretches(t, l); len(numbers) != 18 || len(passed) != 2 {
+		t.Fatalf("%v, %+v", numbers, passed)
+	}
+	if err := l.Remove(at[19].Segment + 1); err != nil || s.Bytes() != 0 {
+		t.Fatal(err, s.Bytes())
+	}
+	aside := l.Aside()
+	if len(aside) != 2 || aside[0].Segment != 1 || aside[0].Err != nil || aside[1].Segment != 3 || aside[1].Path != "" || !errors.Is(aside[1].Err, ErrFull) {
+		t.Fatalf("%+v", aside)
+	}
+	if got, err := os.ReadFile(aside[0].Path); err != nil || !bytes.Equal(got, first) || filepath.Dir(aside[0].Path) != filepath.Join(dir, "damaged") {
+		t.Error(aside[0].Path, err)
+	}
+	if again := l.Aside(); len(again) != 0 {
+		t.Errorf("told twice: %+v", again)
+	}
+	if err := l.Destroy(); err != nil {
+		t.Fatal(err)
+	}
+	if _, logs := reopen(t, s, dir); len(logs) != 0 {
+		t.Error("what was put aside is taken for a producer")
+	}
+}
+
+// A disk without room leaves nothing half made, and what has room later is made then.
+func TestALogIsMadeAsSoonAsThereIsRoom(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := store(t, dir, 1<<30)
+	full := error(syscall.ENOSPC)
+	s.mkdir = func(path string) error {
+		if full == nil {
+			return os.Mkdir(path, 0o700)
+		}
+		return full
+	}
+	l := s.Create(Identity{Producer: ksuid.New(), Shards: 8})
+	fails := func() {
+		t.Helper()
+		_, err := l.Append(recs(1, 1, 10))
+		for _, err := range []error{err, l.Make(), l.Probe(), l.MarkWhole()} {
+			if !errors.Is(err, full) {
+				t.Errorf("got %v, want %v", err, full)
+			}
+		}
+		if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 || s.Bytes() != 0 {
+			t.Errorf("%v, %v, %d bytes", entries, err, s.Bytes())
+		}
+	}
+	fails()
+	// Room for the directory, none for its identity.
+	s.mkdir = func(path string) error {
+		return errors.Join(os.Mkdir(path, 0o700), os.Mkdir(filepath.Join(path, identityFile), 0o700))
+	}
+	full = syscall.EISDIR
+	fails()
+	s.mkdir = func(path string) error { return os.Mkdir(path, 0o700) }
+	if err := l.Probe(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Append(recs(1, 3, 10)); err != nil {
+		t.Fatal(err)
+	}
+	_, logs := reopen(t, s, dir)
+	if len(logs) != 1 || logs[0].Identity() != l.Identity() {
+		t.Fatalf("%d logs", len(logs))
+	}
+	got, _ := all(t, logs[0])
+	same(t, got, recs(1, 3, 10))
+	// One that was never made has nothing to be taken away.
+	never := s.Create(Identity{Producer: ksuid.New()})
+	if err := never.Remove(9); err != nil {
+		t.Error(err)
+	}
+	if err := never.Destroy(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAProbeSaysWhetherThereIsRoomAgain(t *testing.T) {
+	t.Parallel()
+	s := store(t, t.TempDir(), 1000)
+	s.segmentBytes = 500
+	l := begin(t, s)
+	if err := l.Probe(); err != nil {
+		t.Error(err)
+	}
+	at, err := l.Append(recs(1, 20, 100))
+	if !errors.Is(err, ErrFull) {
+		t.Fatal(err)
+	}
+	s.limit = s.Bytes()
+	if err := l.Probe(); !errors.Is(err, ErrFull) {
+		t.Errorf("full: %v", err)
+	}
+	if err := l.Remove(at[len(at)-1].Segment); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Probe(); err != nil {
+		t.Errorf("with room again: %v", err)
+	}
+	sync, write := error(nil), error(syscall.ENOSPC)
+	if err := l.rest(); err != nil {
+		t.Fatal(err)
+	}
+	s.create = func(path string) (file, error) {
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+		return faulty{f, &write, &sync}, err
+	}
+	if err := l.Probe(); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("on a full disk: %v", err)
 	}
 }
 
