@@ -35,7 +35,7 @@ type correctCmd struct {
 	NATSURL    string                 `name:"nats-url" env:"TOLLKEEPER_NATS_URL" help:"NATS of the Tollkeeper; the one that runs in the data directory when empty."`
 	NATS       config.NATSCredentials `embed:""`
 	DataDir    string                 `name:"data-dir" env:"TOLLKEEPER_DATA_DIR" default:".tollkeeper" type:"path" help:"Data directory of the Tollkeeper that runs here."`
-	config.Log `embed:""`
+	commandLog `embed:""`
 }
 
 func (c *correctCmd) Run(ctx context.Context) error {

@@ -34,7 +34,7 @@ type replayCmd struct {
 	ClickHouse     history.Credentials    `embed:""`
 	DataDir        string                 `name:"data-dir" env:"TOLLKEEPER_DATA_DIR" default:".tollkeeper" type:"path" help:"Data directory of the Tollkeeper that runs here: its addresses and passwords are found in it."`
 	EngineDir      string                 `name:"engine-dir" env:"TOLLKEEPER_ENGINE_DIR" type:"path" help:"Where the ClickHouse engine is installed; the user's cache when empty."`
-	config.Log     `embed:""`
+	commandLog     `embed:""`
 }
 
 func (c *replayCmd) Run(ctx context.Context) error {
