@@ -63,12 +63,20 @@
 // beyond was not used, and comes back. What is below and was not counted stays
 // outstanding.
 //
+// # Rest
+//
+// A purse that has nothing in hand and nothing to say can be dropped, but not be forgotten:
+// its lease goes on. Its Record is enough to make it again, when a call needs it or the
+// gateway says its last words.
+//
 // # Denials
 //
 // DeniedFinal: settled + what the asker has + Need > amount; nothing that could come back would help,
 // and only a raise or the window's end ends it. DeniedEarly: nothing is free, and everybody else was
 // asked to give back and has answered or been silent for Patience, but what is out (reserved for calls,
-// or with the silent and dead) would suffice if it came back unused. Early denials are counted
+// or with the silent and dead) would suffice if it came back unused. Soon says how much of
+// it is not with the dead: a call that needs more than Room and that need not wait for it,
+// and hears of it when what the dead had is there after all. Early denials are counted
 // (Counts.DeniedEarly; the purse's repeats are RefusedEarly); one was wrong if at the window's end
 // amount − settled is no less than what it asked for. Who was denied is told when there is room again,
 // and a purse asks again by itself after Recheck (8 × that if final). A block never outlives the

@@ -377,7 +377,7 @@ func (e *Escrow) ask(m *Ask, fx *Effects) {
 			e.counts.Unknown++
 		}
 		if verdict != Open {
-			e.answers = append(e.answers, Answer{Gateway: m.Gateway, Revision: e.sequence, Seq: m.Seq, Verdict: verdict})
+			e.answers = append(e.answers, Answer{Gateway: m.Gateway, Revision: e.sequence, Seq: m.Seq, Verdict: verdict, Soon: MaxUnits})
 			return
 		}
 		e.leases = slices.Insert(e.leases, i, lease{gateway: m.Gateway, heard: e.now, expiry: e.until()})
@@ -607,6 +607,9 @@ func (e *Escrow) answer(l *lease) Answer {
 	case e.ended():
 		a.Verdict = Ended
 	}
+	if a.Verdict == DeniedEarly {
+		a.Soon = e.soon(l)
+	}
 	if l.recalled() {
 		a.Recall = l.recall
 	}
@@ -615,6 +618,19 @@ func (e *Escrow) answer(l *lease) Answer {
 		a.Granted, a.Expiry = 0, 0
 	}
 	return a
+}
+
+// soon is what may come back in a while: of what the asker has reserved, and of what is
+// with others that live, or have spoken although their lease has lapsed, as one does
+// that ends and waits for its calls.
+func (e *Escrow) soon(asker *lease) int64 {
+	sum := e.reserved + asker.out() - asker.spare()
+	for i := range e.leases {
+		if l := &e.leases[i]; l != asker && !l.closed && l.released == 0 && (!l.lapsed || e.now-l.heard < e.terms.Term) {
+			sum += l.out()
+		}
+	}
+	return sum
 }
 
 // Resume returns the answers that a new owner sends: what its predecessor said

@@ -82,6 +82,24 @@ func TestMarksGiveBackWhatAKilledGatewayCantHaveUsed(t *testing.T) {
 	}
 }
 
+// rested returns a world whose purses are dropped, whenever nothing is in them, and made
+// of their records again.
+func rested(seed uint64) plan {
+	p := sealed(seed)
+	if seed%2 == 0 {
+		p.faults.journal, p.faults.marked = 0, 0
+	}
+	p.faults.rests = true
+	return p
+}
+
+func TestAPurseThatRestedGoesOnWhereItWas(t *testing.T) {
+	t.Parallel()
+	if sum := worlds(t, "rests", rested); sum.rests == 0 {
+		t.Error("none rested")
+	}
+}
+
 func TestTheLeasedTierExceedsByItsExposureAtMost(t *testing.T) {
 	t.Parallel()
 	worlds(t, "leased", func(seed uint64) plan {
@@ -126,6 +144,7 @@ func worlds(t *testing.T, name string, make func(uint64) plan) (sum world) {
 		sum.answers += w.answers
 		sum.marks += w.marks
 		sum.given += w.given
+		sum.rests += w.rests
 		for _, e := range w.fold {
 			c := e.State().Counts
 			s.Grants += c.Grants
@@ -181,6 +200,7 @@ func TestTheSimulationFindsABrokenProtocol(t *testing.T) {
 		"an end before all is counted": counted,
 
 		"units are used before their mark is noted": sealed,
+		"a purse that rests forgets its lease":      rested,
 
 		"a unit is used twice":                random,
 		"use goes on after the lease's end":   random,

@@ -119,6 +119,9 @@ type Answer struct {
 	// are refused, whatever else they could draw on.
 	Verdict Verdict
 	Room    int64
+	// Soon is, with DeniedEarly, what may come back in a while: units that are not with
+	// the dead.
+	Soon int64
 	// Recall is the revision at which everything unused was called back, 0 when
 	// nothing is.
 	Recall uint64

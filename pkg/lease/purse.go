@@ -68,6 +68,7 @@ type denial struct {
 	room  int64
 	until Micros // when to ask again
 	early bool
+	soon  int64 // what may come back in a while
 }
 
 // Purse is a gateway's side of one allowance. Take, Reserve, a Hold's methods
@@ -232,6 +233,14 @@ func (p *Purse) Outcome(n int64, now Micros) Outcome {
 	return Refused
 }
 
+// Hopeless reports of n units that were RefusedEarly whether nothing of what is missing
+// can come back in a while, also of what was reserved here since: to wait for it would
+// be in vain.
+func (p *Purse) Hopeless(n int64) bool {
+	d := p.denial.Load()
+	return d != nil && d.early && n > d.room+d.soon+p.held.Load()
+}
+
 // ending: nobody can tell any more which window it is.
 func (p *Purse) ending(now Micros) bool {
 	end := Micros(p.end.Load())
@@ -378,10 +387,10 @@ func (p *Purse) Receive(a Answer, now Micros) {
 	switch a.Verdict {
 	case DeniedEarly:
 		p.need = 0
-		p.denial.Store(&denial{a.Room, now + p.habits.Recheck, true})
+		p.denial.Store(&denial{a.Room, now + p.habits.Recheck, true, a.Soon})
 	case DeniedFinal:
 		p.need = 0
-		p.denial.Store(&denial{a.Room, now + 8*p.habits.Recheck, false})
+		p.denial.Store(&denial{a.Room, now + 8*p.habits.Recheck, false, 0})
 	case Open, Waiting:
 		p.denial.Store(nil)
 	case Ended:
@@ -456,7 +465,7 @@ func (p *Purse) setBack(by Micros) {
 		*at -= by
 	}
 	if d := p.denial.Load(); d != nil {
-		p.denial.Store(&denial{d.room, d.until - by, d.early})
+		p.denial.Store(&denial{d.room, d.until - by, d.early, d.soon})
 	}
 }
 

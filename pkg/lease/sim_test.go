@@ -29,7 +29,8 @@ type faults struct {
 	// journal: units are used up to a mark that takes so long at most to be noted,
 	// and may fail to be; 0: as they come.
 	journal Micros
-	marked  int // crashes after which the log is told the marks
+	marked  int  // crashes after which the log is told the marks
+	rests   bool // purses are made anew from their records
 }
 
 // plan of a simulated world.
@@ -181,6 +182,7 @@ type world struct {
 
 	marks int       // that were to be noted
 	given int64     // units that marks gave back
+	rests int       // purses that were made of records
 	early [][]int64 // amounts refused early, by window
 }
 
@@ -664,7 +666,32 @@ func (w *world) tick(g *simGateway) {
 	g.holds.Sweep(w.clock(g))
 	w.retry(g)
 	w.pump(g)
+	if w.faults.rests {
+		w.rest(g)
+	}
 	w.after(20*ms, func() { w.tick(g) })
+}
+
+// rest drops purses that are not needed, and makes others of what is known of them.
+func (w *world) rest(g *simGateway) {
+	for i, p := range g.purses {
+		if p == nil || w.rng.IntN(3) > 0 {
+			continue
+		}
+		r, ok := p.Rest()
+		if !ok {
+			continue
+		}
+		w.rests++
+		end := Micros(p.end.Load())
+		g.purses[i] = NewPurse(g.id, end, p.habits)
+		g.purses[i].Resume(r)
+		g.noting[i] = 0
+		if w.broken == "a purse that rests forgets its lease" {
+			g.purses[i] = NewPurse(g.id, end, p.habits)
+			g.purses[i].After(r.Seq)
+		}
+	}
 }
 
 func (w *world) pump(g *simGateway) {

@@ -234,9 +234,13 @@ func (d *desk) hear(m *tollkeeperv1.LeaseAnswers) {
 				p.decision = &decision
 			}
 		}
+		soon := lease.MaxUnits // an older owner does not say
+		if a.Soon != nil {
+			soon = max(0, min(a.GetSoon(), lease.MaxUnits))
+		}
 		d.receive(p, lease.Answer{
 			Gateway: d.w.gateway, Epoch: m.GetEpoch(), Revision: a.GetRevision(), Seq: a.GetSeq(), Granted: a.GetGranted(),
-			Expiry: lease.Micros(a.GetExpiryUnixMicros()), Verdict: lease.Verdict(a.GetStanding()), Room: a.GetRoom(), Recall: a.GetRecall(),
+			Expiry: lease.Micros(a.GetExpiryUnixMicros()), Verdict: lease.Verdict(a.GetStanding()), Room: a.GetRoom(), Soon: soon, Recall: a.GetRecall(),
 		}, now)
 	}
 	d.wake()

@@ -216,7 +216,7 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 				x.grace = x.until
 			}
 		}
-		if now >= x.grace || len(p.queue) >= maxGrace {
+		if now >= x.grace || len(p.queue) >= maxGrace || p.purse.Hopeless(x.parts[at].Units) {
 			return end(r)
 		}
 		// What others hold may come back any moment, and then the owner says so.
@@ -268,7 +268,7 @@ func (x *waiter) stuck(now lease.Micros) bool {
 		case lease.Fetch:
 			lacks = true
 		case lease.RefusedEarly:
-			if x.result.Standing != DeniedEarly || now >= x.grace {
+			if x.result.Standing != DeniedEarly || now >= x.grace || x.lease[i].Purse.Hopeless(x.lease[i].Amount) {
 				return false
 			}
 			lacks = true

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -127,7 +128,7 @@ func (s *shard) answer(k key, answers []lease.Answer) {
 		time.AfterFunc(s.owner(), func() {
 			w.desks[0].hear(&tollkeeperv1.LeaseAnswers{Epoch: 1, Answers: []*tollkeeperv1.LeaseAnswer{{
 				Account: k.account, Limit: k.limit, WindowStartUnixMicros: int64(k.start), Revision: x.Revision, Seq: x.Seq,
-				Granted: x.Granted, ExpiryUnixMicros: int64(x.Expiry), Standing: tollkeeperv1.LeaseAnswer_Standing(x.Verdict), Room: x.Room, Recall: x.Recall,
+				Granted: x.Granted, ExpiryUnixMicros: int64(x.Expiry), Standing: tollkeeperv1.LeaseAnswer_Standing(x.Verdict), Room: x.Room, Soon: &x.Soon, Recall: x.Recall,
 			}}})
 		})
 	}
@@ -400,6 +401,75 @@ func TestASmallCallDoesNotWaitBehindLargeOnes(t *testing.T) {
 			t.Errorf("it waited for %v", waited)
 		}
 		all.Wait()
+	})
+}
+
+// mute is a ledger that one gateway is cut off from.
+type mute struct {
+	*shard
+	off atomic.Bool
+}
+
+func (m *mute) PublishMsg(ctx context.Context, msg *nats.Msg, opts ...jetstream.PublishOpt) (*jetstream.PubAck, error) {
+	if m.off.Load() {
+		return nil, errLost
+	}
+	return m.shard.PublishMsg(ctx, msg, opts...)
+}
+
+// While another gateway that lives has what is left, who is denied early waits a little
+// for it to come back. When that one is lost, with what it had, nobody waits for it; and
+// if it comes back after all, what it had is there for everybody.
+func TestNobodyWaitsForWhatALostGatewayHas(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newShard()
+		go s.tick(t.Context())
+		cut := &mute{shard: s}
+		w, lost := newWorld(t, s, nil), newWorld(t, s, func(o *Options) { o.JS = cut })
+		life := exact("life", usage.Lifetime, 100)
+		if s := lost.take(t, lost.parts("acme", 1, life)); s != Taken {
+			t.Fatal(s)
+		}
+		cut.off.Store(true)
+		parts := w.parts("acme", 1, life)
+		admitted, early, waited := 0, 0, time.Duration(0)
+		for range 200 {
+			began := time.Now()
+			switch s := w.take(t, parts); s {
+			case Taken:
+				admitted++
+			case DeniedEarly:
+				early++
+				waited = max(waited, time.Since(began))
+			default:
+				t.Fatal(s)
+			}
+			if early == 3 {
+				break
+			}
+		}
+		if admitted < 80 || early != 3 || waited < 200*time.Millisecond {
+			t.Fatalf("while it may live: %d admitted, %d denied early within %v", admitted, early, waited)
+		}
+		time.Sleep(10 * time.Second)
+		for range 100 {
+			began := time.Now()
+			if s := w.take(t, parts); s != DeniedEarly || time.Since(began) > 5*time.Millisecond {
+				t.Fatalf("when it is lost: %d after %v", s, time.Since(began))
+			}
+			time.Sleep(17 * time.Millisecond)
+		}
+		cut.off.Store(false)
+		time.Sleep(2 * time.Second)
+		for ; admitted < 99; admitted++ {
+			if s := w.take(t, parts); s != Taken {
+				t.Fatalf("when it is back: %d after %d", s, admitted)
+			}
+		}
+		if s := w.take(t, parts); s != Denied {
+			t.Errorf("when all is used: %d", s)
+		}
 	})
 }
 

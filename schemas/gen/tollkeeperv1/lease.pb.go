@@ -387,7 +387,11 @@ type LeaseAnswer struct {
 	Recall uint64 `protobuf:"varint,11,opt,name=recall,proto3" json:"recall,omitempty"`
 	// The decision that a denial leads to, for refusals: the gateway may hear of it
 	// here before its feed brings it.
-	Decision      []byte `protobuf:"bytes,12,opt,name=decision,proto3" json:"decision,omitempty"`
+	Decision []byte `protobuf:"bytes,12,opt,name=decision,proto3" json:"decision,omitempty"`
+	// With an early denial: what may come back soon, since it is not with gateways that
+	// are lost. Calls of more than room and this are refused without waiting for it. Not
+	// told: anything may.
+	Soon          *int64 `protobuf:"varint,13,opt,name=soon,proto3,oneof" json:"soon,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -506,6 +510,13 @@ func (x *LeaseAnswer) GetDecision() []byte {
 	return nil
 }
 
+func (x *LeaseAnswer) GetSoon() int64 {
+	if x != nil && x.Soon != nil {
+		return *x.Soon
+	}
+	return 0
+}
+
 var File_tollkeeper_v1_lease_proto protoreflect.FileDescriptor
 
 const file_tollkeeper_v1_lease_proto_rawDesc = "" +
@@ -536,7 +547,7 @@ const file_tollkeeper_v1_lease_proto_rawDesc = "" +
 	"\fLeaseAnswers\x12\x14\n" +
 	"\x05shard\x18\x01 \x01(\rR\x05shard\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x124\n" +
-	"\aanswers\x18\x03 \x03(\v2\x1a.tollkeeper.v1.LeaseAnswerR\aanswers\"\xa9\x04\n" +
+	"\aanswers\x18\x03 \x03(\v2\x1a.tollkeeper.v1.LeaseAnswerR\aanswers\"\xcb\x04\n" +
 	"\vLeaseAnswer\x12\x18\n" +
 	"\aaccount\x18\x01 \x01(\tR\aaccount\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\tR\x05limit\x127\n" +
@@ -550,13 +561,15 @@ const file_tollkeeper_v1_lease_proto_rawDesc = "" +
 	"\x04room\x18\n" +
 	" \x01(\x03R\x04room\x12\x16\n" +
 	"\x06recall\x18\v \x01(\x04R\x06recall\x12\x1a\n" +
-	"\bdecision\x18\f \x01(\fR\bdecision\"}\n" +
+	"\bdecision\x18\f \x01(\fR\bdecision\x12\x17\n" +
+	"\x04soon\x18\r \x01(\x03H\x00R\x04soon\x88\x01\x01\"}\n" +
 	"\bStanding\x12\x11\n" +
 	"\rSTANDING_OPEN\x10\x00\x12\x14\n" +
 	"\x10STANDING_WAITING\x10\x01\x12\x19\n" +
 	"\x15STANDING_DENIED_EARLY\x10\x02\x12\x19\n" +
 	"\x15STANDING_DENIED_FINAL\x10\x03\x12\x12\n" +
-	"\x0eSTANDING_ENDED\x10\x04BHZFgithub.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1;tollkeeperv1b\x06proto3"
+	"\x0eSTANDING_ENDED\x10\x04B\a\n" +
+	"\x05_soonBHZFgithub.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1;tollkeeperv1b\x06proto3"
 
 var (
 	file_tollkeeper_v1_lease_proto_rawDescOnce sync.Once
@@ -595,6 +608,7 @@ func file_tollkeeper_v1_lease_proto_init() {
 	if File_tollkeeper_v1_lease_proto != nil {
 		return
 	}
+	file_tollkeeper_v1_lease_proto_msgTypes[3].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

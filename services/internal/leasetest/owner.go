@@ -134,7 +134,7 @@ func (o *Owner) entry(d *fold.Decoder, m *ledger.Message) error {
 func (o *Owner) answer(shard uint32, a *quota.LeaseAnswer) error {
 	p := &tollkeeperv1.LeaseAnswer{
 		Account: a.Account, Limit: a.LimitID, WindowStartUnixMicros: int64(a.WindowStart), WindowEndUnixMicros: int64(a.WindowEnd), Revision: a.Revision, Seq: a.Seq,
-		Granted: a.Granted, ExpiryUnixMicros: int64(a.Expiry), Standing: tollkeeperv1.LeaseAnswer_Standing(a.Verdict), Room: a.Room, Recall: a.Recall,
+		Granted: a.Granted, ExpiryUnixMicros: int64(a.Expiry), Standing: tollkeeperv1.LeaseAnswer_Standing(a.Verdict), Room: a.Room, Soon: &a.Soon, Recall: a.Recall,
 	}
 	if a.Decision != nil {
 		var err error
