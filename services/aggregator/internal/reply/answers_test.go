@@ -20,7 +20,7 @@ func TestEachGatewayIsToldItsAnswersInOrderAndInMessagesOfABoundedSize(t *testin
 		for g := range byte(2) {
 			all = append(all, quota.LeaseAnswer{
 				Account: fmt.Sprint("account-", i), LimitID: "free/calls", WindowStart: 5, WindowEnd: 9,
-				Answer: lease.Answer{Gateway: lease.Gateway{g + 1}, Revision: uint64(i) + 1, Seq: 3, Granted: 7, Expiry: 8, Verdict: lease.DeniedEarly, Room: 4, Recall: 2},
+				Answer: lease.Answer{Gateway: lease.Gateway{g + 1}, Revision: uint64(i) + 1, Seq: 3, Granted: 7, Expiry: 8, Verdict: lease.DeniedEarly, Room: 4, Soon: int64(i) % 2, Recall: 2},
 			})
 		}
 	}
@@ -42,7 +42,7 @@ func TestEachGatewayIsToldItsAnswersInOrderAndInMessagesOfABoundedSize(t *testin
 			want := all[2*next[p.Gateway]+int(p.Gateway[0])-1]
 			next[p.Gateway]++
 			if a.GetAccount() != want.Account || a.GetRevision() != want.Revision || a.GetSeq() != 3 || a.GetGranted() != 7 || a.GetExpiryUnixMicros() != 8 ||
-				lease.Verdict(a.GetStanding()) != lease.DeniedEarly || a.GetRoom() != 4 || a.GetRecall() != 2 || a.GetWindowStartUnixMicros() != 5 || a.GetWindowEndUnixMicros() != 9 {
+				lease.Verdict(a.GetStanding()) != lease.DeniedEarly || a.GetRoom() != 4 || a.Soon == nil || a.GetSoon() != want.Soon || a.GetRecall() != 2 || a.GetWindowStartUnixMicros() != 5 || a.GetWindowEndUnixMicros() != 9 {
 				t.Fatalf("told is %v, to be told was %+v", a, want)
 			}
 			if want.Decision != nil {
