@@ -15,7 +15,6 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/services/console/internal/conservation"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/corrected"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/explained"
@@ -56,7 +55,7 @@ func (c *console) handler() http.Handler {
 	mux.HandleFunc("GET /v1/history/calls", c.getCallHistory)
 	mux.HandleFunc("GET /v1/alerts", c.getAlerts)
 	mux.HandleFunc("GET /v1/deadletters", c.getDeadLetters)
-	mux.HandleFunc("GET /v1/audit", (&conservation.Source{JS: c.js, Log: c.log}).Handler)
+	mux.HandleFunc("GET /v1/audit", c.audit.Handler)
 	mux.HandleFunc("GET /v1/health", func(w http.ResponseWriter, _ *http.Request) { front.WriteJSON(w, c.health(time.Now())) })
 	mux.HandleFunc(front.LivePattern, c.handleLive)
 	mux.HandleFunc("/v1/", func(w http.ResponseWriter, r *http.Request) {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/conservation"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/late"
@@ -41,7 +42,7 @@ const DefaultMaxStreams = 64
 // Peer is another service, whose /readyz says how it is.
 type Peer struct {
 	// Name is one of the parts of /v1/health: gateway, aggregator, historian,
-	// alerter.
+	// alerter, auditor.
 	Name string
 	// URL of its /readyz.
 	URL string
@@ -95,6 +96,7 @@ type console struct {
 	js        jetstream.JetStream
 	shards    uint32
 	counters  *counters.Client
+	audit     *conservation.Source
 	applier   *plans.Applier
 	explainer *explain.Explainer
 	corrector *corrections.Submitter
@@ -191,7 +193,7 @@ func Run(ctx context.Context, o Options) error {
 		}
 		c := &console{
 			o: o, nc: nc, js: js, shards: geometry.Shards, metrics: m, log: o.Logger, done: ctx,
-			counters: &counters.Client{NC: nc, Shards: geometry.Shards}, applier: &plans.Applier{JS: js, NC: nc},
+			counters: &counters.Client{NC: nc, Shards: geometry.Shards}, audit: &conservation.Source{JS: js, Log: o.Logger}, applier: &plans.Applier{JS: js, NC: nc},
 			explainer: explain.New(explain.Options{JS: js, Horizon: o.Horizon}),
 		}
 		c.state = newState()

@@ -283,12 +283,15 @@ func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
 		t.Errorf("dead letters: %+v", dead)
 	}
 	var hl health.Health
-	decode(t, c.do(exchange{path: "/v1/health"}), &hl)
+	w.until("the auditor was heard", func() bool {
+		decode(t, c.do(exchange{path: "/v1/health"}), &hl)
+		return hl.Parts[4].State == health.StateOK
+	})
 	states := map[string]string{}
 	for _, p := range hl.Parts {
 		states[p.Name] = p.State
 	}
-	if diff := cmp.Diff(map[string]string{"gateway": "ok", "aggregator": "ok", "historian": "ok", "alerter": "down", "nats": "ok", "clickhouse": "ok"}, states); diff != "" {
+	if diff := cmp.Diff(map[string]string{"gateway": "ok", "aggregator": "ok", "historian": "ok", "alerter": "down", "auditor": "ok", "nats": "ok", "clickhouse": "ok"}, states); diff != "" {
 		t.Error(diff)
 	}
 	c.do(exchange{path: "/healthz"})

@@ -21,6 +21,7 @@ import (
 	"github.com/rs/zerolog"
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
@@ -186,6 +187,14 @@ func TestThePageShowsWhatHappens(t *testing.T) {
 	w.deadLetter(usage.ReasonMalformed, "the event needs a source and an id: they are its identity", "gateway-1")
 	w.decide(usage.Decision{ID: decisionID("acme/search"), Account: "acme/search", LimitID: "free/calls-per-minute", Meter: usage.Calls, Verdict: usage.Deny, Code: usage.QuotaExceeded, Revision: 1, Used: 100, Amount: 100, Window: usage.Minute, PeriodEnd: usage.At(now.Add(time.Hour))})
 
+	bucket, err := w.js.KeyValue(t.Context(), ledger.AuditBucket)
+	if err == nil {
+		_, err = bucket.Put(t.Context(), ledger.AuditStatusKey, fmt.Appendf(nil, `{"at_unix_micros":%d,"whole":true}`, micros(now.Add(time.Hour))))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+
 	// The console is stopped and started again below, on the same port.
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -240,15 +249,16 @@ func TestThePageShowsWhatHappens(t *testing.T) {
 	before := count()
 	w.until("the numbers move", func() bool { return count() > before })
 	for selector, want := range map[string]string{
-		".refusals tbody tr":       "Quota exceeded",
-		".refusals .copy":          "…",
-		".limits tbody tr":         "pro/calls-per-minute, exact",
-		".limits .use":             "of 1k calls, minute, resets in",
-		".area-explain":            "Paste the decision_id of a 402",
-		".area-alerts":             "Firing",
-		".area-dead":               usage.ReasonMalformed,
-		".area-history .card-note": "calls, 5 s steps",
-		".area-live .legend":       "Admitted",
+		".refusals tbody tr":                    "Quota exceeded",
+		".refusals .copy":                       "…",
+		".limits tbody tr":                      "pro/calls-per-minute, exact",
+		".limits .use":                          "of 1k calls, minute, resets in",
+		".area-explain":                         "Paste the decision_id of a 402",
+		".area-alerts":                          "Firing",
+		".area-dead":                            usage.ReasonMalformed,
+		".area-history .card-note":              "calls, 5 s steps",
+		".area-live .legend":                    "Admitted",
+		`.strip [aria-label^="Auditor: well."]`: "Auditor",
 	} {
 		w.until(selector+" says "+want, func() bool { return strings.Contains(text(selector), want) })
 	}

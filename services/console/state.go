@@ -44,6 +44,7 @@ type watched struct {
 	ledgerErr  error
 	deadTotal  uint64
 	peers      map[string]health.Peer
+	audit      health.Audit
 }
 
 // book is the applied plans, indexed.
@@ -130,6 +131,9 @@ func (c *console) watchOnce(ctx context.Context, client *http.Client) {
 			w.position, w.history = h.Position(ask)
 		}
 	}
+	if a, err := c.audit.Read(ask, time.Now()); err == nil {
+		w.audit = health.Audit{At: a.At, Open: a.Open}
+	}
 	for _, p := range c.o.Peers {
 		w.peers[p.Name] = askPeer(ask, client, p.URL)
 	}
@@ -174,6 +178,6 @@ func (c *console) health(now time.Time) health.Health {
 		Now: now, Shards: c.shards, LastEntries: v.Shards, Beacons: c.state.beacons.All(now), Gateways: v.Gateways,
 		Connected: c.nc.IsConnected(), LedgerErr: w.ledgerErr, TailErr: v.Err,
 		HasHistory: w.historySet, HistoryErr: w.history, Position: w.position, PositionAt: w.positionAt, LastCalls: v.Calls,
-		Peers: w.peers, Components: c.o.Readiness.Status().Components,
+		Peers: w.peers, Audit: w.audit, Components: c.o.Readiness.Status().Components,
 	}, &c.state.lag)
 }

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/live"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/views"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
@@ -63,12 +64,21 @@ const (
 	// historyStuck is how long history may be behind without moving.
 	historyStuck = 15 * time.Second
 	gatewaySeen  = time.Minute
+	// auditStale is long for one that says every second how far it is.
+	auditStale = 15 * time.Second
 )
 
 // Peer is what another service says of itself.
 type Peer struct {
 	OK     bool
 	Detail string
+}
+
+// Audit is what the auditor said last: when (0: never, or it can't be read), and how many
+// findings hold.
+type Audit struct {
+	At   usage.Micros
+	Open int
 }
 
 // Seen is what is known at a time.
@@ -92,6 +102,7 @@ type Seen struct {
 	PositionAt time.Time
 	LastCalls  uint64
 	Peers      map[string]Peer
+	Audit      Audit
 	Components []telemetry.ComponentStatus
 }
 
@@ -107,7 +118,7 @@ func Judge(w Seen, lag *Lag) Health {
 			h.Historian.Behind = w.LastCalls - w.Position
 		}
 	}
-	h.Parts = append(h.Parts, historianPart(now, w, h.Historian), Part{"alerter", StateUnknown, "nobody has said how it is"})
+	h.Parts = append(h.Parts, historianPart(now, w, h.Historian), Part{"alerter", StateUnknown, "nobody has said how it is"}, auditorPart(now, w.Audit))
 	nats := Part{"nats", StateOK, "connected"}
 	switch {
 	case !w.Connected:
@@ -224,6 +235,22 @@ func aggregatorPart(shards []Shard) Part {
 		return Part{"aggregator", StateWaiting, fmt.Sprintf("counting is %.0f s behind", lag)}
 	}
 	return Part{"aggregator", StateOK, fmt.Sprintf("%d shards counted", n)}
+}
+
+// auditorPart is whether it does its work; what it has found is no fault of its own.
+func auditorPart(now time.Time, a Audit) Part {
+	age := now.Sub(a.At.Time()).Round(time.Second)
+	switch {
+	case a.At == 0:
+		return Part{"auditor", StateUnknown, "nothing was heard of it"}
+	case age > auditStale:
+		return Part{"auditor", StateDown, "it has said nothing for " + age.String()}
+	case a.Open == 1:
+		return Part{"auditor", StateOK, "at work; 1 finding holds, see Conservation"}
+	case a.Open > 1:
+		return Part{"auditor", StateOK, fmt.Sprintf("at work; %d findings hold, see Conservation", a.Open)}
+	}
+	return Part{"auditor", StateOK, "at work; no finding holds"}
 }
 
 func gatewayPart(now time.Time, gateways []live.Gateway) Part {

@@ -51,17 +51,21 @@ func TestAPartIsJudgedByWhatWasSeenOfIt(t *testing.T) {
 		want   string
 		all    string
 	}{
-		"all well":                   {func(*Seen) {}, "alerter", StateOK, StateOK},
-		"nobody heard":               {func(s *Seen) { s.Beacons = nil }, "aggregator", StateDown, StateDown},
-		"one shard is silent":        {func(s *Seen) { s.Beacons[1].Age = 5 * time.Second }, "aggregator", StateDown, StateDown},
-		"one shard is late":          {func(s *Seen) { s.Beacons[1].Age = 2 * time.Second }, "aggregator", StateWaiting, StateWaiting},
-		"a gateway that fell silent": {func(s *Seen) { s.Gateways[0].SeenAt = usage.At(now.Add(-time.Hour)) }, "gateway", StateUnknown, StateOK},
-		"history on its way":         {func(s *Seen) { s.LastCalls, s.Position = 9, 5 }, "historian", StateOK, StateOK},
-		"history that is stuck":      {func(s *Seen) { s.LastCalls, s.Position, s.PositionAt = 9, 5, now.Add(-time.Minute) }, "historian", StateDown, StateDown},
-		"ClickHouse away":            {func(s *Seen) { s.HistoryErr = errors.New("refused") }, "clickhouse", StateDown, StateDown},
-		"no ClickHouse":              {func(s *Seen) { s.HasHistory = false }, "clickhouse", StateUnknown, StateOK},
-		"NATS away":                  {func(s *Seen) { s.Connected = false }, "nats", StateDown, StateDown},
-		"a peer that is not ready":   {func(s *Seen) { s.Peers["alerter"] = Peer{Detail: "it is not ready (503)"} }, "alerter", StateDown, StateDown},
+		"all well":                            {func(*Seen) {}, "alerter", StateOK, StateOK},
+		"nobody heard":                        {func(s *Seen) { s.Beacons = nil }, "aggregator", StateDown, StateDown},
+		"one shard is silent":                 {func(s *Seen) { s.Beacons[1].Age = 5 * time.Second }, "aggregator", StateDown, StateDown},
+		"one shard is late":                   {func(s *Seen) { s.Beacons[1].Age = 2 * time.Second }, "aggregator", StateWaiting, StateWaiting},
+		"a gateway that fell silent":          {func(s *Seen) { s.Gateways[0].SeenAt = usage.At(now.Add(-time.Hour)) }, "gateway", StateUnknown, StateOK},
+		"history on its way":                  {func(s *Seen) { s.LastCalls, s.Position = 9, 5 }, "historian", StateOK, StateOK},
+		"history that is stuck":               {func(s *Seen) { s.LastCalls, s.Position, s.PositionAt = 9, 5, now.Add(-time.Minute) }, "historian", StateDown, StateDown},
+		"ClickHouse away":                     {func(s *Seen) { s.HistoryErr = errors.New("refused") }, "clickhouse", StateDown, StateDown},
+		"no ClickHouse":                       {func(s *Seen) { s.HasHistory = false }, "clickhouse", StateUnknown, StateOK},
+		"NATS away":                           {func(s *Seen) { s.Connected = false }, "nats", StateDown, StateDown},
+		"a peer that is not ready":            {func(s *Seen) { s.Peers["alerter"] = Peer{Detail: "it is not ready (503)"} }, "alerter", StateDown, StateDown},
+		"no auditor":                          {func(*Seen) {}, "auditor", StateUnknown, StateOK},
+		"an auditor at work":                  {func(s *Seen) { s.Audit.At = usage.At(now.Add(-time.Second)) }, "auditor", StateOK, StateOK},
+		"an auditor that has found something": {func(s *Seen) { s.Audit = Audit{At: usage.At(now), Open: 2} }, "auditor", StateOK, StateOK},
+		"an auditor that fell silent":         {func(s *Seen) { s.Audit.At = usage.At(now.Add(-time.Minute)) }, "auditor", StateDown, StateDown},
 		"a component that is not ready": {func(s *Seen) {
 			s.Components = []telemetry.ComponentStatus{{Name: "historian_calls", Reason: "waiting for ClickHouse"}}
 		}, "historian", StateDown, StateDown},
@@ -77,7 +81,7 @@ func TestAPartIsJudgedByWhatWasSeenOfIt(t *testing.T) {
 					t.Errorf("%s is %s (%s), want %s", p.Name, p.State, p.Detail, c.want)
 				}
 			}
-			if h.State != c.all || len(h.Parts) != 6 || len(h.Shards) != 2 {
+			if h.State != c.all || len(h.Parts) != 7 || len(h.Shards) != 2 {
 				t.Errorf("all is %s with %d parts and %d shards, want %s", h.State, len(h.Parts), len(h.Shards), c.all)
 			}
 		})

@@ -16,6 +16,7 @@ const partNames: Record<string, string> = {
   aggregator: 'Aggregator',
   historian: 'Historian',
   alerter: 'Alerter',
+  auditor: 'Auditor',
   nats: 'NATS',
   clickhouse: 'ClickHouse',
 }
