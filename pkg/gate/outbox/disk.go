@@ -101,7 +101,6 @@ type job struct {
 	loaded    []loaded
 	cursor    spool.Position
 	atEnd     bool
-	torn      []spool.Torn
 	loadErr   error
 	removeErr error
 	aside     []spool.Aside
@@ -117,9 +116,11 @@ type ref struct {
 	number uint64
 }
 
+// loaded is a record, or what was passed on the way to the next one.
 type loaded struct {
 	record spool.Record
 	at     spool.Position
+	torn   *spool.Torn
 }
 
 // Bounds of a job, so that none takes long.
@@ -223,13 +224,15 @@ func (j *job) do() {
 func (j *job) doLoad(log *spool.Log) {
 	for size := int64(0); ; {
 		r, at, next, torn, ok, err := log.Read(j.cursor)
-		j.torn = append(j.torn, torn...)
 		if err == nil && slices.ContainsFunc(torn, func(t spool.Torn) bool { return t.Damaged }) {
 			err = log.MarkLossy() // before anything makes the damage forgotten
 		}
 		if err != nil {
 			j.loadErr = err
 			return
+		}
+		for i := range torn {
+			j.loaded = append(j.loaded, loaded{torn: &torn[i]})
 		}
 		if !ok {
 			j.cursor, j.atEnd = next, true
@@ -244,7 +247,7 @@ func (j *job) doLoad(log *spool.Log) {
 			return
 		}
 		j.wants[r.Shard] = r.Number + 1
-		j.loaded = append(j.loaded, loaded{r, at})
+		j.loaded = append(j.loaded, loaded{record: r, at: at})
 		j.cursor = next
 	}
 }
@@ -583,6 +586,10 @@ func (d *disk) loaded(j *job) {
 	s, src := d.s, j.src
 	room := j.load
 	for _, l := range j.loaded {
+		if l.torn != nil {
+			d.passed(src, l.torn)
+			continue
+		}
 		if l.record.Shard >= uint32(len(src.slots)) {
 			src.lossy = true // not a shard at all: the ledger has fewer now
 			continue
@@ -613,9 +620,6 @@ func (d *disk) loaded(j *job) {
 	}
 	d.budget.Give(room)
 	src.cursor = j.cursor
-	for i := range j.torn {
-		d.passed(src, &j.torn[i])
-	}
 	if j.loadErr != nil {
 		d.failed(j.loadErr)
 	}
@@ -640,12 +644,11 @@ func (d *disk) passed(src *source, t *spool.Torn) {
 	src.lossy = true
 	s.count(func(c *counts) { c.damaged++ })
 	e := to(s.b.o.Logger.Error())
-	if t.Number > 0 && t.Shard < id.Shards {
-		e.Uint32("shard", t.Shard).Uint64("frame", t.Number)
-		if src.seen == nil {
-			src.seen = map[uint32]uint64{}
+	if r := &t.Record; r.Number > 0 && r.Shard < min(id.Shards, ledger.MaxShards) {
+		e.Uint32("shard", r.Shard).Uint64("frame", r.Number)
+		if src != d.own {
+			d.lost(src, r)
 		}
-		src.seen[t.Shard] = max(src.seen[t.Shard], t.Number)
 	}
 	e.Msg("a part of the spool is damaged: calls that were answered as safe may be in it, and are lost unless the ledger has them; what is behind it is sent, and its segment is put aside then")
 }
@@ -662,17 +665,41 @@ func (d *disk) putAside(j *job) {
 	}
 }
 
-// farthest is how far beyond the newest frame that is known a number is believed.
-const farthest = 1 << 16
+const (
+	// farthest is how far beyond the newest frame that is known a number is believed.
+	farthest = 1 << 16
+	// nobody stands for the accounts of calls that are lost.
+	nobody = "unknown (damaged spool)"
+)
 
-// last is the number of the newest frame of a shard that there was, as far as the spool
-// tells: one that is lost is missed by its number.
-func (src *source) last(l *lane.Lane) uint64 {
-	known := max(l.Last(), src.log.Acked(l.Shard()))
-	if seen := src.seen[l.Shard()]; seen > known && seen-known <= farthest {
-		return seen
+// lost takes note of a frame of an earlier producer that can't be read: its number is
+// missed, and its calls are claimed, so that the audit misses them also where nothing
+// comes after it.
+func (d *disk) lost(src *source, r *spool.Record) {
+	sl := d.slotOf(src, r.Shard)
+	known := max(sl.lane.Last(), src.log.Acked(r.Shard), src.seen[r.Shard])
+	if r.Number <= known || r.Number-known > farthest {
+		return
 	}
-	return l.Last()
+	if src.seen == nil {
+		src.seen = map[uint32]uint64{}
+	}
+	src.seen[r.Shard] = r.Number
+	// Of others before it nobody knows here, and they would count as claimed as well.
+	if claims := d.claims(sl); claims != nil && r.Number == known+1 && r.Calls > 0 && r.Calls <= ledger.MaxFrameCalls {
+		for range r.Calls {
+			claims.Add(r.Number, &usage.Call{Account: nobody})
+		}
+		claims.Seal(r.At)
+	}
+}
+
+// claims hears what is in frames of an earlier producer; nil: nobody does.
+func (d *disk) claims(sl *slot) lane.Claims {
+	if b := d.s.b; sl.claims == nil && b.o.Claims != nil {
+		sl.claims = b.o.Claims(sl.producer(b), sl.lane.Shard(), true)
+	}
+	return sl.claims
 }
 
 // missed looks for frames of our own that only the spool has and that are not there any
@@ -692,25 +719,22 @@ func (d *disk) missed(j *job) {
 // claim says what is in a frame of an earlier producer, which may have died
 // before it could.
 func (d *disk) claim(sl *slot, r *spool.Record) {
-	s := d.s
-	if s.b.o.Claims == nil || s.frame.Decode(r.Data) != nil {
+	s, claims := d.s, d.claims(sl)
+	if claims == nil || s.frame.Decode(r.Data) != nil {
 		return // readers of the ledger will dead-letter it and say so
-	}
-	if sl.claims == nil {
-		sl.claims = s.b.o.Claims(sl.producer(s.b), r.Shard, true)
 	}
 	for i := range s.frame.N {
 		c := s.frame.Call(i)
-		sl.claims.Add(r.Number, &c)
+		claims.Add(r.Number, &c)
 	}
-	sl.claims.Seal(s.frame.SealedAt)
+	claims.Seal(s.frame.SealedAt)
 }
 
 // drained moves an earlier producer on after a job.
 func (d *disk) drained(j *job) {
 	src := j.src
 	switch {
-	case j.removeErr != nil || j.loadErr != nil && len(j.loaded) == 0:
+	case j.removeErr != nil || j.loadErr != nil && !slices.ContainsFunc(j.loaded, func(l loaded) bool { return l.torn == nil }):
 		if src.stage == closed || j.loadErr != nil {
 			src.stage = damaged
 		}
@@ -757,7 +781,7 @@ func (d *disk) retire(src *source, j *job) {
 			d.s.count(func(c *counts) { c.unmarked++ })
 		}
 		left = left[n:]
-		sl.lane.Retire(closing(id.Producer, src.last(sl.lane), whole && !unmarked, leases, d.s.b.o.Now()))
+		sl.lane.Retire(closing(id.Producer, max(sl.lane.Last(), src.seen[uint32(shard)]), whole && !unmarked, leases, d.s.b.o.Now()))
 		d.s.pump(sl)
 	}
 }

@@ -5,12 +5,17 @@ import (
 	"encoding/binary"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/lane"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
 // segment is the only one in a spool directory.
@@ -43,6 +48,31 @@ func wrong(t *testing.T, path string, first, n int) {
 	bodies[n][len(bodies[n])-5] ^= 4
 	if err := os.WriteFile(path, data, 0o600); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// claimed hears what is claimed, frame by frame and lane by lane.
+type claimed struct {
+	t       *testing.T
+	newest  uint64
+	unknown int // calls of nobody
+	calls   int
+}
+
+func (c *claimed) Add(number uint64, call *usage.Call) {
+	if number != c.newest && number != c.newest+1 {
+		c.t.Errorf("frame %d is claimed behind %d", number, c.newest)
+	}
+	c.newest = number
+	c.calls++
+	if strings.HasPrefix(call.Account, "unknown") {
+		c.unknown++
+	}
+}
+
+func (c *claimed) Seal(at usage.Micros) {
+	if d := time.Since(at.Time()); d < 0 || d > time.Hour {
+		c.t.Errorf("frame %d was sealed %s ago", c.newest, d)
 	}
 }
 
@@ -88,8 +118,15 @@ func TestOneWrongBitInTheSpoolCostsOneFrameAndIsTold(t *testing.T) {
 			if c.missed > 0 {
 				wrong(t, segment(t, dir), 4+20+8+4, c.frame)
 			}
+			lanes := map[uint32]*claimed{}
 			reg := prometheus.NewPedanticRegistry()
-			b := open(t, outbox.Options{NATS: r.connect(), SpoolDir: dir, Registerer: reg})
+			b := open(t, outbox.Options{NATS: r.connect(), SpoolDir: dir, Registerer: reg, Claims: func(_ ksuid.KSUID, shard uint32, again bool) lane.Claims {
+				c := &claimed{t: t}
+				if again {
+					lanes[shard] = c
+				}
+				return c
+			}})
 			stop := run(t, b)
 			until(t, "the killed one's spool is gone", func() bool {
 				return len(files(t, dir)) == 2+int(c.missed) // lock, identity, what is put aside
@@ -110,6 +147,14 @@ func TestOneWrongBitInTheSpoolCostsOneFrameAndIsTold(t *testing.T) {
 			missed -= uint64(len(got.calls)) + uint64(got.gaps)
 			if uint64(len(got.calls)) != n-c.missed || missed != c.missed || got.complete != c.complete || len(got.closed) != shards {
 				t.Errorf("%d calls are there of %d, %d frames are missed by their numbers, %d of %d ends are complete", len(got.calls), n, missed, got.complete, len(got.closed))
+			}
+			// What is lost is claimed as well, so that the audit misses it.
+			calls, unknown := 0, 0
+			for _, c := range lanes {
+				calls, unknown = calls+c.calls, unknown+c.unknown
+			}
+			if calls != n || unknown != int(c.missed) {
+				t.Errorf("%d calls are claimed, %d of them of nobody", calls, unknown)
 			}
 			aside, err := filepath.Glob(filepath.Join(dir, "damaged", "*.seg"))
 			if err != nil || len(aside) != int(c.missed) {

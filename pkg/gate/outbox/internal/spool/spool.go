@@ -552,9 +552,9 @@ type Torn struct {
 	// Damaged: it is not the end that a crash leaves, so what was there may have been
 	// answered as safe.
 	Damaged bool
-	// Shard and Number of the first record in it, if that says so itself; 0 both if not.
-	Shard  uint32
-	Number uint64
+	// Record is the first one in it, without its data, if that says so itself. Whatever
+	// of it may be what is damaged. Nothing if not.
+	Record Record
 }
 
 // Read returns the record at pos or, where none begins, the next one, and the
@@ -668,14 +668,19 @@ func (l *Log) readAt(pos Position, end int64) (r Record, n int64, err error) {
 	if recordSum(head[:4], body) != binary.LittleEndian.Uint32(head[4:]) {
 		return r, 0, errTorn
 	}
-	r = Record{
-		Shard: binary.LittleEndian.Uint32(body), Number: binary.LittleEndian.Uint64(body[4:]), Calls: binary.LittleEndian.Uint32(body[12:]),
-		At: usage.Micros(binary.LittleEndian.Uint64(body[16:])), Data: body[recordFixed:],
-	}
+	r = fixed(body)
+	r.Data = body[recordFixed:]
 	if l.damaged[pos.Segment] && l.store.Genuine != nil && !l.store.Genuine(l.identity.Producer, &r) {
 		return r, 0, errTorn
 	}
 	return r, recordHeader + length, nil
+}
+
+func fixed(body []byte) Record {
+	return Record{
+		Shard: binary.LittleEndian.Uint32(body), Number: binary.LittleEndian.Uint64(body[4:]), Calls: binary.LittleEndian.Uint32(body[12:]),
+		At: usage.Micros(binary.LittleEndian.Uint64(body[16:])),
+	}
 }
 
 // pass finds where reading can go on behind what is not a record, and what that is.
@@ -692,7 +697,7 @@ func (l *Log) pass(pos Position, end int64) (Torn, error) {
 		return t, fmt.Errorf("spool: %w", err)
 	}
 	if len(rest) >= recordHeader+recordFixed {
-		t.Shard, t.Number = binary.LittleEndian.Uint32(rest[recordHeader:]), binary.LittleEndian.Uint64(rest[recordHeader+4:])
+		t.Record = fixed(rest[recordHeader:])
 	}
 	// A crash cuts what was written last.
 	if next == end && pos.Segment == l.Last() && len(rest) <= recordHeader+maxRecord && torn.End(rest) {

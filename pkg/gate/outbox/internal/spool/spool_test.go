@@ -218,7 +218,7 @@ func TestAWrongBitCostsOneRecordWhereverItIs(t *testing.T) {
 		if !slices.Equal(numbers, want) || len(passed) != 1 || !passed[0].Damaged {
 			t.Fatalf("bit %d of byte %d: %v, %+v", bit%8, bit/8, numbers, passed)
 		}
-		if p := passed[0]; hit > 0 && bit/8 >= int(at[hit-1].Offset)+recordHeader+recordFixed && (p.Number != uint64(hit) || p.Shard != uint32(hit%3) || p.Position != at[hit-1] || p.Bytes != at[1].Offset-at[0].Offset) {
+		if p := passed[0]; hit > 0 && bit/8 >= int(at[hit-1].Offset)+recordHeader+recordFixed && (p.Record.Number != uint64(hit) || p.Record.Shard != uint32(hit%3) || p.Record.Calls != 2 || p.Record.At != 7 || p.Position != at[hit-1] || p.Bytes != at[1].Offset-at[0].Offset) {
 			t.Fatalf("byte %d: %+v", bit/8, p)
 		}
 		if err := again.Close(); err != nil {
