@@ -699,8 +699,8 @@ func (l *Log) pass(pos Position, end int64) (Torn, error) {
 	if len(rest) >= recordHeader+recordFixed {
 		t.Record = fixed(rest[recordHeader:])
 	}
-	// A crash cuts what was written last.
-	if next == end && pos.Segment == l.Last() && len(rest) <= recordHeader+maxRecord && torn.End(rest) {
+	// A crash cuts what was written last, and none came to a producer that ended in order.
+	if next == end && pos.Segment == l.Last() && !l.Whole() && len(rest) <= recordHeader+maxRecord && torn.End(rest) {
 		t.Damaged = false
 		if !before {
 			delete(l.damaged, pos.Segment)

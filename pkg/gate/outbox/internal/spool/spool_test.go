@@ -227,6 +227,35 @@ func TestAWrongBitCostsOneRecordWhereverItIs(t *testing.T) {
 	}
 }
 
+// No crash has cut what a producer left that ended in order.
+func TestAnEndIsOnlyTornWhereACrashCame(t *testing.T) {
+	t.Parallel()
+	s := store(t, t.TempDir(), 1<<30)
+	l := begin(t, s)
+	at, err := l.Append(recs(1, 3, 20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(l.path(1), at[2].Offset+9); err != nil {
+		t.Fatal(err)
+	}
+	for _, mark := range []func() error{func() error { return nil }, l.MarkWhole, l.MarkLossy, l.MarkLossy} {
+		if err := mark(); err != nil {
+			t.Fatal(err)
+		}
+		again := s.Create(l.identity)
+		if err := again.scan(); err != nil {
+			t.Fatal(err)
+		}
+		if numbers, passed := stretches(t, again); len(numbers) != 2 || len(passed) != 1 || passed[0].Damaged != l.Whole() {
+			t.Errorf("%v, %+v, whole %t", numbers, passed, l.Whole())
+		}
+		if err := again.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // Behind damage a call's own text may look like a record.
 func TestBehindDamageOnlyGenuineRecordsAreRead(t *testing.T) {
 	t.Parallel()
