@@ -12,6 +12,16 @@ func UsageSubject(shard uint32) string {
 	return "query.usage." + strconv.FormatUint(uint64(shard), 10)
 }
 
+// Headers of an answer to a UsageRequest. Those of an error are as NATS's own services
+// write them; there is no UsageReply then. CountingHeader says up to which entry the
+// shard is still being counted after it was taken over: until then calls, and
+// accounts, are missing that were counted before.
+const (
+	ErrorHeader     = "Nats-Service-Error"
+	ErrorCodeHeader = "Nats-Service-Error-Code"
+	CountingHeader  = "Tollkeeper-Counting-To"
+)
+
 // MaxUsageAccounts bounds the accounts of one reply.
 const MaxUsageAccounts = 1000
 

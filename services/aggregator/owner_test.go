@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/anchor"
@@ -78,7 +79,7 @@ func TestAnAnswerSaysThatItsShardIsStillBeingCounted(t *testing.T) {
 	t.Parallel()
 	o := newOwner(&service{log: zerolog.Nop()}, 0)
 	o.target = 7
-	if m := o.message([]byte("{}")); m.Header.Get(countingHeader) != "7" || string(m.Data) != "{}" {
+	if m := o.message([]byte("{}")); m.Header.Get(ledger.CountingHeader) != "7" || string(m.Data) != "{}" {
 		t.Errorf("got %+v", m)
 	}
 	o.ready = true

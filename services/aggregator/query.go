@@ -5,20 +5,10 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/meter"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/reply"
 )
-
-// Headers of an answer that is an error, as NATS's own services write them.
-const (
-	errorHeader     = "Nats-Service-Error"
-	errorCodeHeader = "Nats-Service-Error-Code"
-)
-
-// countingHeader of an answer says up to which entry its shard is still being counted
-// after it was taken over: until then calls, and accounts, are missing that were
-// counted before.
-const countingHeader = "Tollkeeper-Counting-To"
 
 // answer answers a usage query from the state as it stands.
 func (o *owner) answer(q *nats.Msg) {
@@ -37,7 +27,7 @@ func (o *owner) answer(q *nats.Msg) {
 func (o *owner) message(data []byte) *nats.Msg {
 	m := &nats.Msg{Data: data}
 	if !o.ready {
-		m.Header = nats.Header{countingHeader: {strconv.FormatUint(o.target, 10)}}
+		m.Header = nats.Header{ledger.CountingHeader: {strconv.FormatUint(o.target, 10)}}
 	}
 	return m
 }
@@ -45,5 +35,5 @@ func (o *owner) message(data []byte) *nats.Msg {
 func refuse(m *meter.Metrics, q *nats.Msg, code, why string) {
 	m.Queries.WithLabelValues("refused").Inc()
 	// Who asked gives up waiting when this does not arrive.
-	_ = q.RespondMsg(&nats.Msg{Header: nats.Header{errorHeader: {why}, errorCodeHeader: {code}}})
+	_ = q.RespondMsg(&nats.Msg{Header: nats.Header{ledger.ErrorHeader: {why}, ledger.ErrorCodeHeader: {code}}})
 }

@@ -619,7 +619,7 @@ func TestUsageQueriesSayWhatIsWrongWithThem(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if m.Header.Get(errorCodeHeader) != "400" || m.Header.Get(errorHeader) == "" {
+		if m.Header.Get(ledger.ErrorCodeHeader) != "400" || m.Header.Get(ledger.ErrorHeader) == "" {
 			t.Errorf("%s: %v", q, m.Header)
 		}
 	}

@@ -379,7 +379,7 @@ func askUsage(ctx context.Context, nc *nats.Conn, shard uint32, q ledger.UsageRe
 	if err != nil {
 		return nil, fmt.Errorf("ask the counters of shard %d: %w", shard, err)
 	}
-	if why := m.Header.Get("Nats-Service-Error"); why != "" {
+	if why := m.Header.Get(ledger.ErrorHeader); why != "" {
 		return nil, fmt.Errorf("ask the counters of shard %d: %s", shard, why)
 	}
 	var r ledger.UsageReply

@@ -239,7 +239,7 @@ func (s *Submitter) ask(ctx context.Context, shard uint32, account string) (stan
 		return standing{}, fmt.Errorf("%w: shard %d: %w", ErrCounting, shard, err)
 	}
 	// As NATS's own services write their errors.
-	if why := m.Header.Get("Nats-Service-Error"); why != "" {
+	if why := m.Header.Get(ledger.ErrorHeader); why != "" {
 		return standing{}, fmt.Errorf("%w: shard %d: %s", ErrCounting, shard, why)
 	}
 	var r ledger.UsageReply

@@ -24,10 +24,6 @@ const Parallel = 16
 // timeout of one question.
 const timeout = 2 * time.Second
 
-// countingHeader of an answer is the entry up to which its shard is still being
-// counted: before that calls and accounts are missing in it.
-const countingHeader = "Tollkeeper-Counting-To"
-
 // Client asks. Safe for concurrent use.
 type Client struct {
 	NC *nats.Conn
@@ -54,14 +50,14 @@ func (c *Client) Shard(ctx context.Context, shard uint32, q ledger.UsageRequest)
 		return ledger.UsageReply{}, fmt.Errorf("ask shard %d: %w", shard, err)
 	}
 	// As NATS's own services write their errors.
-	if why := msg.Header.Get("Nats-Service-Error"); why != "" {
+	if why := msg.Header.Get(ledger.ErrorHeader); why != "" {
 		return ledger.UsageReply{}, fmt.Errorf("ask shard %d: %s", shard, why)
 	}
 	var reply ledger.UsageReply
 	if err := json.Unmarshal(msg.Data, &reply); err != nil {
 		return ledger.UsageReply{}, fmt.Errorf("ask shard %d: the answer is not JSON: %w", shard, err)
 	}
-	if to := msg.Header.Get(countingHeader); to != "" {
+	if to := msg.Header.Get(ledger.CountingHeader); to != "" {
 		return ledger.UsageReply{}, fmt.Errorf("shard %d is still being counted after its aggregator changed, at entry %d of %s: ask again", shard, reply.Sequence, to)
 	}
 	return reply, nil

@@ -45,7 +45,7 @@ func waitCounted(ctx context.Context, nc *nats.Conn, shard uint32, sequence uint
 	}
 	for {
 		msg, err := question(ctx, nc, shard, ask)
-		if err == nil && msg.Header.Get("Nats-Service-Error") == "" { // else it is to be asked again
+		if err == nil && msg.Header.Get(ledger.ErrorHeader) == "" { // else it is to be asked again
 			var reply ledger.UsageReply
 			if err := json.Unmarshal(msg.Data, &reply); err != nil {
 				return fmt.Errorf("aggregator, shard %d: %w", shard, err)

@@ -212,7 +212,7 @@ func (a *Auditor) running(ctx context.Context, shard uint32) (point, bool, error
 	case err != nil:
 		return point{}, false, fmt.Errorf("ask the aggregator of shard %d: %w", shard, err)
 	}
-	if why := m.Header.Get("Nats-Service-Error"); why != "" {
+	if why := m.Header.Get(ledger.ErrorHeader); why != "" {
 		return point{}, false, fmt.Errorf("ask the aggregator of shard %d: %s", shard, why)
 	}
 	var r ledger.UsageReply
