@@ -497,7 +497,8 @@ func TestNATSGoesAwayAndComesBack(t *testing.T) {
 	for range 2 {
 		w.restartServer()
 	}
-	eventually(t, "the test is connected again", func() bool { return w.nc.IsConnected() })
+	// IsConnected would be true also as long as the end of the old connection is not noticed.
+	eventually(t, "the test is connected again", func() bool { return w.nc.FlushTimeout(time.Second) == nil })
 	seq := w.send(p, calls("acme", 3))
 	if d := w.decided("acme", "free/calls", usage.Deny); d.Used != 12 || d.Revision != seq {
 		t.Errorf("got %+v", d)
