@@ -76,6 +76,7 @@ type upCmd struct {
 	GatewayAdmin      string                 `name:"gateway-admin-listen" env:"TOLLKEEPER_GATEWAY_ADMIN_LISTEN" default:"127.0.0.1:8081" help:"Address of the gateway's own API."`
 	GatewayToken      string                 `name:"gateway-admin-token" env:"TOLLKEEPER_GATEWAY_ADMIN_TOKEN" help:"Bearer token of the gateway's own API; needed when other machines can reach it."`
 	GatewayConfig     string                 `name:"gateway-config" env:"TOLLKEEPER_GATEWAY_CONFIG" type:"path" help:"Routes of the gateway; the demo's when empty."`
+	SpoolBeforeAnswer bool                   `name:"spool-before-answer" env:"TOLLKEEPER_SPOOL_BEFORE_ANSWER" help:"The gateway answers a call only when its event is on disk or in the ledger."`
 	Plans             string                 `name:"plans" env:"TOLLKEEPER_PLANS" type:"path" help:"Plans file to apply at the start; the demo's, once, when empty."`
 	Demo              bool                   `name:"demo" env:"TOLLKEEPER_DEMO" default:"true" negatable:"" help:"Demo traffic through the gateway."`
 	DemoSeed          uint64                 `name:"demo-seed" env:"TOLLKEEPER_DEMO_SEED" default:"402" help:"Seed of the demo traffic."`
@@ -91,7 +92,7 @@ func (c *upCmd) Run(ctx context.Context) error {
 	}
 	o := tollkeeper.Options{
 		Engines: c.Engines.options(log), NATS: natsconn.Options{}, Shards: c.Shards, APIListen: c.APIListen, APIToken: c.APIToken,
-		Gateway: &gateway.Options{Listen: c.GatewayListen, AdminListen: c.GatewayAdmin, AdminToken: c.GatewayToken},
+		Gateway: &gateway.Options{Listen: c.GatewayListen, AdminListen: c.GatewayAdmin, AdminToken: c.GatewayToken, SpoolBeforeAnswer: c.SpoolBeforeAnswer},
 		Plans:   c.Plans, Demo: c.Demo, DemoSeed: c.DemoSeed, Logger: log, Out: os.Stdout,
 	}
 	if c.NATSURL != "" {
