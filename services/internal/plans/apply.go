@@ -41,7 +41,8 @@ const DefaultTakeover = 10 * time.Second
 // the document in the config bucket. It may die between any two of its steps:
 // the next Apply, of the same or of another document, completes it first, under
 // the same identities. Its methods may be called concurrently, in this process
-// and others: all but one fail, with *BusyError or ErrConflict.
+// and others: of those with different documents all but one fail, with *BusyError
+// or ErrConflict; those with the same document do it together, and all end well.
 type Applier struct {
 	JS jetstream.JetStream
 	NC *nats.Conn
@@ -53,9 +54,18 @@ type Applier struct {
 	Takeover time.Duration
 	// Now is the clock; time.Now when nil.
 	Now func() time.Time
+	// Stall is after how long without any progress an Apply fails with
+	// *StalledError; 0 is never: ctx alone ends it.
+	Stall time.Duration
+	// Progress hears, in the goroutine that applies, how many of the entries and
+	// records of an act are acknowledged; total is 0 when that is not known: it
+	// reads, or another who does the same act gets on. It may be nil.
+	Progress func(done, total int)
 
 	// step is called between the steps of an act; tests let it fail.
 	step func(name string) error
+	// renewal is how often a claim is renewed; claimRenewal when 0.
+	renewal time.Duration
 }
 
 // Applied is the document that holds.
@@ -161,6 +171,12 @@ func compareApplied(now Applied, doc *Document) Diff {
 // *Error, and then nothing is changed; after any other error some of it may be
 // done: applying again completes it.
 func (a *Applier) Apply(ctx context.Context, doc *Document, author string) (Diff, error) {
+	watched, ctx, end := a.watched(ctx)
+	diff, err := watched.apply(ctx, doc, author)
+	return diff, end(err)
+}
+
+func (a *Applier) apply(ctx context.Context, doc *Document, author string) (Diff, error) {
 	if err := Check(doc); err != nil {
 		return Diff{}, err
 	}
@@ -193,10 +209,11 @@ func (a *Applier) replace(ctx context.Context, s *store, g ledger.Geometry, now 
 	if diff.Empty() && now.Revision != 0 && now.Unfinished == "" {
 		return diff, nil
 	}
-	if err := a.begin(ctx, s, now, doc, author); err != nil {
+	id, ours, err := a.begin(ctx, s, now, doc, author)
+	if err != nil {
 		return Diff{}, err
 	}
-	return diff, a.complete(ctx, s, g)
+	return diff, a.finishAct(ctx, s, g, id, ours)
 }
 
 // Change makes what change returns for the document that holds hold in its place.
@@ -267,8 +284,9 @@ func (a *Applier) Finish(ctx context.Context) error {
 	return err
 }
 
-// finishTimeout bounds one completing of plans that were left half applied.
-const finishTimeout = 5 * time.Minute
+// finishStall is how long completing plans that were left half applied may make
+// no progress.
+const finishStall = 5 * time.Minute
 
 // KeepFinished calls Finish at once and then regularly until ctx is done, so that
 // the gateways' directory does not stay behind the ledger until somebody happens to
@@ -277,9 +295,10 @@ func (a *Applier) KeepFinished(ctx context.Context, every time.Duration, failed 
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
-		bounded, cancel := context.WithTimeout(ctx, finishTimeout)
-		err := a.Finish(bounded)
-		cancel()
+		bounded := *a
+		bounded.Stall = finishStall
+		watched, live, end := bounded.watched(ctx)
+		err := end(watched.Finish(live))
 		if err != nil && ctx.Err() == nil {
 			failed(err)
 		}
@@ -311,7 +330,7 @@ func (a *Applier) finishOther(ctx context.Context, s *store, g ledger.Geometry, 
 			return &BusyError{Author: pending.Act.Author, Since: max(age, 0), Wait: takeover - age}
 		}
 	}
-	if err := a.complete(ctx, s, g); err != nil && !errors.Is(err, errStale) {
+	if err := a.finishAct(ctx, s, g, pending.Act.ID, true); err != nil && !errors.Is(err, errStale) {
 		return err
 	}
 	return nil
@@ -321,18 +340,19 @@ func (a *Applier) finishOther(ctx context.Context, s *store, g ledger.Geometry, 
 // was removed.
 var errStale = fmt.Errorf("%w", ErrConflict)
 
-// begin writes down what is going to be done, unless that has been done.
-func (a *Applier) begin(ctx context.Context, s *store, now Applied, doc *Document, author string) error {
+// begin writes down what is going to be done, unless that has been done, and
+// returns the id of the act and whether we have begun it.
+func (a *Applier) begin(ctx context.Context, s *store, now Applied, doc *Document, author string) (id string, ours bool, err error) {
 	pending, rev, _, err := s.manifest(ctx, pendingKey)
 	if err != nil {
-		return err
+		return "", false, err
 	}
 	version := Version(doc)
 	if pending != nil && pending.Act.ID != now.ActID {
 		if pending.Version == version {
-			return nil // begun before, by us or another
+			return pending.Act.ID, false, nil // begun before, by us or another
 		}
-		return ErrConflict
+		return "", false, ErrConflict
 	}
 	at := micros(a.now())
 	m := &manifest{
@@ -340,15 +360,19 @@ func (a *Applier) begin(ctx context.Context, s *store, now Applied, doc *Documen
 		Act: act{ID: actID(now.Revision, now.Version, version, at), Author: author, CreatedAt: int64(at), EffectiveAt: int64(a.EffectiveAt)},
 	}
 	if m.DocumentID, m.Chunks, err = s.save(ctx, stored{doc, closedAfter(now, doc)}); err != nil {
-		return err
+		return "", false, err
 	}
 	if err := a.at("document"); err != nil {
-		return err
+		return "", false, err
 	}
 	if _, err := s.put(ctx, pendingKey, m, rev); err != nil {
-		return errors.Join(err, s.discard(ctx, m.DocumentID))
+		if err := errors.Join(err, s.discard(ctx, m.DocumentID)); !errors.Is(err, ErrConflict) {
+			return "", false, err
+		}
+		id, err := s.begunMeanwhile(ctx, m)
+		return id, false, err
 	}
-	return a.at("intent")
+	return m.Act.ID, true, a.at("intent")
 }
 
 // closedAfter returns the roots of all accounts that were removed so far.
@@ -369,13 +393,13 @@ func closedAfter(now Applied, doc *Document) map[string]string {
 	return closed
 }
 
-// complete does what the pending manifest says.
-func (a *Applier) complete(ctx context.Context, s *store, g ledger.Geometry) error {
+// complete does what the pending manifest says, if that is the act with this id.
+func (a *Applier) complete(ctx context.Context, s *store, g ledger.Geometry, id string) error {
 	pending, rev, _, next, err := s.read(ctx, pendingKey)
 	if err != nil {
 		return err
 	}
-	if pending == nil {
+	if pending == nil || pending.Act.ID != id {
 		return ErrConflict // another has completed it and removed it
 	}
 	applied, appliedRev, _, before, err := s.read(ctx, appliedKey)
@@ -392,7 +416,7 @@ func (a *Applier) complete(ctx context.Context, s *store, g ledger.Geometry) err
 			}
 			return errStale
 		}
-		c := &claim{store: s, m: pending, rev: rev}
+		c := &claim{a: a, store: s, m: pending, rev: rev}
 		if err := a.perform(ctx, c, entries(pending.Act, before.Document, next.Document, g.Shards), before.Document, next.Document); err != nil {
 			return err
 		}
@@ -421,39 +445,25 @@ func (a *Applier) complete(ctx context.Context, s *store, g ledger.Geometry) err
 	return a.at("done")
 }
 
-// claim is our right to perform the pending act: the revision that we gave its
-// manifest. It ends when another writes it.
-type claim struct {
-	store *store
-	m     *manifest
-	rev   uint64
-}
-
-// renew fails with ErrConflict when the claim has ended. It writes, because a
-// read may be answered by a replica that lags.
-func (c *claim) renew(ctx context.Context) error {
-	rev, err := c.store.put(ctx, pendingKey, c.m, c.rev)
-	if err != nil {
-		return err
-	}
-	c.rev = rev
-	return nil
-}
-
 func (a *Applier) perform(ctx context.Context, c *claim, all []shardEntry, before, next *Document) error {
 	if err := c.renew(ctx); err != nil {
 		return err
 	}
-	// What the records are now is read before anything is written: if we are
-	// overtaken, ours don't fit those revisions any more.
-	records, err := a.recordChanges(ctx, before, next)
+	// What the records are now is read before anything is written, and before the
+	// claim is renewed once more: if we are overtaken, ours don't fit those
+	// revisions any more.
+	records, err := a.recordChanges(ctx, c, before, next)
 	if err != nil {
 		return err
 	}
+	if err := c.renew(ctx); err != nil {
+		return err
+	}
+	c.total = len(all) + len(records)
 	if err := a.append(ctx, c, all); err != nil {
 		return err
 	}
-	return a.writeRecords(ctx, records)
+	return a.writeRecords(ctx, c, records)
 }
 
 // appendTries bounds how often an entry waits for a place among the owner's ticks.
@@ -501,6 +511,9 @@ func (a *Applier) append(ctx context.Context, c *claim, all []shardEntry) error 
 				return fmt.Errorf("append the plans to shard %d: %w", e.shard, err)
 			}
 			last, known = ack.Sequence, true
+			if err := c.advance(ctx, 1); err != nil {
+				return err
+			}
 			break
 		}
 	}
@@ -543,7 +556,7 @@ func (r recordChange) rank() int {
 // singleReads is up to how many records are read one by one.
 const singleReads = 256
 
-func (a *Applier) recordChanges(ctx context.Context, before, next *Document) ([]recordChange, error) {
+func (a *Applier) recordChanges(ctx context.Context, c *claim, before, next *Document) ([]recordChange, error) {
 	old, err := directory(before)
 	if err != nil {
 		return nil, err
@@ -563,7 +576,7 @@ func (a *Applier) recordChanges(ctx context.Context, before, next *Document) ([]
 			touched = append(touched, key)
 		}
 	}
-	now, err := a.readRecords(ctx, touched)
+	now, err := a.readRecords(ctx, c, touched)
 	if err != nil {
 		return nil, err
 	}
@@ -583,7 +596,7 @@ func (a *Applier) recordChanges(ctx context.Context, before, next *Document) ([]
 }
 
 // readRecords returns the revisions of keys; deleted ones have one, too.
-func (a *Applier) readRecords(ctx context.Context, keys []string) (map[string]uint64, error) {
+func (a *Applier) readRecords(ctx context.Context, c *claim, keys []string) (map[string]uint64, error) {
 	kv, err := a.JS.KeyValue(ctx, ledger.DirectoryBucket)
 	if err != nil {
 		return nil, fmt.Errorf("bucket %s: %w", ledger.DirectoryBucket, err)
@@ -622,6 +635,9 @@ func (a *Applier) readRecords(ctx context.Context, keys []string) (map[string]ui
 				return out, nil
 			}
 			out[e.Key()] = e.Revision()
+			if err := c.advance(ctx, 0); err != nil {
+				return nil, err
+			}
 		case <-ctx.Done():
 			return nil, fmt.Errorf("read the directory: %w", ctx.Err())
 		}
@@ -631,48 +647,121 @@ func (a *Applier) readRecords(ctx context.Context, keys []string) (map[string]ui
 // recordsInFlight bounds the unacknowledged records.
 const recordsInFlight = 256
 
+// recordTries bounds how often a record is written that somebody else wrote
+// meanwhile: one whom we have overtaken does so until it notices.
+const recordTries = 20
+
 // writeRecords writes records, rank by rank, and waits for every
 // acknowledgement of a rank before the next begins.
-func (a *Applier) writeRecords(ctx context.Context, all []recordChange) error {
+func (a *Applier) writeRecords(ctx context.Context, c *claim, all []recordChange) error {
 	if err := a.at("records"); err != nil {
 		return err
 	}
 	for len(all) > 0 {
 		n := 1
-		for n < len(all) && n < recordsInFlight && all[n].rank() == all[0].rank() {
+		for n < len(all) && all[n].rank() == all[0].rank() {
 			n++
 		}
-		acks := make([]jetstream.PubAckFuture, n)
-		for i, r := range all[:n] {
-			msg := &nats.Msg{Subject: "$KV." + ledger.DirectoryBucket + "." + r.key, Data: r.value, Header: nats.Header{}}
-			if r.value == nil {
-				msg.Header.Set("KV-Operation", "DEL")
-			}
-			ledger.ExpectLast(msg, r.revision)
-			ack, err := a.JS.PublishMsgAsync(msg)
-			if err != nil {
-				return fmt.Errorf("write the directory: %w", err)
-			}
-			acks[i] = ack
-		}
-		for _, ack := range acks {
-			select {
-			case <-ack.Ok():
-			case err := <-ack.Err():
-				if wrongSequence(err) {
-					return ErrConflict
-				}
-				return fmt.Errorf("write the directory: %w", err)
-			case <-ctx.Done():
-				return fmt.Errorf("write the directory: %w", ctx.Err())
-			}
-		}
+		rank := all[:n]
 		all = all[n:]
-		if err := a.at("record"); err != nil {
-			return err
+		for try := 1; ; try++ {
+			refused, err := a.writeRank(ctx, c, rank)
+			if err != nil {
+				return err
+			}
+			if len(refused) == 0 {
+				break
+			}
+			if try == recordTries {
+				return ErrConflict
+			}
+			if rank, err = a.reread(ctx, c, refused); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
+}
+
+// reread gives records the revisions that their keys have now. They are ours to
+// write, because the claim still is after they were read.
+func (a *Applier) reread(ctx context.Context, c *claim, refused []recordChange) ([]recordChange, error) {
+	keys := make([]string, len(refused))
+	for i, r := range refused {
+		keys[i] = r.key
+	}
+	now, err := a.readRecords(ctx, c, keys)
+	if err != nil {
+		return nil, err
+	}
+	for i := range refused {
+		refused[i].revision = now[refused[i].key]
+	}
+	return refused, c.renew(ctx)
+}
+
+// writeRank writes records in any order and returns those that somebody else
+// has written meanwhile, when every other one is acknowledged.
+func (a *Applier) writeRank(ctx context.Context, c *claim, rank []recordChange) (refused []recordChange, err error) {
+	type sent struct {
+		recordChange
+		ack jetstream.PubAckFuture
+	}
+	var flight []sent // oldest first
+	next, answered := 0, 0
+	for answered < len(rank) {
+		if next < len(rank) && len(flight) < recordsInFlight {
+			ack, err := a.sendRecord(rank[next])
+			if err != nil {
+				return nil, err
+			}
+			flight = append(flight, sent{rank[next], ack})
+			next++
+			continue
+		}
+		first, stored := flight[0], 0
+		flight = flight[1:]
+		select {
+		case <-first.ack.Ok():
+			stored = 1
+		case err := <-first.ack.Err():
+			if !wrongSequence(err) {
+				return nil, fmt.Errorf("write the directory: %w", err)
+			}
+			if len(refused) == 0 {
+				// If we are the one who was overtaken, this is the end of it.
+				if err := c.renew(ctx); err != nil {
+					return nil, err
+				}
+			}
+			refused = append(refused, first.recordChange)
+		case <-ctx.Done():
+			return nil, fmt.Errorf("write the directory: %w", ctx.Err())
+		}
+		answered++
+		if err := c.advance(ctx, stored); err != nil {
+			return nil, err
+		}
+		if answered%recordsInFlight == 0 || answered == len(rank) {
+			if err := a.at("record"); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return refused, nil
+}
+
+func (a *Applier) sendRecord(r recordChange) (jetstream.PubAckFuture, error) {
+	msg := &nats.Msg{Subject: "$KV." + ledger.DirectoryBucket + "." + r.key, Data: r.value, Header: nats.Header{}}
+	if r.value == nil {
+		msg.Header.Set("KV-Operation", "DEL")
+	}
+	ledger.ExpectLast(msg, r.revision)
+	ack, err := a.JS.PublishMsgAsync(msg)
+	if err != nil {
+		return nil, fmt.Errorf("write the directory: %w", err)
+	}
+	return ack, nil
 }
 
 func (a *Applier) now() time.Time {

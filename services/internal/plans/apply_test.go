@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -66,7 +67,8 @@ func (b bus) reset(t *testing.T) {
 	}
 }
 
-func (b bus) applier() *Applier { return &Applier{JS: b.js, NC: b.nc} }
+// applier is one that sees soon that another has died.
+func (b bus) applier() *Applier { return &Applier{JS: b.js, NC: b.nc, renewal: 5 * time.Millisecond} }
 
 // fold is what the shards know after reading all control entries, each id once.
 type fold struct {
@@ -510,6 +512,159 @@ func TestOneWhoWasPausedAndOvertakenDoesNoHarm(t *testing.T) {
 			b.onlyOneDocument(t)
 		})
 	}
+}
+
+func TestTwoWhoCompleteTheSameVersionBothEndWell(t *testing.T) {
+	t.Parallel()
+	b := newBus(t)
+	n := b.steps(t)
+	others := map[string]func(context.Context) error{
+		"another apply": func(ctx context.Context) error {
+			_, err := b.applier().Apply(ctx, second(), "eve")
+			return err
+		},
+		"finished meanwhile": func(ctx context.Context) error {
+			other := b.applier()
+			other.Takeover = time.Nanosecond
+			return other.Finish(ctx)
+		},
+	}
+	for at := range n {
+		for name, other := range others {
+			t.Run(fmt.Sprint(name, " ", at), func(t *testing.T) {
+				b.reset(t)
+				if _, err := b.applier().Apply(t.Context(), first(), "ada"); err != nil {
+					t.Fatal(err)
+				}
+				left := at
+				paused := b.applier()
+				paused.step = func(step string) error {
+					if left--; left == -1 {
+						if err := other(t.Context()); err != nil {
+							t.Errorf("at %q: the other: %v", step, err)
+						}
+					}
+					return nil
+				}
+				if _, err := paused.Apply(t.Context(), second(), "bob"); err != nil {
+					t.Errorf("got %v", err)
+				}
+				b.expect(t, second())
+				b.onlyOneDocument(t)
+			})
+		}
+	}
+}
+
+func TestManyWhoApplyTheSameLargeVersionAtOnceAllEndWell(t *testing.T) {
+	t.Parallel()
+	b := newBus(t)
+	doc := first()
+	for i := range 3000 {
+		doc.Accounts = append(doc.Accounts, Account{ID: fmt.Sprint("a", i), Plan: "free", Keys: []Key{{ID: fmt.Sprint("m", i), SHA256: HashKey(fmt.Sprint("m", i))}}})
+	}
+	errs := make(chan error)
+	const n = 3
+	for i := range n {
+		go func() {
+			a := b.applier()
+			if i > 0 {
+				a.renewal = time.Duration(i) * time.Millisecond // overtakes others though they live
+			}
+			_, err := a.Apply(t.Context(), doc, fmt.Sprint(i))
+			errs <- err
+		}()
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	kept := make(chan error)
+	go func() {
+		finisher := b.applier()
+		finisher.Takeover = time.Nanosecond
+		kept <- finisher.KeepFinished(ctx, 10*time.Millisecond, func(err error) { t.Errorf("finishing: %v", err) })
+	}()
+	for range n {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	cancel()
+	if err := <-kept; err != nil {
+		t.Error(err)
+	}
+	b.expect(t, doc)
+}
+
+func TestWhoeverWritesManyRecordsShowsThatItIsAlive(t *testing.T) {
+	t.Parallel()
+	b := newBus(t)
+	doc := first()
+	for i := range 2000 {
+		doc.Accounts = append(doc.Accounts, Account{ID: fmt.Sprint("a", i), Plan: "free"})
+	}
+	s, err := openStore(t.Context(), b.js)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := b.applier()
+	a.renewal = time.Nanosecond
+	var told []int
+	a.Progress = func(done, total int) {
+		if total > 0 && (len(told) == 0 || told[len(told)-1] != done) {
+			told = append(told, done)
+		}
+		if done > total {
+			t.Errorf("%d of %d", done, total)
+		}
+	}
+	claims := map[uint64]bool{}
+	writes := 0
+	a.step = func(step string) error {
+		if step == "record" {
+			writes++
+			_, rev, _, err := s.manifest(t.Context(), pendingKey)
+			if err != nil {
+				t.Error(err)
+			}
+			claims[rev] = true
+		}
+		return nil
+	}
+	if _, err := a.Apply(t.Context(), doc, "ada"); err != nil {
+		t.Fatal(err)
+	}
+	if writes < 4 || len(claims) != writes {
+		t.Errorf("%d writes under %d claims: one who looks after 10 seconds would take it for dead", writes, len(claims))
+	}
+	if !slices.IsSorted(told) || len(told) < len(doc.Accounts) {
+		t.Errorf("progress was told %d times for %d accounts, in order: %t", len(told), len(doc.Accounts), slices.IsSorted(told))
+	}
+}
+
+func TestOnlyWhatDoesNotGetOnIsGivenUp(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		a := &Applier{Stall: time.Minute}
+		w, ctx, end := a.watched(t.Context())
+		for i := range 20 {
+			time.Sleep(50 * time.Second)
+			w.progress(i, 20)
+		}
+		if ctx.Err() != nil {
+			t.Fatal("given up after 1000 s though it got on")
+		}
+		<-ctx.Done()
+		var stalled *StalledError
+		if err := end(ctx.Err()); !errors.As(err, &stalled) || stalled.Done != 19 || stalled.Total != 20 || !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v", err)
+		}
+		_, ctx, end = a.watched(t.Context())
+		if err := end(errCrash); !errors.Is(err, errCrash) || errors.As(err, &stalled) && stalled.Err == errCrash {
+			t.Errorf("got %v", err)
+		}
+		if ctx.Err() == nil {
+			t.Error("what was watched goes on")
+		}
+	})
 }
 
 func TestAnAccountKeepsItsRoot(t *testing.T) {

@@ -144,6 +144,22 @@ func (s *store) put(ctx context.Context, key string, m *manifest, revision uint6
 	return rev, nil
 }
 
+// begunMeanwhile returns the id of the act that another has begun, and perhaps
+// completed, when we were about to begin m: ErrConflict if it is not the same.
+func (s *store) begunMeanwhile(ctx context.Context, m *manifest) (string, error) {
+	// In this order, because an act is first pending and then applied.
+	for _, key := range []string{pendingKey, appliedKey} {
+		other, _, _, err := s.manifest(ctx, key)
+		if err != nil {
+			return "", err
+		}
+		if other != nil && other.Version == m.Version && other.Base == m.Base {
+			return other.Act.ID, nil
+		}
+	}
+	return "", ErrConflict
+}
+
 func chunkKey(id string, n int) string { return documentPrefix + id + "." + strconv.Itoa(n) }
 
 // save writes a document under a name of its own.
