@@ -569,6 +569,9 @@ func (d *disk) notWritten(err error) {
 // failed pauses the disk.
 func (d *disk) failed(err error) {
 	d.retryAt = d.s.b.now() + pauseAfterError
+	if errors.Is(err, spool.ErrGone) {
+		d.unwritable, d.writeAt = true, d.retryAt // so that it is tried, and known when it is back
+	}
 	d.alarm(err)
 }
 
@@ -579,7 +582,21 @@ func (d *disk) alarm(err error) {
 	if errors.Is(err, spool.ErrFull) {
 		what = fmt.Sprintf("the spool is full (%d bytes): calls stay in memory, and then what is configured for a full outbox happens", d.s.b.o.SpoolBytes)
 	}
+	if d.trouble.grave = errors.Is(err, spool.ErrGone); d.trouble.grave {
+		// The same at whichever file it was noticed: it is told once.
+		what = "the spool fails: " + d.s.b.o.SpoolDir + " or what this gateway wrote there was deleted, moved away or unmounted: restore the directory or restart the gateway; until then a crash loses what was answered as safe before and the ledger does not have"
+	}
 	d.trouble.is(now, what)
+}
+
+// gone returns an error where a segment with records that are not acknowledged is not
+// where the next gateway would find it.
+func (d *disk) gone() error {
+	var err error
+	for n := range d.own.live {
+		err = errors.Join(err, d.own.log.Has(n))
+	}
+	return err
 }
 
 func (d *disk) loaded(j *job) {

@@ -186,6 +186,7 @@ type trouble struct {
 	log   zerolog.Logger
 	last  string
 	on    bool
+	grave bool          // an error for a person, not only a warning
 	hold  time.Duration // for how long it must be gone before that is told
 	since time.Time     // told
 	seen  time.Time     // last heard of
@@ -198,7 +199,11 @@ func (t *trouble) is(now time.Time, what string) {
 	t.seen = now
 	if !t.on || what != t.last {
 		t.last, t.on, t.since = what, true, now
-		t.log.Warn().Msg(what)
+		level := zerolog.WarnLevel
+		if t.grave {
+			level = zerolog.ErrorLevel
+		}
+		t.log.WithLevel(level).Msg(what)
 	}
 }
 

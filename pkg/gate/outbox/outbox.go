@@ -63,7 +63,8 @@ type Options struct {
 	// Gateway is a name for people, at most 64 bytes; every frame carries it.
 	Gateway string
 	// SpoolDir is where the spool is; one outbox at a time can have it. Empty:
-	// there is only memory.
+	// there is only memory. While it, or this producer's directory in it, is not where
+	// it was the spool fails; the latter is made anew.
 	SpoolDir string
 	// MemoryBytes bounds calls and frames in memory, over all shards; a quarter
 	// of it is kept for what is read back from the spool. Empty buffers, at

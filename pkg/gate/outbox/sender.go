@@ -448,7 +448,7 @@ func (s *sender) connection(connected bool) {
 
 // finish brings everything to safety before the end (Close).
 func (s *sender) finish(ctx context.Context) error {
-	s.loop(ctx, func() bool { return s.drained() || s.disk != nil && !s.connected && s.safe() })
+	s.loop(ctx, func() bool { return s.drained() || s.disk != nil && !s.connected && s.safe() && s.disk.gone() == nil })
 	if s.drained() {
 		return s.retire(ctx)
 	}
@@ -466,7 +466,10 @@ func (s *sender) finish(ctx context.Context) error {
 		lost += added - safe
 		kept += safe - acked
 	}
-	if kept > 0 {
+	if kept > 0 && s.disk != nil {
+		if gone := s.disk.gone(); gone != nil {
+			return fmt.Errorf("close outbox: up to %d calls were in the spool and are not any more, %d were neither sent nor spooled: restore the spool directory and start again: %w", kept, lost, errors.Join(gone, err))
+		}
 		s.b.o.Logger.Info().Uint64("calls", kept).Msg("calls stay in the spool: the next gateway on it will send them")
 	}
 	if lost == 0 {
@@ -498,6 +501,11 @@ func (s *sender) retire(ctx context.Context) error {
 		left, marked = s.disk.marks.All()
 		if err := s.disk.marks.Close(); err != nil {
 			return fmt.Errorf("close outbox: %w", err)
+		}
+		if err := s.disk.own.log.InPlace(); err != nil {
+			// Whoever restores it sends it again: readers must know it then.
+			s.b.o.Logger.Warn().Err(err).Msg("everything was sent, but the spool is gone: the producer can't be retired, and readers will remember it")
+			return nil
 		}
 		// First, so that nobody sends again what the ledger may have forgotten.
 		if err := s.disk.own.log.Remove(s.disk.own.log.Active() + 1); err != nil {

@@ -25,6 +25,7 @@ import (
 
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/place"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/torn"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -95,8 +96,9 @@ type Journal struct {
 
 	marks   map[key]standing // all that the file may say
 	cur     file             // nil: the next Write makes the file anew
-	written int              // marks since it was made
-	kept    int              // with which it was made
+	curAt   place.Place
+	written int // marks since it was made
+	kept    int // with which it was made
 	buf     []byte
 	begun   bool
 	closed  bool
@@ -142,6 +144,9 @@ func (j *Journal) Write(now usage.Micros, batch []Mark) error {
 	if err == nil {
 		err = j.cur.Sync()
 	}
+	if err == nil {
+		err = j.curAt.Check() // what nobody finds is not durable
+	}
 	if err != nil {
 		// After a failed fsync nobody knows what is on disk: nothing is written
 		// behind it.
@@ -185,6 +190,9 @@ func (j *Journal) renew(now usage.Micros) error {
 	}
 	if err == nil {
 		err = syncDir(j.dir)
+	}
+	if err == nil {
+		j.curAt, err = place.Of(filepath.Join(j.dir, File))
 	}
 	if err != nil {
 		return fmt.Errorf("marks: %w", errors.Join(err, f.Close()))

@@ -29,6 +29,7 @@ import (
 
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/place"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/internal/torn"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox/marks"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -51,6 +52,8 @@ var (
 	ErrInUse = errors.New("the spool directory is in use")
 	// ErrFull says that the spool has reached its bound.
 	ErrFull = errors.New("the spool has reached its bound")
+	// ErrGone says that the directory, or a file in it, is not where it was.
+	ErrGone = place.ErrGone
 )
 
 // Record is a frame in the spool.
@@ -90,7 +93,9 @@ type file interface {
 // Store is a spool directory. It is held by one process at a time.
 type Store struct {
 	dir          string
+	at           place.Place
 	lock         *os.File
+	locked       place.Place
 	limit        int64
 	segmentBytes int64
 	bytes        atomic.Int64
@@ -108,25 +113,47 @@ func Open(dir string, limit int64) (*Store, error) {
 	if err := makeDir(dir, syncDir); err != nil {
 		return nil, fmt.Errorf("spool directory: %w", err)
 	}
-	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	at, err := place.Of(dir)
 	if err != nil {
 		return nil, fmt.Errorf("spool directory: %w", err)
 	}
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		if errors.Is(err, syscall.EWOULDBLOCK) {
-			err = ErrInUse
-		}
-		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), lock.Close())
-	}
-	return &Store{
-		dir: dir, lock: lock, limit: limit, aside: map[string]int64{},
+	s := &Store{
+		dir: dir, at: at, limit: limit, aside: map[string]int64{},
 		// A small spool has small segments, so that it is freed bit by bit.
 		segmentBytes: max(min(DefaultSegmentBytes, limit/8), 64<<10),
 		create: func(path string) (file, error) {
 			return os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 		},
 		mkdir: func(path string) error { return os.Mkdir(path, 0o700) },
-	}, nil
+	}
+	if err := s.hold(); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// hold locks the directory, unless it is locked.
+func (s *Store) hold() error {
+	if s.lock != nil && s.locked.Check() == nil {
+		return nil
+	}
+	path := filepath.Join(s.dir, "lock")
+	lock, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return fmt.Errorf("spool directory: %w", err)
+	}
+	if err = syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); errors.Is(err, syscall.EWOULDBLOCK) {
+		err = ErrInUse
+	}
+	locked, gone := place.Of(path)
+	if err = errors.Join(err, gone); err != nil {
+		return errors.Join(fmt.Errorf("lock %s: %w", s.dir, err), lock.Close())
+	}
+	if s.lock != nil {
+		err = s.lock.Close() // of a file that nobody finds any more
+	}
+	s.lock, s.locked = lock, locked
+	return err
 }
 
 // makeDir makes a directory and those above it that are missing; sync makes a
@@ -209,26 +236,46 @@ func (s *Store) Create(id Identity) *Log {
 }
 
 // Make has the producer's directory on disk, with its identity; Append does it too.
-// After an error nothing of it is there, and it may be tried again. Safe for concurrent
-// use.
+// After an error nothing of it is there, and it may be tried again. That it is there no
+// more Make says once (ErrGone), and then makes it anew; but not where the spool
+// directory is another one or none: under a mount point, say, nobody would find it.
+// Safe for concurrent use.
 func (l *Log) Make() error {
 	l.making.Lock()
 	defer l.making.Unlock()
 	if l.made {
-		return nil
+		err := l.at.Check()
+		l.made = err == nil
+		return err
+	}
+	if err := l.store.at.Check(); err != nil {
+		return fmt.Errorf("spool: %w", err)
+	}
+	if err := l.store.hold(); err != nil {
+		return err
 	}
 	data, err := json.Marshal(l.identity)
 	if err != nil {
 		return fmt.Errorf("spool: %w", err)
 	}
-	if err := l.store.mkdir(l.dir); err != nil {
-		return fmt.Errorf("spool: %w", err)
+	found := l.store.mkdir(l.dir)
+	if found != nil && !errors.Is(found, os.ErrExist) {
+		return fmt.Errorf("spool: %w", found)
 	}
 	path := filepath.Join(l.dir, identityFile)
-	if err = l.store.write(path, data); err == nil {
+	if _, there := os.Stat(path); found == nil || there != nil { // else it was restored
+		err = l.store.write(path, data)
+	}
+	if err == nil {
 		err = syncDir(l.store.dir)
 	}
+	if err == nil {
+		l.at, err = place.Of(path) // not of the directory: who makes that anew may get its inode
+	}
 	if err != nil {
+		if found != nil {
+			return err
+		}
 		if gone := os.Remove(path); gone != nil && !errors.Is(gone, os.ErrNotExist) {
 			err = errors.Join(err, gone)
 		}
@@ -236,6 +283,20 @@ func (l *Log) Make() error {
 	}
 	l.made = true
 	return nil
+}
+
+// InPlace returns ErrGone where the directory is not the one that Make made. Safe for
+// concurrent use.
+func (l *Log) InPlace() error {
+	l.making.Lock()
+	defer l.making.Unlock()
+	return l.at.Check()
+}
+
+// Has returns nil where a segment can be found by the next one who looks.
+func (l *Log) Has(segment uint64) error {
+	_, err := os.Stat(l.path(segment))
+	return err
 }
 
 func (s *Store) write(path string, data []byte) error {
@@ -311,13 +372,15 @@ type Log struct {
 	dir      string
 	identity Identity
 	making   sync.Mutex
-	made     bool      // the directory is there
-	segments []segment // oldest first
+	made     bool        // the directory is there
+	at       place.Place // of the identity that Make found or wrote in it
+	segments []segment   // oldest first
 
 	// The segment that is being written, always the last one; nil: the next
 	// Append begins another.
-	cur file
-	buf []byte
+	cur   file
+	curAt place.Place
+	buf   []byte
 
 	reading *os.File // segment of the last Read
 	readSeg uint64
@@ -398,11 +461,13 @@ func (l *Log) Append(records []Record) (at []Position, err error) {
 
 // appendSome writes what goes into the current segment, with one fsync.
 func (l *Log) appendSome(records []Record) (at []Position, err error) {
-	if err := l.Make(); err != nil {
-		return nil, err
-	}
 	if n := len(l.segments); l.cur != nil && l.segments[n-1].size >= l.store.segmentBytes {
 		if err := l.rest(); err != nil {
+			return nil, err
+		}
+	}
+	if l.cur == nil {
+		if err := l.Make(); err != nil {
 			return nil, err
 		}
 	}
@@ -435,6 +500,9 @@ func (l *Log) appendSome(records []Record) (at []Position, err error) {
 	_, err = l.cur.Write(buf)
 	if err == nil {
 		err = l.cur.Sync()
+	}
+	if err == nil {
+		err = l.curAt.Check() // what nobody finds is not durable
 	}
 	if err != nil {
 		// After a failed fsync nobody knows what is on disk: this segment ends
@@ -474,7 +542,15 @@ func (l *Log) Probe() error {
 	if l.store.limit-l.store.bytes.Load() < min(probeBytes, l.store.limit/8) {
 		return ErrFull
 	}
-	if err := l.Make(); err != nil || l.cur != nil {
+	if l.cur != nil {
+		if l.curAt.Check() == nil {
+			return nil
+		}
+		if err := l.rest(); err != nil {
+			return err
+		}
+	}
+	if err := l.Make(); err != nil {
 		return err
 	}
 	if err := l.begin(); err != nil {
@@ -522,6 +598,13 @@ func (l *Log) begin() error {
 	if err == nil {
 		// The records' fsync will cover the header, but not the name.
 		err = syncDir(l.dir)
+	}
+	if err == nil {
+		l.curAt, err = place.Of(l.path(n))
+	}
+	if err == nil && l.noting != nil {
+		err = l.noting.Close() // the directory may be another one
+		l.noting = nil
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("spool: %w", err), f.Close(), os.Remove(l.path(n)))
@@ -755,10 +838,14 @@ func (l *Log) stopReading() error {
 }
 
 // Remove deletes the segments before one; what was durable in them must be
-// acknowledged.
+// acknowledged. Where the directory is not in its place it is ErrGone, and they are
+// deleted when it is.
 func (l *Log) Remove(before uint64) error {
 	if len(l.segments) == 0 || l.segments[0].number >= before {
 		return nil
+	}
+	if err := l.InPlace(); err != nil {
+		return err
 	}
 	for len(l.segments) > 0 && l.segments[0].number < before {
 		seg := l.segments[0]
@@ -856,7 +943,7 @@ func (l *Log) Destroy() error {
 	if err := l.Close(); err != nil {
 		return err
 	}
-	if !l.made {
+	if !l.made && l.at == (place.Place{}) {
 		return nil
 	}
 	for _, name := range []string{wholeFile, ackedFile, marks.Fresh, marks.File, identityFile} {
