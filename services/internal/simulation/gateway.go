@@ -213,14 +213,7 @@ func (g *gateway) end() {
 		busy := g.underWay > 0 || len(g.waiting) > 0
 		for s := range g.lanes {
 			if l := g.lanes[s]; !busy {
-				l.Seal(g.w.now)
-				if frames := l.Handout(nil, 1<<20); len(frames) > 0 {
-					for _, f := range frames {
-						g.disk = append(g.disk, spooled{g.producer, uint32(s), *f})
-						l.Spooled(f.Number, lane.Position{Segment: 1, Offset: int64(len(g.disk))})
-					}
-				}
-				g.safe(uint32(s))
+				g.write(uint32(s))
 				busy = !l.Safe()
 			}
 		}
@@ -233,7 +226,7 @@ func (g *gateway) end() {
 		g.proc.exit()
 		g.w.after(g.w.between(50_000, 500_000), g.proc.rise)
 	}
-	look()
+	g.proc.after(0, look) // not while it is stopped
 }
 
 // call lets a client call.
@@ -380,6 +373,12 @@ func (g *gateway) spool(s uint32) {
 	if !g.careful && !g.lanes[s].Failing() {
 		return
 	}
+	g.write(s)
+}
+
+// write has everything of a shard written that is not yet, behind what is being
+// written.
+func (g *gateway) write(s uint32) {
 	l := g.lanes[s]
 	l.Seal(g.w.now)
 	frames := l.Handout(nil, 1<<20)
