@@ -13,6 +13,7 @@ import (
 	"github.com/mattn/go-isatty"
 
 	"github.com/tollkeeper/tollkeeper/services/internal/config"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper"
 )
 
@@ -21,7 +22,7 @@ type applyCmd struct {
 	DryRun     bool                   `help:"Only show what would change."`
 	Yes        bool                   `short:"y" help:"Apply without asking."`
 	Author     string                 `help:"Who does it; stands in the ledger. The user's name when empty."`
-	Timeout    time.Duration          `default:"1m" help:"How long it may take."`
+	Timeout    time.Duration          `default:"1m" help:"How long it may go on without any progress; all of it may take longer."`
 	NATSURL    string                 `name:"nats-url" env:"TOLLKEEPER_NATS_URL" help:"NATS of the Tollkeeper; the one that runs in the data directory when empty."`
 	NATS       config.NATSCredentials `embed:""`
 	DataDir    string                 `name:"data-dir" env:"TOLLKEEPER_DATA_DIR" default:".tollkeeper" type:"path" help:"Data directory of the Tollkeeper that runs here."`
@@ -49,13 +50,20 @@ func (c *applyCmd) Run(ctx context.Context) error {
 			c.Author = u.Username
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
-	defer cancel()
-	err = tollkeeper.Apply(ctx, tollkeeper.ApplyOptions{
-		File: c.File, NATS: c.NATS.Options(c.NATSURL, "apply", log), Author: c.Author, Out: os.Stdout, Confirm: c.confirm,
-	})
-	if errors.Is(err, context.DeadlineExceeded) {
-		return fmt.Errorf("not done within %s, and perhaps in part: apply it again: %w", c.Timeout, err)
+	o := tollkeeper.ApplyOptions{
+		File: c.File, NATS: c.NATS.Options(c.NATSURL, "apply", log), Author: c.Author, Out: os.Stdout, Confirm: c.confirm, Stall: c.Timeout,
+	}
+	if isatty.IsTerminal(os.Stderr.Fd()) {
+		o.Progress = os.Stderr
+	}
+	return c.explain(tollkeeper.Apply(ctx, o))
+}
+
+// explain says what to do when it took too long.
+func (c *applyCmd) explain(err error) error {
+	var stalled *plans.StalledError
+	if errors.As(err, &stalled) || errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("no progress within %s (--timeout), and perhaps applied in part: apply it again, which completes what was begun; give it longer with --timeout if NATS is slow: %w", c.Timeout, err)
 	}
 	return err
 }
