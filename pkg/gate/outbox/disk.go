@@ -587,12 +587,28 @@ func (d *disk) alarm(err error) {
 		what = "the spool fails: " + d.s.b.o.SpoolDir + " or what this gateway wrote there was deleted, moved away or unmounted: restore the directory or restart the gateway; until then a crash loses what was answered as safe before and the ledger does not have"
 	}
 	d.trouble.is(now, what)
+	if !d.trouble.grave {
+		return
+	}
+	for _, sl := range d.own.slots { // it will be safe again where this is mended
+		sl.lane.Doubt(d.own.dead)
+	}
+}
+
+// dead: a record of the segment needs it no more.
+func (src *source) dead(segment uint64) {
+	if src.live[segment]--; src.live[segment] <= 0 {
+		delete(src.live, segment)
+	}
 }
 
 // gone returns an error where a segment with records that are not acknowledged is not
 // where the next gateway would find it.
 func (d *disk) gone() error {
 	var err error
+	if d.unwritable && d.trouble.grave {
+		err = spool.ErrGone
+	}
 	for n := range d.own.live {
 		err = errors.Join(err, d.own.log.Has(n))
 	}
@@ -839,9 +855,7 @@ func (src *source) acked(sl *slot, f *lane.Frame) {
 		return
 	}
 	src.note(sl)
-	if src.live[n]--; src.live[n] <= 0 {
-		delete(src.live, n)
-	}
+	src.dead(n)
 }
 
 // noteRest notes what is acknowledged, at the end and for the last time.

@@ -438,3 +438,35 @@ func TestASpoolThatFailedIsAskedAgainAlsoWithNothingToWrite(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// What the spool has lost memory keeps, however short it is.
+func TestWhatTheSpoolHasLostIsNotEvicted(t *testing.T) {
+	t.Parallel()
+	o := spooling(t, t.TempDir())
+	d, sl := o.s.disk, o.s.slots[0]
+	d.begin()
+	for range 3 {
+		add(t, o)
+		d.doNext()
+	}
+	if err := os.RemoveAll(d.own.log.Dir()); err != nil {
+		t.Fatal(err)
+	}
+	add(t, o)
+	for range 2 { // noticed at the file, and then at the directory
+		d.writeAt, d.retryAt = 0, 0
+		d.doNext()
+		if d.evict(); !o.Stats().SpoolFailing || sl.lane.Holed() || len(d.own.live) > 0 {
+			t.Errorf("failing %t, holed %t, live %v", o.Stats().SpoolFailing, sl.lane.Holed(), d.own.live)
+		}
+	}
+	d.writeAt, d.retryAt = 0, 0
+	d.doNext()
+	if o.Stats().SpoolFailing || d.own.live[2] != 4 {
+		t.Errorf("failing %t, live %v", o.Stats().SpoolFailing, d.own.live)
+	}
+	d.end()
+	if err := o.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+}

@@ -467,8 +467,12 @@ func (s *sender) finish(ctx context.Context) error {
 		kept += safe - acked
 	}
 	if kept > 0 && s.disk != nil {
-		if gone := s.disk.gone(); gone != nil {
-			return fmt.Errorf("close outbox: up to %d calls were in the spool and are not any more, %d were neither sent nor spooled: restore the spool directory and start again: %w", kept, lost, errors.Join(gone, err))
+		gone := s.disk.gone()
+		if lost == 0 { // else it is of those
+			gone = errors.Join(gone, err)
+		}
+		if gone != nil {
+			return fmt.Errorf("close outbox: up to %d calls were in the spool and are not any more, %d were neither sent nor spooled: restore the spool directory and start again: %w", kept, lost, gone)
 		}
 		s.b.o.Logger.Info().Uint64("calls", kept).Msg("calls stay in the spool: the next gateway on it will send them")
 	}

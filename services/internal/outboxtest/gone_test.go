@@ -76,6 +76,38 @@ func TestAKillLosesNoCallThatWasAnsweredAfterItsDirectoryWentAway(t *testing.T) 
 	}
 }
 
+// What was answered before is in memory until the ledger has it, and goes to the new
+// directory as well.
+func TestWhatWasInADirectoryThatWentAwayIsWrittenToTheNextOne(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.stop()
+	dir := t.TempDir()
+	b := open(t, outbox.Options{NATS: r.connect(), SpoolDir: dir, SpoolBeforeAnswer: true, Logger: zerolog.Nop()})
+	stop := run(t, b)
+	const n = 50
+	for i := range n + 1 {
+		if i == n {
+			if err := os.RemoveAll(filepath.Join(dir, b.Producer().String())); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := b.Add(t.Context(), uint32(i%shards), call(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop()
+	dead := killed(t, dir)
+	if err := b.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	r.start()
+	recovered(t, r, dead)
+	if got := r.read(t); len(got.calls) != n+1 || got.gaps != 0 {
+		t.Errorf("%d of %d answered calls are in the ledger, %d gaps", len(got.calls), n+1, got.gaps)
+	}
+}
+
 // Without its spool a gateway goes on as long as the ledger makes calls safe, says what
 // to do, and ends in order when that has all of them.
 func TestASpoolThatGoesAwayIsToldAndNothingInMemoryIsLost(t *testing.T) {

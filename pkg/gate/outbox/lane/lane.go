@@ -370,6 +370,22 @@ func (l *Lane) Unspooled(number uint64) {
 	l.handed = max(min(l.handed, number-1), l.acked)
 }
 
+// Doubt takes note that the spool's files can't be found any more: what memory has is
+// handed out again, and not evicted before. each is called with the segments of those
+// frames. Where only the spool has some in between nothing changes.
+func (l *Lane) Doubt(each func(segment uint64)) {
+	if l.hole > 0 {
+		return
+	}
+	l.handed = l.acked
+	for _, f := range l.queue {
+		if f.Position != (Position{}) {
+			each(f.Position.Segment)
+			f.Position = Position{}
+		}
+	}
+}
+
 // Evict lets go of spooled frames beyond the oldest keep ones, but of none that
 // was read back already, and returns the freed bytes and where the first of
 // them stands in the spool.
