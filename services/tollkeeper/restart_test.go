@@ -34,6 +34,11 @@ func TestAServerThatIsStartedAgainAtOnceWaitsForTheEngineOfTheKilledOne(t *testi
 	if err := syscall.Kill(engine, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			_ = syscall.Kill(engine, syscall.SIGKILL) // stopped, it would stay for ever
+		}
+	})
 	s.kill("clickhouse")
 
 	again := s.command("clickhouse")
