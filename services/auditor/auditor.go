@@ -138,7 +138,7 @@ func work(ctx context.Context, o Options, m *metrics, ready *telemetry.Component
 	if err != nil {
 		return fmt.Errorf("auditor: %w", err)
 	}
-	a := &auditor{o: o, nc: nc, js: js, metrics: m, ready: ready, log: o.Logger, store: store{js: js}}
+	a := &auditor{o: o, nc: nc, js: js, metrics: m, ready: ready, log: o.Logger, store: newStore(js)}
 	for {
 		err := a.session(ctx)
 		switch {
@@ -234,7 +234,7 @@ func (a *auditor) begin(ctx context.Context) error {
 		return fmt.Errorf("stream %s: %w", ledger.Stream, err)
 	}
 	a.ledgerID = stream.CachedInfo().Created.UTC().Format(time.RFC3339Nano)
-	stored, err := a.store.load(ctx)
+	stored, err := a.store.books.Load(ctx)
 	if err != nil {
 		return err
 	}

@@ -410,7 +410,7 @@ func (a *auditor) save(ctx context.Context) {
 	if err == nil {
 		bounded, cancel := context.WithTimeout(ctx, 30*time.Second)
 		defer cancel()
-		err = a.store.save(bounded, data)
+		err = a.store.books.Save(bounded, data)
 		if err == nil {
 			if err := a.store.sweep(bounded); err != nil {
 				a.log.Warn().Err(err).Msg("what was left behind in the books' bucket could not be removed yet")

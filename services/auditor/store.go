@@ -12,77 +12,24 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/auditor/internal/findings"
+	"github.com/tollkeeper/tollkeeper/services/internal/folds"
 	"github.com/tollkeeper/tollkeeper/services/internal/leftovers"
 )
 
-// store keeps books, the last two, so that one that was cut off while being written
-// leaves the other, and findings, in buckets of their own: who compares the others
-// may change nothing of theirs.
+// store keeps books and findings in buckets of their own: who compares the others may
+// change nothing of theirs.
 type store struct {
-	js   jetstream.JetStream
-	next int
-	tidy time.Time // when what uploads that died have left behind was removed
+	js    jetstream.JetStream
+	books folds.Store
+	tidy  time.Time // when what uploads that died have left behind was removed
 }
 
-var bookNames = [2]string{"books.0", "books.1"}
+func newStore(js jetstream.JetStream) store {
+	return store{js: js, books: folds.Store{JS: js, Bucket: ledger.BooksBucket, Name: "books"}}
+}
 
 // tidyEvery is how often what is left behind in the books' bucket is removed.
 const tidyEvery = 5 * time.Minute
-
-func (s *store) objects(ctx context.Context) (jetstream.ObjectStore, error) {
-	objects, err := s.js.ObjectStore(ctx, ledger.BooksBucket)
-	if err != nil {
-		return nil, fmt.Errorf("bucket %s: %w", ledger.BooksBucket, err)
-	}
-	return objects, nil
-}
-
-func (s *store) load(ctx context.Context) ([][]byte, error) {
-	objects, err := s.objects(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var found [2][]byte
-	var at [2]int64
-	for i, name := range bookNames {
-		info, err := objects.GetInfo(ctx, name)
-		if err == nil {
-			at[i] = info.ModTime.UnixNano()
-			found[i], err = objects.GetBytes(ctx, name)
-		}
-		switch {
-		case errors.Is(err, jetstream.ErrObjectNotFound):
-		case errors.Is(err, jetstream.ErrDigestMismatch):
-			found[i] = nil
-		case err != nil:
-			return nil, fmt.Errorf("read %s: %w", name, err)
-		}
-	}
-	newest := 0
-	if at[1] > at[0] {
-		newest = 1
-	}
-	s.next = 1 - newest
-	var out [][]byte
-	for _, data := range [][]byte{found[newest], found[1-newest]} {
-		if data != nil {
-			out = append(out, data)
-		}
-	}
-	return out, nil
-}
-
-func (s *store) save(ctx context.Context, data []byte) error {
-	objects, err := s.objects(ctx)
-	if err != nil {
-		return err
-	}
-	if _, err := objects.PutBytes(ctx, bookNames[s.next], data); err != nil {
-		return fmt.Errorf("write %s: %w", bookNames[s.next], err)
-	}
-	s.next = 1 - s.next
-	return nil
-}
 
 // sweep removes what is left behind in the books' bucket, if it is time.
 func (s *store) sweep(ctx context.Context) error {

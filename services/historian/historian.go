@@ -16,8 +16,8 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/services/historian/internal/folds"
 	"github.com/tollkeeper/tollkeeper/services/internal/blocks"
+	"github.com/tollkeeper/tollkeeper/services/internal/folds"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
@@ -253,7 +253,7 @@ func lanes(o Options, s seams, m *metrics, js jetstream.JetStream, h *history.Hi
 
 	all := base("calls", ledger.Stream, []string{"calls", "usage_hourly", "traffic_minute"})
 	all.gather = newCalls(usage.Micros(o.Horizon.Microseconds()), func(b *history.Block) []part { return wrap(h.Parts(b)) }, m, o.Logger)
-	all.snapshots, all.snapshotEvery = &folds.Store{JS: js}, o.SnapshotEvery
+	all.snapshots, all.snapshotEvery = &folds.Store{JS: js, Bucket: ledger.SnapshotsBucket, Name: "historian/calls"}, o.SnapshotEvery
 
 	control := base("control", ledger.Stream, []string{"control", "corrections"}, ledger.AllControl, ledger.AllClosings)
 	control.gather = &pump[act]{lane: "control", read: readControl, metrics: m, log: o.Logger,

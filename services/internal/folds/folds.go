@@ -1,4 +1,4 @@
-// Package folds keeps what the historian has seen of the ledger.
+// Package folds keeps what a reader of the ledger has made of it, for its next start.
 package folds
 
 import (
@@ -7,23 +7,22 @@ import (
 	"fmt"
 
 	"github.com/nats-io/nats.go/jetstream"
-
-	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 )
 
-// Store keeps the last two in the bucket snapshots, so that one that was cut off
-// while being written leaves the other. Not safe for concurrent use.
+// Store keeps the last two in an object bucket, as NAME.0 and NAME.1, so that one that
+// was cut off while being written leaves the other. Not safe for concurrent use.
 type Store struct {
-	JS   jetstream.JetStream
-	next int
+	JS           jetstream.JetStream
+	Bucket, Name string
+	next         int
 }
 
-var snapshotNames = [2]string{"historian/calls.0", "historian/calls.1"}
+func (s *Store) slot(i int) string { return fmt.Sprintf("%s.%d", s.Name, i) }
 
 func (s *Store) store(ctx context.Context) (jetstream.ObjectStore, error) {
-	store, err := s.JS.ObjectStore(ctx, ledger.SnapshotsBucket)
+	store, err := s.JS.ObjectStore(ctx, s.Bucket)
 	if err != nil {
-		return nil, fmt.Errorf("bucket %s: %w", ledger.SnapshotsBucket, err)
+		return nil, fmt.Errorf("bucket %s: %w", s.Bucket, err)
 	}
 	return store, nil
 }
@@ -36,7 +35,8 @@ func (s *Store) Load(ctx context.Context) ([][]byte, error) {
 	}
 	var found [2][]byte
 	var at [2]int64
-	for i, name := range snapshotNames {
+	for i := range found {
+		name := s.slot(i)
 		info, err := store.GetInfo(ctx, name)
 		if err == nil {
 			at[i] = info.ModTime.UnixNano()
@@ -70,8 +70,8 @@ func (s *Store) Save(ctx context.Context, data []byte) error {
 	if err != nil {
 		return err
 	}
-	if _, err := store.PutBytes(ctx, snapshotNames[s.next], data); err != nil {
-		return fmt.Errorf("write snapshot %s: %w", snapshotNames[s.next], err)
+	if _, err := store.PutBytes(ctx, s.slot(s.next), data); err != nil {
+		return fmt.Errorf("write snapshot %s: %w", s.slot(s.next), err)
 	}
 	s.next = 1 - s.next
 	return nil
