@@ -335,6 +335,7 @@ func CallFromCloudEvent(specVersion, typ, source, id, subject, eventTime string,
 			c.Quantities.Set(usage.Meter(name), *v)
 		}
 	}
+	onlyRest(&c)
 	// The future is clamped by the counter, which knows the ledger's time.
 	return c, c.Validate(c.Time)
 }

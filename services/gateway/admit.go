@@ -12,6 +12,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/headers"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
@@ -25,9 +26,11 @@ const (
 	// UnknownHeader is set when the call passes under the policy for unknown
 	// verdicts; the caller's event says so in admitted_unknown.
 	UnknownHeader = "X-Tollkeeper-Admitted-Unknown"
+	// EventIDHeader is the id that the call's event must have, with any source. It
+	// says whether the call is recorded already: then the event adds the rest.
+	EventIDHeader = "X-Tollkeeper-Event-Id"
 	// RecordedHeader is set when the call's one unit came from leases: the gateway
-	// has recorded the call, and the caller must not post an event of a call for it
-	// (what else it used it may post with "calls": 0).
+	// has recorded the call, whether or not an event follows.
 	RecordedHeader = "X-Tollkeeper-Recorded"
 	// ModelHeader names the model of the call that is asked for.
 	ModelHeader = "X-Tollkeeper-Model"
@@ -49,12 +52,14 @@ const (
 // auth_request, which knows 2xx, 401 and 403 only and makes 500 of the rest: what
 // is not 401 is answered 403, and X-Tollkeeper-Status has the status that is meant.
 //
-// It does not meter: the caller posts an event for every call that it let through.
-// Refusals are recorded here, and so is a call that limits of the tiers exact and
-// leased concern: its unit was taken from leases of this gateway, and only this
-// gateway's events can say so, or it would be counted twice. Then the answer has
-// X-Tollkeeper-Recorded. Such limits on anything but calls can't be kept here, for
-// nobody would settle the reservation: those accounts are refused with 403.
+// The caller posts an event for every call that it let through, whose id is the
+// answer's X-Tollkeeper-Event-Id. Refusals are recorded here, and so is a call that
+// limits of the tiers exact and leased concern: its unit was taken from leases of this
+// gateway, and only this gateway's events can say so. The id says that, so that the
+// caller's event counts what else the call has used, and not the call again, at
+// whichever gateway and whenever it comes. Such limits on anything but calls can't be
+// kept here, because the reservation would not be settled: those accounts are refused
+// with 403.
 type admit struct {
 	gate   *gate.Gate
 	proxy  *proxy
@@ -121,8 +126,10 @@ func (a *admit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	v, ticket := a.gate.Take(r.Context(), caller.Account, req, nil)
+	event := ledger.AdmittedID(ticket.Leased())
 	if v.Allowed && ticket.Leased() {
 		c := call()
+		c.EventID = event
 		c.Status = http.StatusOK
 		ticket.Stamp(&c)
 		if err := a.record(r, shard, &c); err != nil || !known {
@@ -134,6 +141,7 @@ func (a *admit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if v.Allowed {
 		w.Header().Set(AccountHeader, headers.Safe(caller.Account.ID()))
 		w.Header().Set(KeyIDHeader, headers.Safe(keyID))
+		w.Header().Set(EventIDHeader, event)
 		w.Header().Set("Cache-Control", "no-store")
 		outcome := "admitted"
 		if v.Unknown {
