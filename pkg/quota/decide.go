@@ -82,7 +82,7 @@ func (s *Shard) fire() {
 		s.timers = s.timers[:len(s.timers)-1]
 		items = slices.DeleteFunc(items, func(t touch) bool {
 			l, c, ok := s.limitOf(t)
-			return !ok || c.verdict <= uint8(usage.Allow) || c.published == s.windows[l.kind].number
+			return !ok || c.verdict <= uint8(usage.Allow) || c.published == s.windows[l.kind].number || s.endless(l)
 		})
 		slices.SortFunc(items, s.byName)
 		for _, t := range items {
@@ -121,7 +121,7 @@ func (s *Shard) rebuildTimers() {
 		for k := range def.n {
 			t := touch{uint32(i), k}
 			l, c, _ := s.limitOf(t)
-			if c.verdict > uint8(usage.Allow) && l.kind != window.Lifetime {
+			if c.verdict > uint8(usage.Allow) && !s.endless(l) {
 				s.setTimer(t, l.kind.End(int64(c.published)))
 			}
 		}
@@ -155,7 +155,7 @@ func (s *Shard) decide(b *Batch) {
 				c.flags = isRoomy
 			}
 		}
-		if verdict == last && c.flags == roomy && (verdict == usage.Allow || (!forced && c.published == c.number)) {
+		if verdict == last && c.flags == roomy && (verdict == usage.Allow || (!forced && (c.published == c.number || s.endless(l)))) {
 			continue
 		}
 		s.soil(t.account)
@@ -164,7 +164,7 @@ func (s *Shard) decide(b *Batch) {
 		if b != nil && s.f.b != nil && verdict > usage.Allow {
 			d.Cause = s.cause(t, l, c, verdict)
 		}
-		if verdict > usage.Allow && l.kind != window.Lifetime {
+		if verdict > usage.Allow && !s.endless(l) {
 			s.setTimer(t, s.windows[l.kind].end)
 		}
 		if i, ok := lifted[touchName{d.Account, d.LimitID}]; ok {
@@ -219,10 +219,30 @@ func (s *Shard) describe(t touch, c *counter, l *limit, version string, revision
 	if d.Verdict == usage.Deny {
 		d.Code = l.RefusalCode()
 	}
-	if l.kind != window.Lifetime {
+	if l.kind != window.Lifetime && (d.Verdict == usage.Allow || !s.endless(l)) {
 		d.PeriodStart, d.PeriodEnd = s.windows[l.kind].at, s.windows[l.kind].end
 	}
 	return d
+}
+
+// endless says whether a verdict on a limit other than Allow outlives every window:
+// nothing is allowed in the next one either.
+func (s *Shard) endless(l *limit) bool {
+	return l.kind == window.Lifetime || l.Amount == 0 && s.core.Version >= deniesForGood
+}
+
+// denyForGood replaces the denials of limits of 0 that gateways believe to end with
+// their window.
+func (s *Shard) denyForGood() {
+	for i := range s.accounts {
+		def := s.plans.defs[s.accounts[i].plan]
+		for k := range def.n {
+			if s.plans.limits[def.first+k].Amount == 0 {
+				s.touch(uint32(i), k, true)
+			}
+		}
+	}
+	s.rebuildTimers()
 }
 
 // cause returns the event time of the call with which the counter reached the

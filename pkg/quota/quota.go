@@ -39,10 +39,15 @@ const (
 //	      and leased there; what gateways hold of the old ones is forgotten.
 //	2     where the other plan has the same limit, what they hold is not handed out
 //	      again before it was counted or has come back.
-const CoreVersion = 2
+//	3     the denial of a limit of 0 has no end.
+const CoreVersion = 3
 
-// carriesLeases is the first version by which what is out outlives a change of plan.
-const carriesLeases = 2
+// The first versions by which what is out outlives a change of plan, and by which
+// the denial of a limit of 0 has no end.
+const (
+	carriesLeases = 2
+	deniesForGood = 3
+)
 
 // Bounds of what a shard learns from calls. What is beyond them is counted in
 // part, and told.
@@ -367,22 +372,6 @@ func (s *Shard) Producers() int { return s.dedup.Producers() }
 // ForeignEvents returns how many foreign events are remembered.
 func (s *Shard) ForeignEvents() int { return s.dedup.ForeignEvents() }
 
-// NextTimer returns the stream time at which an entry is due although no call
-// may come: a denied account's period ends, a plan set takes effect.
-func (s *Shard) NextTimer() (usage.Micros, bool) {
-	at, ok := usage.Micros(0), false
-	if len(s.timers) > 0 {
-		at, ok = s.timers[0].end, true
-	}
-	if len(s.pending) > 0 && (!ok || s.pending[0].EffectiveAt < at) {
-		at, ok = s.pending[0].EffectiveAt, true
-	}
-	if len(s.leaseTimes) > 0 && (!ok || s.leaseTimes[0].due < at) {
-		at, ok = s.leaseTimes[0].due, true
-	}
-	return at, ok
-}
-
 // Apply folds one entry. The effects are valid until the next call.
 func (s *Shard) Apply(e Entry) *Effects {
 	s.effects = Effects{Decisions: s.effects.Decisions[:0], Answers: s.effects.Answers[:0]}
@@ -529,7 +518,11 @@ func (s *Shard) control(c *Control) {
 	case c.Correction != nil:
 		s.correct(c.Correction)
 	case c.Core != nil:
+		before := s.core.Version
 		s.core = *c.Core
+		if before < deniesForGood && s.core.Version >= deniesForGood {
+			s.denyForGood()
+		}
 		s.dedup.SetHorizon(c.Core.Horizon, s.now)
 	default:
 		for i := range c.Accounts {

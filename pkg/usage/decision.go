@@ -206,8 +206,9 @@ type Decision struct {
 	Used     int64
 	Amount   int64
 	Window   WindowKind
-	// PeriodStart and PeriodEnd bound the window [start, end); both are 0 for
-	// lifetime. A Deny ends by itself at PeriodEnd.
+	// PeriodStart and PeriodEnd bound the window [start, end). A Deny ends by itself at
+	// PeriodEnd. Both are 0 for lifetime, and where the end of the window changes
+	// nothing because the amount is 0.
 	PeriodStart, PeriodEnd Micros
 	Filter                 Filter
 	PlanVersion            string

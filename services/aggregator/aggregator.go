@@ -130,6 +130,9 @@ type service struct {
 // newer program: Run goes on with the others and says so. It returns an error wrapping ledger.ErrPurged when the ledger no longer
 // holds what must be counted, ledger.ErrRewound when it has lost what was counted.
 func Run(ctx context.Context, o Options) error {
+	if o.Horizon < 0 {
+		return fmt.Errorf("aggregator: the horizon of foreign events is %s: set --foreign-horizon to a positive time, or to 0 for a day", o.Horizon)
+	}
 	s := &service{o: withDefaults(o), abandon: o.abandon, log: o.Logger, stop: ctx.Done(), fatal: make(chan error, 1), unswept: make(chan anchor.Taking, 64), strayed: make(chan struct{}, 1)}
 	var err error
 	if s.m, err = meter.New(s.o.Registerer); err != nil {

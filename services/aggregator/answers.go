@@ -7,6 +7,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/aggregator/internal/reply"
 )
 
@@ -34,16 +35,28 @@ func (o *owner) answerAsks(all []quota.LeaseAnswer) {
 // tickIn is how long until time must be let pass in the shard by an entry;
 // false: nothing is due. What calls wait for is not made to wait for a second.
 func (o *owner) tickIn(now time.Time) (time.Duration, bool) {
-	left := func(due time.Time, every time.Duration) time.Duration {
-		return max(due.Sub(o.streamTime(now))+tickMargin, o.lastTick.Add(every).Sub(now))
+	stream := usage.At(o.streamTime(now))
+	left := func(due usage.Micros, every time.Duration) time.Duration {
+		return max(span(stream, due)+tickMargin, o.lastTick.Add(every).Sub(now))
 	}
 	due, ok := o.state.NextTimer()
 	if !ok {
 		return 0, false
 	}
-	wait := left(due.Time(), tickEvery)
+	wait := left(due, tickEvery)
 	if due, ok := o.state.NextLease(); ok {
-		wait = min(wait, left(due.Time(), leaseTickEvery))
+		wait = min(wait, left(due, leaseTickEvery))
 	}
 	return wait, true
+}
+
+// farthest bounds how far ahead the owner looks; it wakes more often anyway.
+const farthest = usage.Micros(24 * 3600 * 1_000_000)
+
+// span is how long it is from a time of the stream to one at which something is due,
+// both not before 1970; a day at most either way. Without a bound the sum of a far
+// time's span and a margin leaves its range, and what is due in 300 years is due at
+// once, again and again.
+func span(from, due usage.Micros) time.Duration {
+	return time.Duration(min(max(due-from, -farthest), farthest)) * time.Microsecond
 }
