@@ -1,10 +1,10 @@
 package gateway
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
 	"strconv"
 	"strings"
 
@@ -15,7 +15,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/headers"
-	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/target"
 )
 
 // Headers of an answer of /v1/admit.
@@ -188,10 +188,12 @@ const admitPath = "/v1/admit"
 
 // asked is what the caller wants to know about, or why that can't be told.
 func (a *admit) asked(r *http.Request) (req gate.Request, profile refusal.Profile, err *refusal.Refusal) {
-	var host, path string
-	if below, ok := strings.CutPrefix(r.URL.Path, admitPath+"/"); ok {
+	host, uri := r.Host, ""
+	if _, ok := strings.CutPrefix(r.URL.Path, admitPath+"/"); ok {
 		req = gate.Request{Method: r.Method, Model: r.Header.Get(ModelHeader)}
-		host, path = r.Host, "/"+below
+		if uri, ok = strings.CutPrefix(r.RequestURI, admitPath); !ok {
+			return req, profile, badTarget("The path does not begin with " + admitPath + " as it is written here.")
+		}
 	} else {
 		q := r.URL.Query()
 		first := func(name, header string) string {
@@ -205,25 +207,25 @@ func (a *admit) asked(r *http.Request) (req gate.Request, profile refusal.Profil
 			from = "X-Original-"
 		}
 		req = gate.Request{Method: first("method", from+"Method"), Model: first("model", ModelHeader), Route: q.Get("route")}
-		host, path = first("host", from+"Host"), "/"
-		if uri := first("uri", from+"Uri"); uri != "" {
-			u, err := url.ParseRequestURI(uri)
-			if err != nil {
-				return req, profile, &refusal.Refusal{Code: refusal.BadRequest, Detail: "The URI can't be read, so what is asked for can't be told."}
-			}
-			path = u.Path
-		}
+		host, uri = first("host", from+"Host"), cmp.Or(first("uri", from+"Uri"), "/")
 		if profile = refusal.Profile(q.Get("profile")); !profile.Valid() {
 			profile = refusal.Problem
 		}
 	}
-	if !paths.Resolved(path) {
-		return req, profile, &unresolved
+	t, problem := target.Parse(req.Method, uri)
+	if problem == "" && headers.OtherMethod(r.Header, req.Method) {
+		problem = otherMethod
+	}
+	if problem != "" {
+		return req, profile, badTarget(problem)
 	}
 	req.Method, req.Model, req.Route = usage.CleanText(req.Method), usage.CleanText(req.Model), usage.CleanText(req.Route)
 	found := a.named(req.Route)
 	if req.Route == "" {
-		if found = a.proxy.find(host, path, req.Method); found != nil {
+		if found, problem = a.proxy.agreed(host, &t, req.Method); problem != "" {
+			return req, profile, badTarget(problem)
+		}
+		if found != nil {
 			req.Route = found.o.Name
 		}
 	}
@@ -241,6 +243,10 @@ func (a *admit) asked(r *http.Request) (req gate.Request, profile refusal.Profil
 		}
 	}
 	return req, profile, nil
+}
+
+func badTarget(problem string) *refusal.Refusal {
+	return &refusal.Refusal{Code: refusal.BadRequest, Detail: problem}
 }
 
 func (a *admit) named(name string) *route {

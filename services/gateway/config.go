@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
@@ -21,7 +22,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
-	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/target"
 )
 
 // Example is a commented configuration with every field.
@@ -48,6 +49,8 @@ type RouteConfig struct {
 	// Prefix of the path, by whole segments; "/" when empty.
 	Prefix  string   `yaml:"prefix"`
 	Methods []string `yaml:"methods"` // all when empty
+	// IgnoreCase takes /V1 for /v1, as some upstreams do; else they are two paths.
+	IgnoreCase bool `yaml:"ignore_case"`
 	// Upstream is the base URL; what follows the host stands before the path.
 	Upstream string `yaml:"upstream"`
 	// StripPrefix takes Prefix off the path.
@@ -270,8 +273,10 @@ func (c *Config) problems() []problem {
 			add(at+".prefix", "%q does not begin with /", r.Prefix)
 		case strings.ContainsAny(r.Prefix, "*?#{}"):
 			add(at+".prefix", "%q is not a prefix: there are no patterns, /v1 means all below it", r.Prefix)
-		case strings.Contains(r.Prefix, "//") || !paths.Resolved(r.Prefix):
+		case strings.Contains(r.Prefix, "//") || !target.Resolved(r.Prefix):
 			add(at+".prefix", "%q is never met: write it without empty segments, . and ..", r.Prefix)
+		case strings.ContainsAny(r.Prefix, "%;\\ \t") || !utf8.ValidString(r.Prefix):
+			add(at+".prefix", "%q is never met for certain: write it decoded, without semicolons, backslashes and spaces", r.Prefix)
 		}
 		if strings.ContainsAny(r.Host, "*?") {
 			add(at+".host", "%q: there are no patterns, leave host out for any", r.Host)

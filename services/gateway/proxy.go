@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	stdlog "log"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -27,6 +28,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/models"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/once"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/target"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
 )
 
@@ -163,9 +165,11 @@ func newTransport(timeout time.Duration) *http.Transport {
 // ServeHTTP implements http.Handler.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f := refusal.Refusal{Code: refusal.NoRoute}
-	if !paths.Resolved(r.URL.Path) {
-		f = unresolved
-	} else if found := p.find(r.Host, r.URL.Path, r.Method); found != nil {
+	found, problem := p.route(r)
+	switch {
+	case problem != "":
+		f = refusal.Refusal{Code: refusal.BadRequest, Detail: problem}
+	case found != nil:
 		found.handler.ServeHTTP(w, r)
 		return
 	}
@@ -174,9 +178,35 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.answer(w, r, &f, refusal.Problem)
 }
 
-// unresolved answers a path that means one route to us and may mean another one's
-// to the upstream. Clients resolve such paths before they send them.
-var unresolved = refusal.Refusal{Code: refusal.BadRequest, Detail: "The path has a . or .. in it: send it resolved."}
+// route returns the route of a request, nil when there is none, or why there can't be
+// one.
+func (p *proxy) route(r *http.Request) (*route, string) {
+	t, problem := target.Of(r)
+	if problem != "" {
+		return nil, problem
+	}
+	if headers.OtherMethod(r.Header, r.Method) {
+		return nil, otherMethod
+	}
+	found, problem := p.agreed(r.Host, &t, r.Method)
+	if found != nil && found.o.StripPrefix && strings.HasPrefix(paths.Stripped(t.Path, found.prefix, found.o.IgnoreCase), "//") {
+		return nil, target.Ambiguous // without the prefix it would begin with two slashes
+	}
+	return found, problem
+}
+
+const otherMethod = "A header asks for another method than the request has: send the method itself."
+
+// agreed finds the route that all readings of a target have.
+func (p *proxy) agreed(host string, t *target.Target, method string) (*route, string) {
+	found := p.find(host, t.Path, method)
+	for _, other := range t.Others {
+		if p.find(host, other, method) != found {
+			return nil, target.Ambiguous
+		}
+	}
+	return found, ""
+}
 
 // find returns the route of a request, nil when there is none.
 func (p *proxy) find(host, path, method string) *route {
@@ -188,7 +218,7 @@ func (p *proxy) find(host, path, method string) *route {
 		if r.host != "" && r.host != host {
 			continue
 		}
-		if _, below := paths.Cut(path, r.prefix); !below {
+		if _, below := paths.Cut(path, r.prefix, r.o.IgnoreCase); !below {
 			continue
 		}
 		if len(r.o.Methods) > 0 && !slices.Contains(r.o.Methods, method) {
@@ -208,7 +238,7 @@ func replayedTime(r *http.Request, now time.Time) time.Time {
 
 // upstream is the reverse proxy of one route.
 func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.RoundTripper) (http.Handler, error) {
-	target, err := url.Parse(c.Upstream)
+	upstream, err := url.Parse(c.Upstream)
 	if err != nil {
 		return nil, err
 	}
@@ -218,30 +248,39 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 		set[textproto.CanonicalMIMEHeaderKey(h)] = value
 	}
 	prefix, readsUsage, model := c.prefix(), c.readsUsage(), textproto.CanonicalMIMEHeaderKey(c.Model.Header)
+	dropped, guarded := []string{EventTimeHeader}, append(slices.Sorted(maps.Keys(set)), model, gate.RequestIDHeader)
+	if c.KeepKey {
+		guarded = append(guarded, keyHeaders...)
+	} else {
+		dropped = append(dropped, keyHeaders...)
+	}
+	ours := headers.NewOurs(dropped, guarded)
+	metersHeader := textproto.CanonicalMIMEHeaderKey(c.MetersHeader)
 	rp := &httputil.ReverseProxy{
 		Transport:  once.Transport{Next: transport},
 		BufferPool: &p.buffer,
 		ErrorLog:   stdlog.New(debugLog{p.logger}, "", 0),
 		Rewrite: func(r *httputil.ProxyRequest) {
 			if c.StripPrefix && prefix != "/" {
-				r.Out.URL.Path = paths.Stripped(r.Out.URL.Path, prefix)
+				r.Out.URL.Path = paths.Stripped(r.Out.URL.Path, prefix, c.IgnoreCase)
 				if r.Out.URL.RawPath != "" {
-					r.Out.URL.RawPath = paths.Stripped(r.Out.URL.RawPath, prefix)
+					r.Out.URL.RawPath = paths.Stripped(r.Out.URL.RawPath, prefix, c.IgnoreCase)
 				}
 			}
-			r.SetURL(target)
+			r.Out.URL.RawQuery = r.In.URL.RawQuery // as it came: no route depends on it
+			r.SetURL(upstream)
 			if c.KeepHost {
 				r.Out.Host = r.In.Host
 			}
-			r.SetXForwarded()
 			h := r.Out.Header
-			if !c.KeepKey {
-				for _, name := range keyHeaders {
-					h.Del(name)
-				}
+			ours.Drop(h)
+			ours.Trailers(r.Out, r.In)
+			if headers.Switches(h) {
+				h.Del("Upgrade")
+				h.Del("Connection")
+				h.Del("Http2-Settings")
 			}
-			h.Del(EventTimeHeader)
-			headers.DropOurs(h, set, model)
+			r.SetXForwarded()
 			if account, keyID := gate.ReportFrom(r.In.Context()).Account(); account != "" {
 				h.Set(AccountHeader, headers.Safe(account))
 				h.Set(KeyIDHeader, headers.Safe(keyID))
@@ -259,6 +298,8 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 		ModifyResponse: func(resp *http.Response) error {
 			// The client's answer carries the id that the event carries.
 			resp.Header.Del(gate.RequestIDHeader)
+			delete(resp.Trailer, gate.RequestIDHeader)
+			delete(resp.Trailer, metersHeader)
 			if c.MetersHeader != "" {
 				p.readMeters(resp, c.MetersHeader)
 			}
@@ -269,7 +310,10 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 		},
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { p.failed(w, r, err, c.Profile) },
 	}
-	return rp, nil
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		rp.ServeHTTP(w, r)
+		headers.DropTrailers(w.Header(), gate.RequestIDHeader, metersHeader)
+	}), nil
 }
 
 // asksUsage marks requests whose usage the gateway asks for, and not the client.

@@ -1,43 +1,43 @@
-// Package paths reads URL paths as upstreams do, so that a client can't choose another
-// route by how it spells one.
+// Package paths compares URL paths with the prefixes of routes.
 package paths
 
-import "strings"
+import (
+	"strings"
+	"unicode/utf8"
+)
 
-// Resolved reports that no segment of a path is "." or "..", also not with
-// parameters behind it, which some servers take off first.
-func Resolved(path string) bool {
-	for segment := range strings.SplitSeq(path, "/") {
-		if name, _, _ := strings.Cut(segment, ";"); name == "." || name == ".." {
-			return false
-		}
-	}
-	return true
-}
-
-// Cut returns what follows a prefix of whole segments: /v1 is none of /v10.
-// Several slashes are one, as they are to most upstreams: a client must not choose
-// another route by their number.
-func Cut(path, prefix string) (rest string, ok bool) {
+// Cut returns what follows a prefix of whole segments: /v1 is none of /v10. With
+// ignoreCase /V1 is /v1.
+func Cut(path, prefix string, ignoreCase bool) (rest string, ok bool) {
 	if prefix == "/" {
 		return path, true
 	}
-	at := 0
-	for i := range len(prefix) {
-		if at == len(path) || path[at] != prefix[i] {
+	if ignoreCase {
+		if rest, ok = cutFold(path, prefix); !ok {
 			return "", false
 		}
-		for at++; prefix[i] == '/' && at < len(path) && path[at] == '/'; at++ {
-		}
+	} else if rest, ok = strings.CutPrefix(path, prefix); !ok {
+		return "", false
 	}
-	rest = path[at:]
 	return rest, rest == "" || rest[0] == '/'
 }
 
-// Stripped takes a prefix off a path. Where an escaped path does not begin with the
-// prefix as it is written, net/url goes by the plain one.
-func Stripped(path, prefix string) string {
-	if rest, _ := Cut(path, prefix); rest != "" {
+// cutFold cuts a prefix as strings.EqualFold compares: the two may differ in length.
+func cutFold(path, prefix string) (string, bool) {
+	for prefix != "" {
+		_, n := utf8.DecodeRuneInString(prefix)
+		_, m := utf8.DecodeRuneInString(path)
+		if !strings.EqualFold(prefix[:n], path[:m]) {
+			return "", false
+		}
+		prefix, path = prefix[n:], path[m:]
+	}
+	return path, true
+}
+
+// Stripped takes a prefix off a path that has it.
+func Stripped(path, prefix string, ignoreCase bool) string {
+	if rest, _ := Cut(path, prefix, ignoreCase); rest != "" {
 		return rest
 	}
 	return "/"
