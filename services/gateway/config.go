@@ -1,418 +1,52 @@
 package gateway
 
 import (
-	"bytes"
-	_ "embed"
-	"errors"
-	"fmt"
-	"io"
-	"maps"
-	"net/http"
-	"net/url"
-	"os"
-	"slices"
-	"strings"
 	"time"
-	"unicode/utf8"
-
-	"github.com/goccy/go-yaml"
-	"github.com/goccy/go-yaml/ast"
-	"github.com/goccy/go-yaml/parser"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
-	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
-	"github.com/tollkeeper/tollkeeper/services/gateway/internal/target"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/routes"
 )
 
 // Example is a commented configuration with every field.
-//
-//go:embed example.yaml
-var Example []byte
+var Example = routes.Example
 
-// Config is what the gateway's file says.
-type Config struct {
-	// KeyHeaders are looked at in this order for the API key; Authorization
-	// (Bearer) and X-Api-Key when empty.
-	KeyHeaders []string      `yaml:"key_headers"`
-	Routes     []RouteConfig `yaml:"routes"`
-}
-
-// RouteConfig is one route. A request takes the route with its host before those
-// for any host, then the one with the longest prefix, then one that names its
-// method, then the first.
-type RouteConfig struct {
-	// Name is the route's name in limits and events.
-	Name string `yaml:"name"`
-	// Host without port; any when empty.
-	Host string `yaml:"host"`
-	// Prefix of the path, by whole segments; "/" when empty.
-	Prefix  string   `yaml:"prefix"`
-	Methods []string `yaml:"methods"` // all when empty
-	// IgnoreCase takes /V1 for /v1, as some upstreams do; else they are two paths.
-	IgnoreCase bool `yaml:"ignore_case"`
-	// Upstream is the base URL; what follows the host stands before the path.
-	Upstream string `yaml:"upstream"`
-	// StripPrefix takes Prefix off the path.
-	StripPrefix bool `yaml:"strip_prefix"`
-	// KeepHost sends the client's Host to the upstream instead of its own.
-	KeepHost bool `yaml:"keep_host"`
-	// KeepKey sends the client's API key on. By default the upstream does not
-	// see it, but the account, in X-Tollkeeper-Account.
-	KeepKey bool `yaml:"keep_key"`
-	// SetHeaders go to the upstream; ${NAME} is taken from the environment.
-	SetHeaders map[string]string `yaml:"set_headers"`
-	// Profile of refusals: problem, openai, anthropic or flat.
-	Profile refusal.Profile `yaml:"profile"`
-	// Model says where the model's name is; the call has none when empty.
-	Model ModelConfig `yaml:"model"`
-	// Usage is json (read token counts from JSON answers and from the JSON in
-	// streamed ones) or none; json by default when Model or a provider's profile is
-	// given. Where a limit needs to know what a streamed chat completion has used,
-	// the upstream is asked for it (stream_options), and what the client did not
-	// ask for is taken off the answer.
-	Usage string `yaml:"usage"`
-	// MetersHeader is an answer's header in which a trusted upstream reports
-	// readings of any meter, as in "images=3, gpu_ms=120"; it is not sent on. A
-	// reading that can't be counted is left out, counted and logged. None when
-	// empty.
-	MetersHeader string `yaml:"meters_header"`
-	// Timeout until the answer's header; 10 minutes when 0. What is reserved for a
-	// call counts as overdue after it.
-	Timeout Duration `yaml:"timeout"`
-
-	// What follows is for accounts with limits of the tiers exact and leased that
-	// count something else than calls: there a call is admitted only if what it can
-	// cost is bounded. Tokens are, by the request: its input by its size, its output
-	// by max_tokens, max_completion_tokens or max_output_tokens, as the API has it,
-	// times its choices. Which API it is the end of the path says, as OpenAI and
-	// Anthropic have it; of others Clamp must say what bounds the output. What may add to that in a way that is not known is refused.
-
-	// Reserve are bounds of a call by meter, for what the request does not tell;
-	// they must not be less than what it can cost.
-	Reserve map[string]int64 `yaml:"reserve"`
-	// Clamp is written into JSON requests that do not bound their output; without
-	// it they are refused. A bound by another name is written as Clamp.Member, which
-	// is to be given where the upstream does not know all names of its API.
-	Clamp ClampConfig `yaml:"clamp"`
-	// InputOverhead is how many tokens the provider adds to the input of a call.
-	InputOverhead int64 `yaml:"input_overhead"`
-}
-
-// ClampConfig bounds the output of calls that do not say.
-type ClampConfig struct {
-	Member string `yaml:"member"` // as the upstream calls it: max_tokens
-	Tokens int64  `yaml:"tokens"`
-}
-
-// ModelConfig says where a request names its model. At most one is given.
-type ModelConfig struct {
-	JSON   string `yaml:"json"`   // a member of the JSON body
-	Header string `yaml:"header"` // a header
-	Fixed  string `yaml:"fixed"`  // always this one
-	// MaxBody bounds the bodies that are read for it, in bytes; larger ones are
-	// refused with 413. DefaultMaxModelBody when 0.
-	MaxBody int64 `yaml:"max_body"`
-}
-
-// DefaultMaxModelBody is ModelConfig.MaxBody's default.
-const DefaultMaxModelBody = 16 << 20
-
-// DefaultTimeout is RouteConfig.Timeout's default.
-const DefaultTimeout = 10 * time.Minute
+// The configuration and its parts.
+type (
+	// Config is what the gateway's file says.
+	Config = routes.Config
+	// RouteConfig is one route.
+	RouteConfig = routes.RouteConfig
+	// ModelConfig says where a request names its model.
+	ModelConfig = routes.ModelConfig
+	// ClampConfig bounds the output of calls that do not say.
+	ClampConfig = routes.ClampConfig
+	// ConfigError says what is wrong with a configuration, and where.
+	ConfigError = routes.ConfigError
+	// Duration is written as in "30s".
+	Duration = routes.Duration
+)
 
 // Usage of RouteConfig.
 const (
-	UsageJSON = "json"
-	UsageNone = "none"
+	UsageJSON = routes.UsageJSON
+	UsageNone = routes.UsageNone
 )
 
-// Duration is written as in "30s".
-type Duration time.Duration
-
-// UnmarshalYAML implements yaml.BytesUnmarshaler.
-func (d *Duration) UnmarshalYAML(b []byte) error {
-	var s string
-	if err := yaml.Unmarshal(b, &s); err != nil {
-		return err
-	}
-	v, err := time.ParseDuration(s)
-	if err != nil {
-		return fmt.Errorf("%q is not a duration: write one such as 30s or 10m", s)
-	}
-	*d = Duration(v)
-	return nil
-}
+// Defaults of routes.
+const (
+	DefaultMaxModelBody               = routes.DefaultMaxModelBody
+	DefaultTimeout      time.Duration = routes.DefaultTimeout
+)
 
 // SingleUpstream is the configuration of a gateway that sends everything to one
 // upstream.
 func SingleUpstream(route, upstream string, profile refusal.Profile) Config {
-	return Config{Routes: []RouteConfig{{
-		Name: route, Prefix: "/", Upstream: upstream, Profile: profile, Model: ModelConfig{JSON: "model"}, Usage: UsageJSON,
-	}}}
-}
-
-// ConfigError says what is wrong with a configuration, and where.
-type ConfigError struct {
-	File string
-	Line int // from 1; 0 when there is none
-	Text string
-}
-
-// Error is "file:line: what is wrong".
-func (e *ConfigError) Error() string {
-	if e.Line == 0 {
-		return fmt.Sprintf("%s: %s", e.File, e.Text)
-	}
-	return fmt.Sprintf("%s:%d: %s", e.File, e.Line, e.Text)
+	return routes.SingleUpstream(route, upstream, profile)
 }
 
 // LoadConfig reads a configuration file.
-func LoadConfig(file string) (Config, error) {
-	data, err := os.ReadFile(file)
-	if err != nil {
-		return Config{}, fmt.Errorf("read the gateway's configuration: %w", err)
-	}
-	return ParseConfig(file, data)
-}
+func LoadConfig(file string) (Config, error) { return routes.Load(file) }
 
 // ParseConfig reads a configuration; name stands for it in errors, which are
 // *ConfigError, joined when there are several.
-func ParseConfig(name string, data []byte) (Config, error) {
-	var c Config
-	file, err := parser.ParseBytes(data, 0)
-	if err != nil {
-		return c, yamlError(name, err)
-	}
-	if err := yaml.NewDecoder(bytes.NewReader(data), yaml.DisallowUnknownField()).Decode(&c); err != nil && !errors.Is(err, io.EOF) { // an empty file has no routes
-		return c, yamlError(name, err)
-	}
-	var errs []error
-	for _, p := range c.problems() {
-		errs = append(errs, &ConfigError{File: name, Line: lineOf(file, p.path), Text: p.text})
-	}
-	return c, errors.Join(errs...)
-}
-
-func yamlError(name string, err error) error {
-	var y yaml.Error
-	if errors.As(err, &y) {
-		e := &ConfigError{File: name, Text: y.GetMessage()}
-		switch {
-		case strings.HasSuffix(e.Text, "where sequence is expected"):
-			e.Text += ": write a list, as in [POST, PUT]"
-		case strings.HasSuffix(e.Text, "where mapping is expected"):
-			e.Text += ": write names with values, as in {json: model} (the file itself begins with routes:)"
-		}
-		if t := y.GetToken(); t != nil && t.Position != nil {
-			e.Line = t.Position.Line
-		}
-		return e
-	}
-	return &ConfigError{File: name, Text: err.Error()}
-}
-
-// lineOf finds a path's line, or that of the nearest thing around it.
-func lineOf(f *ast.File, path string) int {
-	for path != "" && path != "$" {
-		if p, err := yaml.PathString(path); err == nil {
-			if n, err := p.FilterFile(f); err == nil && n != nil {
-				return n.GetToken().Position.Line
-			}
-		}
-		path = path[:max(strings.LastIndexAny(path, ".["), 0)]
-	}
-	return 0
-}
-
-type problem struct{ path, text string }
-
-// Validate returns what is wrong with a configuration that was not read from a
-// file.
-func (c *Config) Validate() error {
-	var errs []error
-	for _, p := range c.problems() {
-		errs = append(errs, &ConfigError{File: "gateway configuration, " + p.path, Text: p.text})
-	}
-	return errors.Join(errs...)
-}
-
-// maxRoutes bounds the search for one, and the label sets made of them.
-const maxRoutes = 500
-
-func (c *Config) problems() []problem {
-	var out []problem
-	add := func(path, format string, args ...any) {
-		out = append(out, problem{path, fmt.Sprintf(format, args...)})
-	}
-	for i, h := range c.KeyHeaders {
-		if !validHeader(h) {
-			add(fmt.Sprintf("$.key_headers[%d]", i), "%q is not the name of a header", h)
-		}
-	}
-	if len(c.Routes) == 0 {
-		add("$.routes", "there is no route: the gateway would serve nothing")
-	}
-	if len(c.Routes) > maxRoutes {
-		add("$.routes", "there are %d routes, at most %d are possible", len(c.Routes), maxRoutes)
-	}
-	type place struct{ host, prefix, methods string }
-	seen := make(map[place]string)
-	names := make(map[string]bool)
-	for i := range c.Routes {
-		r, at := &c.Routes[i], fmt.Sprintf("$.routes[%d]", i)
-		if r.Name == "" || len(r.Name) > usage.MaxNameBytes {
-			add(at+".name", "a route needs a name of 1 to %d bytes", usage.MaxNameBytes)
-		}
-		if names[r.Name] {
-			add(at+".name", "the name %q is taken by another route", r.Name)
-		}
-		names[r.Name] = true
-		switch {
-		case r.Prefix != "" && !strings.HasPrefix(r.Prefix, "/"):
-			add(at+".prefix", "%q does not begin with /", r.Prefix)
-		case strings.ContainsAny(r.Prefix, "*?#{}"):
-			add(at+".prefix", "%q is not a prefix: there are no patterns, /v1 means all below it", r.Prefix)
-		case strings.Contains(r.Prefix, "//") || !target.Resolved(r.Prefix):
-			add(at+".prefix", "%q is never met: write it without empty segments, . and ..", r.Prefix)
-		case strings.ContainsAny(r.Prefix, "%;\\ \t") || !utf8.ValidString(r.Prefix):
-			add(at+".prefix", "%q is never met for certain: write it decoded, without semicolons, backslashes and spaces", r.Prefix)
-		}
-		if strings.ContainsAny(r.Host, "*?") {
-			add(at+".host", "%q: there are no patterns, leave host out for any", r.Host)
-		} else if strings.ContainsAny(r.Host, ":/") {
-			add(at+".host", "%q is not a host: write it without scheme and port", r.Host)
-		}
-		if u, err := url.Parse(r.Upstream); err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || u.RawQuery != "" || u.Fragment != "" {
-			add(at+".upstream", "the upstream is not a URL such as http://127.0.0.1:9000")
-		} else if u.User != nil {
-			add(at+".upstream", "the upstream's URL has credentials in it: use set_headers with ${NAME}")
-		}
-		if !r.Profile.Valid() {
-			add(at+".profile", "%q is not a profile: choose problem, openai, anthropic or flat", r.Profile)
-		}
-		switch r.Usage {
-		case "", UsageJSON, UsageNone:
-		default:
-			add(at+".usage", "%q: choose json or none", r.Usage)
-		}
-		if r.MetersHeader != "" && !validHeader(r.MetersHeader) {
-			add(at+".meters_header", "%q is not the name of a header", r.MetersHeader)
-		}
-		given := 0
-		for _, s := range []string{r.Model.JSON, r.Model.Header, r.Model.Fixed} {
-			if s != "" {
-				given++
-			}
-		}
-		if given > 1 {
-			add(at+".model", "choose one of json, header and fixed")
-		}
-		if r.Model.Header != "" && !validHeader(r.Model.Header) {
-			add(at+".model.header", "%q is not the name of a header", r.Model.Header)
-		}
-		if r.Model.MaxBody < 0 {
-			add(at+".model.max_body", "it is negative")
-		}
-		for _, m := range slices.Sorted(maps.Keys(r.Reserve)) {
-			switch {
-			case !usage.Meter(m).Valid():
-				add(at+".reserve", "%q cannot name a meter", m)
-			case r.Reserve[m] < 0 || r.Reserve[m] > usage.MaxQuantity:
-				add(at+".reserve", "%d %s: 0 to %d are possible", r.Reserve[m], m, usage.MaxQuantity)
-			}
-		}
-		switch {
-		case r.Clamp.Member == "" && r.Clamp.Tokens != 0, r.Clamp.Member != "" && (r.Clamp.Tokens < 1 || r.Clamp.Tokens > usage.MaxQuantity):
-			add(at+".clamp", "give member (max_tokens, max_completion_tokens or max_output_tokens, as the upstream calls it) and tokens, at least 1")
-		case r.Clamp.Member != "" && !slices.Contains(bounds.Maxima(), r.Clamp.Member):
-			add(at+".clamp.member", "%q: choose max_tokens, max_completion_tokens or max_output_tokens, as the upstream calls it", r.Clamp.Member)
-		}
-		if r.InputOverhead < 0 || r.InputOverhead > usage.MaxQuantity {
-			add(at+".input_overhead", "%d tokens: 0 to %d are possible", r.InputOverhead, usage.MaxQuantity)
-		}
-		if r.Timeout < 0 {
-			add(at+".timeout", "it is negative")
-		}
-		for _, m := range r.Methods {
-			if m == "" || m != strings.ToUpper(m) || !validHeader(m) {
-				add(at+".methods", "%q is not a method: write it as in POST", m)
-			}
-		}
-		for _, h := range slices.Sorted(maps.Keys(r.SetHeaders)) {
-			if !validHeader(h) {
-				add(at+".set_headers", "%q is not the name of a header", h)
-			}
-			if http.CanonicalHeaderKey(h) == "Host" {
-				add(at+".set_headers", "Host is the upstream's own, or the client's with keep_host: it can't be set here")
-			}
-			switch value, missing := expand(r.SetHeaders[h]); {
-			case missing != "":
-				add(at+".set_headers", "the environment has no variable %s", missing)
-			case strings.ContainsFunc(value, unfit):
-				add(at+".set_headers", "the value of %s has a line break or another control character in it (at the end of a variable?): every call would fail", h)
-			}
-		}
-		methods := slices.Sorted(slices.Values(r.Methods))
-		p := place{strings.ToLower(r.Host), r.prefix(), strings.Join(methods, " ")}
-		if other, ok := seen[p]; ok {
-			add(at, "route %q is for the same host, prefix and methods as %q", r.Name, other)
-		}
-		seen[p] = r.Name
-	}
-	return out
-}
-
-func (r *RouteConfig) prefix() string {
-	if p := strings.TrimSuffix(r.Prefix, "/"); p != "" {
-		return p
-	}
-	return "/"
-}
-
-// readsUsage: token counts are worth looking for.
-func (r *RouteConfig) readsUsage() bool {
-	if r.Usage != "" {
-		return r.Usage == UsageJSON
-	}
-	return r.Model != ModelConfig{} || r.Profile == refusal.OpenAI || r.Profile == refusal.Anthropic
-}
-
-func validHeader(s string) bool {
-	if s == "" {
-		return false
-	}
-	for _, c := range []byte(s) {
-		if c <= ' ' || c >= 0x7f || strings.IndexByte("()<>@,;:\\\"/[]?={}", c) >= 0 {
-			return false
-		}
-	}
-	return http.CanonicalHeaderKey(s) != ""
-}
-
-// unfit: a header's value can't have it.
-func unfit(r rune) bool { return r < ' ' && r != '\t' || r == 0x7f }
-
-// expand replaces ${NAME} by the environment's value, and names the first one that
-// is missing.
-func expand(s string) (value, missing string) {
-	var b strings.Builder
-	for {
-		before, rest, ok := strings.Cut(s, "${")
-		b.WriteString(before)
-		if !ok {
-			return b.String(), missing
-		}
-		name, after, closed := strings.Cut(rest, "}")
-		if !closed {
-			b.WriteString("${" + rest)
-			return b.String(), missing
-		}
-		v, there := os.LookupEnv(name)
-		if !there && missing == "" {
-			missing = name
-		}
-		b.WriteString(v)
-		s = after
-	}
-}
+func ParseConfig(name string, data []byte) (Config, error) { return routes.Parse(name, data) }

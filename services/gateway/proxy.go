@@ -28,6 +28,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/models"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/once"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/routes"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/target"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
 )
@@ -122,7 +123,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 			return nil, err
 		}
 		p.routes = append(p.routes, &route{
-			o: c, host: strings.TrimSuffix(strings.ToLower(c.Host), "."), prefix: c.prefix(), model: m.Model,
+			o: c, host: strings.TrimSuffix(strings.ToLower(c.Host), "."), prefix: c.PathPrefix(), model: m.Model,
 			handler: o.gate.Middleware(m, upstream),
 		})
 	}
@@ -244,10 +245,10 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 	}
 	set := make(map[string]string, len(c.SetHeaders))
 	for h, v := range c.SetHeaders {
-		value, _ := expand(v)
+		value, _ := routes.Expand(v)
 		set[textproto.CanonicalMIMEHeaderKey(h)] = value
 	}
-	prefix, readsUsage, model := c.prefix(), c.readsUsage(), textproto.CanonicalMIMEHeaderKey(c.Model.Header)
+	prefix, readsUsage, model := c.PathPrefix(), c.ReadsUsage(), textproto.CanonicalMIMEHeaderKey(c.Model.Header)
 	dropped, guarded := []string{EventTimeHeader}, append(slices.Sorted(maps.Keys(set)), model, gate.RequestIDHeader)
 	if c.KeepKey {
 		guarded = append(guarded, keyHeaders...)
@@ -423,7 +424,7 @@ func modelOf(c *ModelConfig, bodies *models.Room) func(*http.Request) (string, e
 
 // boundOf says what a route's calls can cost at most.
 func boundOf(c *RouteConfig, bodies *models.Room) func(*http.Request, string, []usage.Meter) (usage.Quantities, error) {
-	rules := &bounds.Rules{Bodies: bodies, AskUsage: c.readsUsage(), Reserve: make(map[usage.Meter]int64, len(c.Reserve)), ClampMember: c.Clamp.Member, Clamp: c.Clamp.Tokens, InputOverhead: c.InputOverhead, MaxBody: c.Model.MaxBody}
+	rules := &bounds.Rules{Bodies: bodies, AskUsage: c.ReadsUsage(), Reserve: make(map[usage.Meter]int64, len(c.Reserve)), ClampMember: c.Clamp.Member, Clamp: c.Clamp.Tokens, InputOverhead: c.InputOverhead, MaxBody: c.Model.MaxBody}
 	for m, units := range c.Reserve {
 		rules.Reserve[usage.Meter(m)] = units
 	}
