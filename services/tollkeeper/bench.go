@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -21,6 +22,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/bench"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/engine"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/proxied"
 )
 
 // BenchOptions of a bench.
@@ -29,9 +31,23 @@ type BenchOptions struct {
 	Shards                             uint32
 	Seed                               uint64
 	EngineDir                          string
-	Logger                             zerolog.Logger
-	Out                                io.Writer
+	// Program is this program's file: what is measured in processes of its own is it.
+	Program string
+	// Callers at once of the proxied calls, and how long each proxy is loaded with
+	// each kind of call in a round.
+	Callers int
+	Load    time.Duration
+	// Parts to measure; all when empty.
+	Parts  []string
+	Logger zerolog.Logger
+	Out    io.Writer
 }
+
+// The parts of a bench.
+const (
+	BenchPipeline = "pipeline" // publish, count, keep, decide, admit
+	BenchProxied  = "proxied"  // calls through the gateway
+)
 
 // Bench measures the pipeline beside the raw limits of what it stands on, on
 // engines of its own in a scratch directory.
@@ -39,10 +55,31 @@ func Bench(ctx context.Context, o BenchOptions) error {
 	if o.Shards == 0 {
 		o.Shards = ledger.DefaultLocalShards
 	}
-	return bench.Run(ctx, bench.Options{
-		Rounds: o.Rounds, Calls: o.Calls, Accounts: o.Accounts, Shards: o.Shards, Crossings: o.Crossings, Seed: o.Seed, Logger: o.Logger, Out: o.Out,
-		System: func(ctx context.Context, synced bool) (*bench.System, error) { return benchSystem(ctx, o, synced) },
+	wanted := func(part string) bool { return len(o.Parts) == 0 || slices.Contains(o.Parts, part) }
+	if wanted(BenchPipeline) {
+		if err := bench.Run(ctx, bench.Options{
+			Rounds: o.Rounds, Calls: o.Calls, Accounts: o.Accounts, Shards: o.Shards, Crossings: o.Crossings, Seed: o.Seed, Logger: o.Logger, Out: o.Out,
+			System: func(ctx context.Context, synced bool) (*bench.System, error) { return benchSystem(ctx, o, synced) },
+		}); err != nil {
+			return err
+		}
+	}
+	if !wanted(BenchProxied) {
+		return nil
+	}
+	return proxied.Run(ctx, proxied.Options{
+		Rounds: o.Rounds, Each: o.Load, Callers: o.Callers, Program: o.Program, EngineDir: o.EngineDir, Out: o.Out,
+		Running: func(dir string) (string, string, bool, error) {
+			a, ok, err := Running(dir)
+			return a.Gateway, a.GatewayAdmin, ok, err
+		},
 	})
+}
+
+// BenchPart serves a part of the bench that has a process of its own; see
+// proxied.Part.
+func BenchPart(ctx context.Context, name, upstream string) error {
+	return proxied.Part(ctx, name, upstream)
 }
 
 func benchSystem(ctx context.Context, o BenchOptions, synced bool) (_ *bench.System, err error) {

@@ -26,6 +26,7 @@ type cli struct {
 	Up         upCmd         `cmd:"" help:"Run everything in this process, with NATS and ClickHouse embedded unless they are given."`
 	Replay     replayCmd     `cmd:"" help:"Drive recorded traffic through a gateway and check that nothing is lost or doubled."`
 	Bench      benchCmd      `cmd:"" help:"Measure throughput and latency beside the raw limits."`
+	BenchPart  benchPartCmd  `cmd:"" name:"bench-part" hidden:"" help:"Serve a part of the bench."`
 	Apply      applyCmd      `cmd:"" help:"Show what a plans file would change, and apply it."`
 	Explain    explainCmd    `cmd:"" help:"Say why a decision was made: limit, counter, ledger position, the calls that led there, and the verdict replayed from the log."`
 	Audit      auditCmd      `cmd:"" help:"Recompute the state of every shard from the ledger and compare its hash with what aggregators have counted."`

@@ -223,7 +223,7 @@ func decide(ctx context.Context, o Options, s *System, w *workload, g *gates, id
 	if err := g.ready(wait, loaded[len(loaded)-1]); err != nil {
 		return err
 	}
-	byID, atHand := admission(g.second, w.all())
+	a := admission(g.second, w.all(), o.Rounds)
 	quiet, err := g.crossing(ctx, idle, 5*time.Millisecond)
 	if err != nil {
 		return err
@@ -249,8 +249,9 @@ func decide(ctx context.Context, o Options, s *System, w *workload, g *gates, id
 	p.printf("\ngateways, %d accounts known\n", o.Accounts)
 	ms := func(d time.Duration) string { return fmt.Sprintf("%.2f ms", float64(d.Microseconds())/1e3) }
 	return table(o.Out, [][3]string{
-		{"admission, account by id", fmt.Sprintf("%d ns", byID.NsPerOp()), fmt.Sprintf("%d allocations", byID.AllocsPerOp())},
-		{"admission, account at hand", fmt.Sprintf("%d ns", atHand.NsPerOp()), fmt.Sprintf("%d allocations", atHand.AllocsPerOp())},
+		{"a bare concurrent map, an atomic word and the clock", fmt.Sprintf("%.0f ns", perCall(a.bareMap)), ""},
+		{"admission, account by id", fmt.Sprintf("%.0f ns, %.2f of the bare map", perCall(a.byID), a.ratioOfBareID), fmt.Sprintf("%d allocations", a.byID.AllocsPerOp())},
+		{"admission, account at hand", fmt.Sprintf("%.0f ns", perCall(a.atHand)), fmt.Sprintf("%d allocations", a.atHand.AllocsPerOp())},
 		{"crossing call settled → 402 at another gateway, idle", "p50 " + ms(quantile(quiet, 0.5)), "p99 " + ms(quantile(quiet, 0.99))},
 		{fmt.Sprintf("the same, beside %s published (aim: %s, half)", rate(reached), rate(countedRate/2)), "p50 " + ms(quantile(busy, 0.5)), "p99 " + ms(quantile(busy, 0.99))},
 	})
