@@ -20,7 +20,7 @@ func TestTheBenchPrintsEveryFigure(t *testing.T) {
 		t.Fatal(err)
 	}
 	var out bytes.Buffer
-	err = tollkeeper.Bench(within(t, 2*time.Minute), tollkeeper.BenchOptions{
+	err = tollkeeper.Bench(within(t, 4*time.Minute), tollkeeper.BenchOptions{
 		Rounds: 1, Calls: 20_000, Accounts: 500, Crossings: 3, Seed: 1, Callers: 4, Load: 100 * time.Millisecond, Program: filepath.Join(dir, "tollkeeper"), Logger: zerolog.Nop(), Out: &out,
 	})
 	if err != nil {

@@ -74,7 +74,7 @@ func Running(dataDir string) (Addresses, bool, error) {
 	if err != nil {
 		return a, false, err
 	}
-	a.ClickHouseOptions = engineHistory(a.ClickHouse, credentials)
+	a.ClickHouseOptions = engine.History(a.ClickHouse, credentials)
 	return a, true, nil
 }
 

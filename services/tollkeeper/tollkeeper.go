@@ -193,13 +193,8 @@ func (s *stack) startClickHouse(ctx context.Context) error {
 	}
 	ready.OK()
 	s.addr.ClickHouse, s.addr.ClickHouseHTTP = s.engine.Addr(), s.engine.HTTPAddr()
-	s.addr.ClickHouseOptions = engineHistory(s.engine.Addr(), s.engine.Credentials())
+	s.addr.ClickHouseOptions = engine.History(s.engine.Addr(), s.engine.Credentials())
 	return nil
-}
-
-// engineHistory returns how services connect to an embedded ClickHouse.
-func engineHistory(addr string, c embedclickhouse.Credentials) history.Options {
-	return history.Options{Addrs: []string{addr}, Database: embedclickhouse.Database, User: embedclickhouse.ServiceUser, Password: c.ServicePassword}
 }
 
 func (s *stack) aggregator(ctx context.Context, ready func()) error {

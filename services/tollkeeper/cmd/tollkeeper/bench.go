@@ -8,6 +8,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/services/internal/config"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/proxied"
 )
 
 type benchCmd struct {
@@ -46,5 +47,5 @@ type benchPartCmd struct {
 }
 
 func (c *benchPartCmd) Run(ctx context.Context) error {
-	return tollkeeper.BenchPart(ctx, c.Part, c.Upstream)
+	return proxied.Part(ctx, c.Part, c.Upstream)
 }

@@ -21,8 +21,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 )
 
-// Options of a bench. The engines and services are made by the caller, who
-// alone may know them.
+// Options of a bench.
 type Options struct {
 	Rounds   int
 	Calls    int // of a throughput round
@@ -31,11 +30,10 @@ type Options struct {
 	// Crossings of a limit that are timed, idle and under load each.
 	Crossings int
 	Seed      uint64
-	// System starts engines on a fresh store; synced says whether every frame is
-	// forced to disk before it is acknowledged.
-	System func(ctx context.Context, synced bool) (*System, error)
-	Out    io.Writer
-	Logger zerolog.Logger
+	// EngineDir is where the ClickHouse engine is installed.
+	EngineDir string
+	Out       io.Writer
+	Logger    zerolog.Logger
 }
 
 // System is what a bench runs against.
@@ -81,7 +79,7 @@ func Run(ctx context.Context, o Options) error {
 }
 
 func withSystem(ctx context.Context, o Options, synced bool, f func(context.Context, *System) (float64, error)) (v float64, err error) {
-	s, err := o.System(ctx, synced)
+	s, err := start(ctx, o, synced)
 	if err != nil {
 		return 0, err
 	}

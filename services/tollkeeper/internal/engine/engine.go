@@ -19,6 +19,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/services/internal/embedclickhouse"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 
@@ -181,3 +182,8 @@ func RunClickHouse(ctx context.Context, o Options, out io.Writer) error {
 
 // StopTimeout bounds stopping an engine.
 const StopTimeout = 5 * time.Second
+
+// History returns how services connect to an embedded ClickHouse.
+func History(addr string, c embedclickhouse.Credentials) history.Options {
+	return history.Options{Addrs: []string{addr}, Database: embedclickhouse.Database, User: embedclickhouse.ServiceUser, Password: c.ServicePassword}
+}
