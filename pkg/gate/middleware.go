@@ -400,7 +400,7 @@ func RequestID(given string) string { return ids.Request(given) }
 
 // ParseTraceparent reads a W3C traceparent header; what is not one is no trace.
 func ParseTraceparent(s string) (trace [16]byte, span [8]byte, flags byte, ok bool) {
-	return ids.Traceparent(s)
+	return usage.ParseTraceparent(s)
 }
 
 // StatusClientGone is recorded when nobody was there to be answered.

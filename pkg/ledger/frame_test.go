@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 	"pgregory.net/rapid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/ledger/cloudevent"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
@@ -462,7 +463,7 @@ func cloudEventOf(t interface{ Fatalf(string, ...any) }, c *usage.Call) []byte {
 	data, err := json.Marshal(map[string]any{
 		"specversion": "1.0", "type": CloudEventType, "source": c.Source, "id": c.EventID, "time": c.Time.Time().Format(time.RFC3339Nano),
 		"subject": c.Account, "datacontenttype": "application/json",
-		"data": CloudEventData{
+		"data": cloudevent.Data{
 			KeyID: c.KeyID, RequestID: c.RequestID, Method: c.Method, Route: c.Route, Model: c.Model, Region: c.Region,
 			Status: int64(c.Status), Code: string(c.Code), DurationMicros: c.Duration, Meters: meters, Currency: c.Currency,
 		},
@@ -581,10 +582,10 @@ func TestCloudEventsThatCannotBeCountedAreRefusedWithTheirReason(t *testing.T) {
 		"a negative status":       {`200`, `-1`, usage.ReasonMalformed},
 		"an unknown code":         {`"status":200`, `"code":"NO"`, usage.ReasonMalformed},
 		"a negative reading":      {`"status":200`, `"meters":{"cost":-1}`, usage.ReasonNegativeCount},
-		"a reading of 1e300":      {`"status":200`, `"meters":{"cost":1e300}`, usage.ReasonMalformed},
+		"a reading of 1e300":      {`"status":200`, `"meters":{"cost":1e300}`, usage.ReasonOversized},
 		"a broken reading":        {`"status":200`, `"meters":{"cost":1.5}`, usage.ReasonMalformed},
 		"a thousand meters":       {`"status":200`, `"meters":{` + many.String() + `"x":1}`, usage.ReasonOversized},
-		"an event of 65 KB":       {`"status":200`, `"x":"` + strings.Repeat("x", MaxCloudEventBytes) + `"`, usage.ReasonOversized},
+		"an event of 65 KB":       {`"status":200`, `"x":"` + strings.Repeat("x", cloudevent.MaxBytes) + `"`, usage.ReasonOversized},
 		"a long account":          {`"subject":"a"`, `"subject":"` + strings.Repeat("x", 257) + `"`, usage.ReasonOversized},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,18 +1,17 @@
 package ledger
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"math"
-	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/segmentio/ksuid"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/tollkeeper/tollkeeper/pkg/ledger/cloudevent"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 )
@@ -254,101 +253,30 @@ func callToProto(c *usage.Call) *tollkeeperv1.Call {
 	return p
 }
 
-// MaxCloudEventBytes bounds a CloudEvent in JSON: a call's texts and meters,
-// escaped at their worst, are far smaller.
-const MaxCloudEventBytes = 64 << 10
-
 // CloudEventType is the type attribute of a call as a CloudEvent.
-const CloudEventType = "io.tollkeeper.call.v1"
+const CloudEventType = cloudevent.Type
 
-// cloudEvent is the structured JSON form of a call event.
-type cloudEvent struct {
-	SpecVersion     string          `json:"specversion"`
-	ID              string          `json:"id"`
-	Source          string          `json:"source"`
-	Type            string          `json:"type"`
-	Subject         string          `json:"subject"`
-	Time            string          `json:"time"`
-	DataContentType string          `json:"datacontenttype"`
-	Data            json.RawMessage `json:"data"`
-}
-
-// CloudEventData is the data of a call as a CloudEvent.
-type CloudEventData struct {
-	Account        string            `json:"account,omitempty"` // or the event's subject
-	KeyID          string            `json:"key_id,omitempty"`
-	RequestID      string            `json:"request_id,omitempty"`
-	Method         string            `json:"method,omitempty"`
-	Route          string            `json:"route,omitempty"`
-	Model          string            `json:"model,omitempty"`
-	Region         string            `json:"region,omitempty"`
-	Status         int64             `json:"status,omitempty"`
-	Code           string            `json:"code,omitempty"` // of a refusal
-	DurationMicros int64             `json:"duration_micros,omitempty"`
-	Meters         map[string]*int64 `json:"meters,omitempty"` // null: unknown
-	Currency       string            `json:"currency,omitempty"`
-	// AdmittedUnknown: it passed under the policy for unknown verdicts, as the
-	// answer of /v1/admit has said (law 5).
-	AdmittedUnknown bool `json:"admitted_unknown,omitempty"`
-}
-
-// CallFromCloudEvent makes a call of a CloudEvent's attributes and JSON data.
-// Its errors are *usage.InvalidError.
-func CallFromCloudEvent(specVersion, typ, source, id, subject, eventTime string, data []byte) (usage.Call, error) {
-	var c usage.Call
-	if specVersion != "1.0" || typ != CloudEventType {
-		return c, &usage.InvalidError{Reason: usage.ReasonUnknownSchema, Message: fmt.Sprintf("the event is of type %q, specversion %q; wanted is %q, 1.0", typ, specVersion, CloudEventType)}
-	}
-	if source == "" || id == "" {
-		return c, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: "the event needs a source and an id: they are its identity"}
-	}
-	at, err := time.Parse(time.RFC3339Nano, eventTime)
+// CallOfEvent makes a call of a CloudEvent, for both doors: the gateway's, which knows
+// when it arrived, and the stream's (arrived is 0), which takes none without a time. Its
+// errors are *usage.InvalidError.
+func CallOfEvent(e *cloudevent.Event, arrived usage.Micros) (usage.Call, error) {
+	c, err := e.Call(arrived)
 	if err != nil {
-		return c, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("the event's time %q is not RFC 3339", eventTime)}
+		return c, err
 	}
-	var d CloudEventData
-	if err := json.Unmarshal(data, &d); err != nil {
-		return c, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("the event's data is not a call: %v", err)}
-	}
-	if d.Account == "" {
-		d.Account = subject
-	}
-	if d.Status < 0 || d.Status > 999 {
-		return c, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("%d is not an HTTP status", d.Status)}
-	}
-	if d.Code != "" && usage.Code(d.Code).Status() == 0 {
-		return c, &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("%q is not a refusal code", d.Code)}
-	}
-	c = usage.Call{
-		Time: usage.At(at), Account: d.Account, KeyID: d.KeyID, RequestID: d.RequestID, Method: d.Method, Route: d.Route,
-		Model: d.Model, Region: d.Region, Status: uint16(d.Status), Code: usage.Code(d.Code), Duration: d.DurationMicros,
-		Source: source, EventID: id, Currency: d.Currency,
-	}
-	if most := usage.NumBuiltIn + usage.MaxCustomMeters; len(d.Meters) > most {
-		return usage.Call{}, &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("the event reports %d meters, at most %d are allowed", len(d.Meters), most)}
-	}
-	if d.AdmittedUnknown {
-		c.Flags |= usage.AdmittedUnknown
-	}
-	for name, v := range d.Meters {
-		if v != nil {
-			c.Quantities.Set(usage.Meter(name), *v)
-		}
+	if arrived == 0 {
+		arrived = c.Time // the future is clamped by the counter, which knows the ledger's time
 	}
 	onlyRest(&c)
-	// The future is clamped by the counter, which knows the ledger's time.
-	return c, c.Validate(c.Time)
+	return c, c.Validate(arrived)
 }
 
 func (f *Frame) decodeCloudEvent(shard uint32, data []byte) error {
-	if len(data) > MaxCloudEventBytes {
-		return oversized("a CloudEvent of %d bytes, at most %d are read", len(data), MaxCloudEventBytes)
+	e, err := cloudevent.Read(data)
+	if err != nil {
+		return err
 	}
-	var e cloudEvent
-	if err := json.Unmarshal(data, &e); err != nil {
-		return malformed("it is not a CloudEvent in JSON: %v", err)
-	}
-	c, err := CallFromCloudEvent(e.SpecVersion, e.Type, e.Source, e.ID, e.Subject, e.Time, e.Data)
+	c, err := CallOfEvent(&e, 0)
 	if err != nil {
 		return err
 	}

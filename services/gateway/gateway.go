@@ -320,7 +320,7 @@ func (s *service) adminHandler() (http.Handler, error) {
 		keyHeaders = gate.DefaultKeyHeaders()
 	}
 	guarded := http.NewServeMux()
-	guarded.Handle("POST /v1/events", events)
+	guarded.Handle("/v1/events", events)
 	guarded.HandleFunc("GET /v1/sent", s.sent)
 	guarded.Handle("/", telemetry.NewHandler(telemetry.HandlerOptions{Gatherer: s.o.Registerer, Readiness: s.readiness}))
 	var h http.Handler = guarded

@@ -659,7 +659,7 @@ func TestEventsOfForeignGateways(t *testing.T) {
 		reason            string
 	}{
 		"all bad":        {"application/cloudevents+json", event("x", "nobody", ""), 422, usage.ReasonUnknownAccount},
-		"not JSON":       {"application/cloudevents+json", "{", 422, usage.ReasonMalformed},
+		"not JSON":       {"application/cloudevents+json", "{", 400, usage.ReasonMalformed},
 		"broken batch":   {"application/cloudevents-batch+json", "[" + event("x", "search", ""), 400, usage.ReasonMalformed},
 		"no batch":       {"application/cloudevents-batch+json", "{}", 400, usage.ReasonMalformed},
 		"too many":       {"application/cloudevents-batch+json", "[" + strings.Repeat("{},", 10) + "{}]", 413, usage.ReasonOversized},

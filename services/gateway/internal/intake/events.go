@@ -1,21 +1,17 @@
 package intake
 
 import (
-	"bytes"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"mime"
 	"net/http"
-	"net/url"
 	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
 
-	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger/cloudevent"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
@@ -29,31 +25,12 @@ type Event struct {
 	Raw []byte
 }
 
-// structured is the JSON form of a CloudEvent.
-type structured struct {
-	SpecVersion string          `json:"specversion"`
-	ID          string          `json:"id"`
-	Source      string          `json:"source"`
-	Type        string          `json:"type"`
-	Subject     string          `json:"subject,omitempty"`
-	Time        string          `json:"time,omitempty"`
-	ContentType string          `json:"datacontenttype,omitempty"`
-	Traceparent string          `json:"traceparent,omitempty"`
-	Data        json.RawMessage `json:"data,omitempty"`
-	DataBase64  string          `json:"data_base64,omitempty"`
-}
-
-// Media types of the HTTP binding.
-const (
-	mediaStructured = "application/cloudevents+json"
-	mediaBatch      = "application/cloudevents-batch+json"
-	mediaJSON       = "application/json"
-)
-
 // BodyError says why a request as a whole could not be read.
 type BodyError struct {
 	Status int
 	Err    *usage.InvalidError
+	// Raw is what a dead letter keeps instead of the body; nil: the body.
+	Raw []byte
 }
 
 // Error is the sentence for people.
@@ -61,141 +38,141 @@ func (e *BodyError) Error() string { return e.Err.Message }
 
 // Parse reads the events of a request with this header and body, in the
 // structured, batch or binary mode of the HTTP binding. now stands in for the time
-// of events that have none. One bad event spoils no other. At most maxBatch events
-// are taken.
+// of events that have none: the attribute is optional, and no part of the event's
+// identity, so that a second try that is stamped later is still the same event. One
+// bad event spoils no other; what can't be cut into events, or read at all, is a
+// *BodyError. At most maxBatch events are taken.
 func Parse(h http.Header, body []byte, now time.Time, maxBatch int) ([]Event, error) {
-	media, _, err := mime.ParseMediaType(h.Get("Content-Type"))
+	if err := readable(h); err != nil {
+		return nil, err
+	}
+	media, err := mediaType(h)
 	if err != nil {
-		media = ""
+		return nil, err
 	}
 	switch {
-	case media == mediaBatch:
+	case media == cloudevent.BatchType:
 		return parseBatch(body, now, maxBatch)
-	case media == mediaStructured:
+	case media == cloudevent.StructuredType:
+		if err := checkBody("the body", body); err != nil {
+			return nil, err
+		}
 		return []Event{parseStructured(body, now)}, nil
 	case strings.HasPrefix(media, "application/cloudevents"):
-		return nil, bodyError(http.StatusUnsupportedMediaType, usage.ReasonUnknownSchema, "%s can't be read: send %s, %s, or the binary mode", media, mediaStructured, mediaBatch)
-	case h.Get("Ce-Specversion") != "":
-		return []Event{parseBinary(h, media, body, now)}, nil
+		return nil, unsupported("%s can't be read: send %s, %s, or the binary mode", media, cloudevent.StructuredType, cloudevent.BatchType)
+	case len(h.Values("Ce-Specversion")) > 0:
+		return parseBinary(h, media, body, now)
 	}
-	return nil, bodyError(http.StatusUnsupportedMediaType, usage.ReasonUnknownSchema,
-		"this is no CloudEvent: send Content-Type %s or %s, or the headers of the binary mode (ce-specversion, ce-id, ce-source, ce-type)", mediaStructured, mediaBatch)
+	return nil, unsupported("this is no CloudEvent: send Content-Type %s or %s, or the headers of the binary mode (ce-specversion, ce-id, ce-source, ce-type)", cloudevent.StructuredType, cloudevent.BatchType)
 }
 
 func bodyError(status int, reason, format string, args ...any) *BodyError {
-	return &BodyError{status, &usage.InvalidError{Reason: reason, Message: fmt.Sprintf(format, args...)}}
+	return &BodyError{Status: status, Err: &usage.InvalidError{Reason: reason, Message: fmt.Sprintf(format, args...)}}
+}
+
+func unsupported(format string, args ...any) *BodyError {
+	return bodyError(http.StatusUnsupportedMediaType, usage.ReasonUnknownSchema, format, args...)
+}
+
+// checkBody reports a body that is not one JSON value: where an event ends can't be
+// told then, so neither can what another one is.
+func checkBody(what string, body []byte) error {
+	var invalid *usage.InvalidError
+	if errors.As(cloudevent.Check(what, body), &invalid) {
+		return &BodyError{Status: http.StatusBadRequest, Err: invalid}
+	}
+	return nil
 }
 
 func parseBatch(body []byte, now time.Time, maxBatch int) ([]Event, error) {
-	d := json.NewDecoder(bytes.NewReader(body))
-	if t, err := d.Token(); err != nil || t != json.Delim('[') {
-		return nil, bodyError(http.StatusBadRequest, usage.ReasonMalformed, "the batch is not a JSON array")
+	texts, err := cloudevent.Batch(body, maxBatch)
+	var (
+		invalid *usage.InvalidError
+		tooMany *cloudevent.ErrTooMany
+	)
+	switch {
+	case errors.As(err, &tooMany):
+		return nil, bodyError(http.StatusRequestEntityTooLarge, usage.ReasonOversized, "%v", tooMany)
+	case errors.As(err, &invalid):
+		return nil, &BodyError{Status: http.StatusBadRequest, Err: invalid}
+	case err != nil:
+		return nil, bodyError(http.StatusBadRequest, usage.ReasonMalformed, "%v", err)
 	}
-	var events []Event
-	for d.More() {
-		if len(events) == maxBatch {
-			return nil, bodyError(http.StatusRequestEntityTooLarge, usage.ReasonOversized, "a batch holds at most %d events: send several", maxBatch)
-		}
-		var raw json.RawMessage
-		if err := d.Decode(&raw); err != nil {
-			// Where one event ends can't be told any more, so neither can what
-			// the others are.
-			return nil, bodyError(http.StatusBadRequest, usage.ReasonMalformed, "the batch is broken off or is not JSON at event %d", len(events))
-		}
-		events = append(events, parseStructured(raw, now))
-	}
-	if _, err := d.Token(); err != nil {
-		return nil, bodyError(http.StatusBadRequest, usage.ReasonMalformed, "the batch is broken off after event %d", len(events))
+	events := make([]Event, len(texts))
+	for i, text := range texts {
+		events[i] = parseStructured(text, now)
 	}
 	return events, nil
 }
 
 func parseStructured(raw []byte, now time.Time) Event {
-	var s structured
-	if err := json.Unmarshal(raw, &s); err != nil {
-		return bad(Event{Raw: raw}, usage.ReasonMalformed, "the event is not a CloudEvent in JSON: %v", err)
-	}
-	e := Event{Source: s.Source, ID: s.ID, Raw: raw}
-	if s.DataBase64 != "" {
-		if s.Data != nil {
-			return bad(e, usage.ReasonMalformed, "the event has both data and data_base64")
-		}
-		data, err := base64.StdEncoding.DecodeString(s.DataBase64)
-		if err != nil {
-			return bad(e, usage.ReasonMalformed, "the event's data_base64 is not base64")
-		}
-		s.Data = data
-	}
-	if s.ContentType != "" && !isJSON(s.ContentType) {
-		return bad(e, usage.ReasonUnknownSchema, "the event's data is %q, wanted is JSON", s.ContentType)
-	}
-	return s.event(e, now)
+	e, err := cloudevent.Read(raw)
+	return finish(&e, err, raw, now)
 }
 
-func parseBinary(h http.Header, media string, body []byte, now time.Time) Event {
-	s := structured{
-		SpecVersion: attribute(h, "specversion"), ID: attribute(h, "id"), Source: attribute(h, "source"), Type: attribute(h, "type"),
-		Subject: attribute(h, "subject"), Time: attribute(h, "time"), Traceparent: attribute(h, "traceparent"), ContentType: media,
+func parseBinary(h http.Header, media string, body []byte, now time.Time) ([]Event, error) {
+	attributes, bad := attributes(h)
+	raw := asStructured(attributes, h.Get("Content-Type"), body)
+	if media == "" && h.Get("Content-Type") != "" {
+		return nil, &BodyError{Status: http.StatusUnsupportedMediaType, Raw: raw, Err: &usage.InvalidError{
+			Reason: usage.ReasonUnknownSchema, Message: fmt.Sprintf("the Content-Type %q is no media type: send application/json", h.Get("Content-Type"))}}
 	}
-	e := Event{Source: s.Source, ID: s.ID}
-	if json.Valid(body) {
-		s.Data = body
-	} else {
-		s.DataBase64 = base64.StdEncoding.EncodeToString(body)
-	}
-	raw, err := json.Marshal(s)
-	if err != nil {
-		raw = body
-	}
-	e.Raw = raw
-	if media != "" && !isJSON(media) {
-		return bad(e, usage.ReasonUnknownSchema, "the event's data is %q, wanted is JSON", media)
-	}
-	s.Data = body
-	return s.event(e, now)
-}
-
-// attribute reads a ce- header, in which the binding percent-encodes what a
-// header can't hold.
-func attribute(h http.Header, name string) string {
-	v := strings.Trim(h.Get("Ce-"+name), `"`)
-	if strings.Contains(v, "%") {
-		if u, err := url.PathUnescape(v); err == nil {
-			return u
+	if err := cloudevent.JSONType(media); media != "" && err != nil {
+		var invalid *usage.InvalidError
+		if errors.As(err, &invalid) {
+			return nil, &BodyError{Status: http.StatusUnsupportedMediaType, Raw: raw, Err: invalid}
 		}
 	}
-	return v
-}
-
-func isJSON(media string) bool {
-	m, _, err := mime.ParseMediaType(media)
-	return err == nil && (m == mediaJSON || m == "text/json" || strings.HasSuffix(m, "+json"))
-}
-
-func (s *structured) event(e Event, now time.Time) Event {
-	at := s.Time
-	if at == "" {
-		// The attribute is optional. It is no part of the event's identity, so a
-		// second try that is stamped later is still the same event.
-		at = now.UTC().Format(time.RFC3339Nano)
+	if err := checkBody("the event's data", body); err != nil {
+		var whole *BodyError
+		if errors.As(err, &whole) {
+			whole.Raw = raw
+		}
+		return nil, err
 	}
-	c, err := ledger.CallFromCloudEvent(s.SpecVersion, s.Type, s.Source, s.ID, s.Subject, at, s.Data)
+	e, err := cloudevent.Binary(attributes, media, body)
+	if bad != nil {
+		err = bad
+	}
+	return []Event{finish(&e, err, raw, now)}, nil
+}
+
+// finish makes a call of an event that was read, or of err why it is none.
+func finish(e *cloudevent.Event, err error, raw []byte, now time.Time) Event {
+	out := Event{Source: e.Source, ID: e.ID, Raw: raw}
 	if err == nil {
-		err = c.Validate(usage.At(now))
+		out.Call, err = ledger.CallOfEvent(e, usage.At(now))
 	}
 	var invalid *usage.InvalidError
 	switch {
 	case errors.As(err, &invalid):
-		e.Err = invalid
-		return e
+		out.Err = invalid
 	case err != nil:
-		return bad(e, usage.ReasonMalformed, "%v", err)
+		return bad(out, usage.ReasonMalformed, "%v", err)
 	}
-	if s.Traceparent != "" {
-		c.TraceID, c.SpanID, c.TraceFlags, _ = gate.ParseTraceparent(s.Traceparent)
+	return out
+}
+
+// asStructured is an event of the binary mode as the structured mode has it, as well
+// as it can be told: it can be posted again.
+func asStructured(attributes []cloudevent.Attribute, contentType string, body []byte) []byte {
+	m := map[string]any{}
+	for _, a := range attributes {
+		m[a.Name] = a.Value
 	}
-	e.Call = c
-	return e
+	if contentType != "" {
+		m["datacontenttype"] = contentType
+	}
+	if json.Valid(body) {
+		m["data"] = json.RawMessage(body)
+	} else {
+		m["data_base64"] = body
+	}
+	raw, err := json.Marshal(m)
+	if err != nil {
+		return body
+	}
+	return raw
 }
 
 func bad(e Event, reason, format string, args ...any) Event {

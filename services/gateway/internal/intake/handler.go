@@ -49,8 +49,11 @@ type HandlerOptions struct {
 // Handler answers POST /v1/events:
 //
 //	202 all events are with the outbox
-//	207 some are, the others are dead letters: the body lists them
-//	422 all are dead letters; 400, 413, 415 the body as a whole is one
+//	207 some are, the others are dead letters: the body lists them by their index
+//	422 all are dead letters
+//	400, 413, 415 the body can't be read, or not be cut into events: it is one dead
+//	    letter as a whole, and nothing of it was taken
+//	405 the method is not POST
 //	503 some could not be taken now: send the whole request again, what was taken
 //	    is known by its (account, source, id)
 //
@@ -107,6 +110,11 @@ type Rejected struct {
 
 // ServeHTTP implements http.Handler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodPost {
+		w.Header().Set("Allow", http.MethodPost)
+		h.reply(w, http.StatusMethodNotAllowed, Reply{Detail: "Events are taken by POST."})
+		return
+	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, h.o.MaxBody))
 	// From now on: a client may take its time to send.
 	ctx, cancel := context.WithTimeout(r.Context(), h.o.Timeout)
@@ -115,13 +123,20 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		var tooLarge *http.MaxBytesError
 		if errors.As(err, &tooLarge) {
 			h.rejectBody(ctx, w, body, bodyError(http.StatusRequestEntityTooLarge, usage.ReasonOversized, "the body is larger than %d bytes: send several requests", h.o.MaxBody))
+			return
 		}
-		return // else the client is gone
+		// A client that has only closed its sending half is still there to hear it.
+		h.events.WithLabelValues("unavailable").Inc()
+		h.reply(w, http.StatusBadRequest, Reply{Detail: "The body broke off before its end, and nothing of it was taken: send the whole request again."})
+		return
 	}
 	events, err := Parse(r.Header, body, h.o.Now(), h.o.MaxBatch)
 	if err != nil {
 		var whole *BodyError
 		if errors.As(err, &whole) {
+			if whole.Status == http.StatusUnsupportedMediaType {
+				w.Header().Set("Accept-Encoding", "identity")
+			}
 			h.rejectBody(ctx, w, body, whole)
 		}
 		return
@@ -252,6 +267,9 @@ func (h *Handler) rejectBody(ctx context.Context, w http.ResponseWriter, body []
 	rejected := []Rejected{{Index: 0, Reason: e.Err.Reason, Detail: e.Err.Message}}
 	h.events.WithLabelValues("rejected").Inc()
 	status := e.Status
+	if e.Raw != nil {
+		body = e.Raw
+	}
 	if !h.bury(ctx, []Letter{{Reason: e.Err.Reason, Detail: e.Err.Message, Event: body}}, rejected) {
 		status = http.StatusServiceUnavailable
 	}
