@@ -586,6 +586,12 @@ func TestCloudEventsThatCannotBeCountedAreRefusedWithTheirReason(t *testing.T) {
 		"a broken reading":        {`"status":200`, `"meters":{"cost":1.5}`, usage.ReasonMalformed},
 		"a thousand meters":       {`"status":200`, `"meters":{` + many.String() + `"x":1}`, usage.ReasonOversized},
 		"an event of 65 KB":       {`"status":200`, `"x":"` + strings.Repeat("x", cloudevent.MaxBytes) + `"`, usage.ReasonOversized},
+		"an unknown member":       {`"status":200`, `"meter":{"calls":5}`, usage.ReasonMalformed},
+		"a member twice":          {`"status":200`, `"status":200,"status":402`, usage.ReasonMalformed},
+		"an id of no UTF-8":       {`"id":"1"`, "\"id\":\"\xff\"", usage.ReasonMalformed},
+		"half a surrogate pair":   {`"id":"1"`, `"id":"\ud800"`, usage.ReasonMalformed},
+		"two events":              {`200}}`, `200}}{}`, usage.ReasonMalformed},
+		"a comma in the time":     {`05Z`, `05,5Z`, usage.ReasonMalformed},
 		"a long account":          {`"subject":"a"`, `"subject":"` + strings.Repeat("x", 257) + `"`, usage.ReasonOversized},
 	} {
 		t.Run(name, func(t *testing.T) {
