@@ -12,7 +12,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/records"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/directory"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/wallet"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
@@ -47,9 +47,7 @@ func (g *Gate) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("gate: open the outbox: %w", err)
 	}
-	g.table.Store(table.New(shards, ledger.ShardOf, table.Policy{
-		Pass: g.o.Unknown.Mode == PassUnknown, MaxCalls: g.o.Unknown.MaxCalls, StaleAfter: usage.Micros(g.o.StaleAfter.Microseconds()),
-	}))
+	g.open(shards)
 	g.outbox.Store(&out)
 	w, err := g.openWallet(nc, js, out, shards)
 	if err != nil {
@@ -82,6 +80,15 @@ func (g *Gate) geometry(ctx context.Context, js jetstream.JetStream) (uint32, bo
 	}
 }
 
+// open makes the table, of which nothing is known, and the directory in front of it.
+func (g *Gate) open(shards uint32) {
+	t := table.New(shards, ledger.ShardOf, table.Policy{
+		Pass: g.o.Unknown.Mode == PassUnknown, MaxCalls: g.o.Unknown.MaxCalls, StaleAfter: usage.Micros(g.o.StaleAfter.Microseconds()),
+	})
+	g.directory.Store(directory.New(t, &g.write))
+	g.table.Store(t)
+}
+
 func (g *Gate) run(ctx context.Context, nc *nats.Conn, js jetstream.JetStream, out Outbox, w *wallet.Wallet) error {
 	// The outbox outlives the feeds: it has to get rid of what it holds.
 	outCtx, stopOutbox := context.WithCancel(context.WithoutCancel(ctx))
@@ -103,7 +110,7 @@ func (g *Gate) run(ctx context.Context, nc *nats.Conn, js jetstream.JetStream, o
 		walletDone <- err
 	}()
 
-	directory := ledger.NewMirror(nc, js, ledger.MirrorOptions{Bucket: ledger.DirectoryBucket}, &directoryFeed{g})
+	accounts := ledger.NewMirror(nc, js, ledger.MirrorOptions{Bucket: ledger.DirectoryBucket}, &directoryFeed{g})
 	decisions := ledger.NewMirror(nc, js, ledger.MirrorOptions{Bucket: ledger.DecisionsBucket}, &decisionsFeed{g})
 	var wg sync.WaitGroup
 	errs := make(chan error, 4)
@@ -117,7 +124,7 @@ func (g *Gate) run(ctx context.Context, nc *nats.Conn, js jetstream.JetStream, o
 			}
 		}()
 	}
-	start("directory", directory.Run)
+	start("directory", accounts.Run)
 	start("decisions", decisions.Run)
 	start("beacons", func(ctx context.Context) error { return g.hearBeacons(ctx, nc, decisions.Announce) })
 	start("clock", g.tick)
@@ -223,58 +230,21 @@ func (g *Gate) refresh() {
 	g.ready.Fresh(f, g.full.Told(clock))
 }
 
-// directoryFeed brings keys and accounts to the table.
+// directoryFeed brings keys, accounts and plans.
 type directoryFeed struct{ g *Gate }
 
 func (f *directoryFeed) Reset(all []ledger.Change) {
-	var keys []table.Key
-	var accounts []table.AccountRecord
-	for i := range all {
-		switch k, a, err := records.Read(&all[i]); {
-		case err != nil:
-			f.g.skip(ledger.DirectoryBucket, all[i].Key, err)
-		case k != nil:
-			keys = append(keys, *k)
-		case a != nil:
-			accounts = append(accounts, *a)
-		}
+	for key, err := range f.g.directory.Load().Reset(all) {
+		f.g.skip(ledger.DirectoryBucket, key, err)
 	}
-	f.g.write.Lock()
-	f.g.table.Load().ResetDirectory(keys, accounts)
-	f.g.write.Unlock()
 	f.g.ready.Resync(ledger.DirectoryBucket)
 	f.g.metrics.resyncs.WithLabelValues(ledger.DirectoryBucket).Inc()
 	f.g.refresh()
 }
 
 func (f *directoryFeed) Apply(c ledger.Change) {
-	if c.Value == nil {
-		f.delete(c)
-		return
-	}
-	k, a, err := records.Read(&c)
-	if err != nil {
+	if err := f.g.directory.Load().Apply(c); err != nil {
 		f.g.skip(ledger.DirectoryBucket, c.Key, err)
-		return
-	}
-	f.g.write.Lock()
-	defer f.g.write.Unlock()
-	switch {
-	case k != nil:
-		f.g.table.Load().SetKey(*k)
-	case a != nil:
-		f.g.table.Load().SetAccount(*a)
-	}
-}
-
-func (f *directoryFeed) delete(c ledger.Change) {
-	f.g.write.Lock()
-	defer f.g.write.Unlock()
-	t := f.g.table.Load()
-	if h, ok := records.Key(c.Key); ok {
-		t.DeleteKey(h, c.Sequence)
-	} else if id, ok := records.Account(c.Key); ok {
-		t.DeleteAccount(id, c.Sequence)
 	}
 }
 

@@ -22,6 +22,7 @@ import (
 	"github.com/rs/zerolog"
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/directory"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/pace"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/ready"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
@@ -146,14 +147,15 @@ type Gate struct {
 	now     func() time.Time
 	metrics *metrics
 
-	// The feeds write one at a time; nobody else takes this lock.
-	write  sync.Mutex
-	table  atomic.Pointer[table.Table]
-	outbox atomic.Pointer[Outbox]
-	wallet atomic.Pointer[wallet.Wallet]
-	ready  *ready.Parts
-	logs   pace.Limiter
-	full   pace.Full
+	// The feeds write one at a time, and so does who asks for an account first.
+	write     sync.Mutex
+	directory atomic.Pointer[directory.Directory] // in front of table
+	table     atomic.Pointer[table.Table]
+	outbox    atomic.Pointer[Outbox]
+	wallet    atomic.Pointer[wallet.Wallet]
+	ready     *ready.Parts
+	logs      pace.Limiter
+	full      pace.Full
 }
 
 // Errors of Settle.
@@ -209,23 +211,23 @@ func New(o Options) (*Gate, error) {
 }
 
 // Account finds who owns the API key with this SHA-256. It takes no lock and
-// does not allocate.
+// does not allocate, except for the first time that an account is asked for.
 func (g *Gate) Account(h *KeyHash) (Caller, Lookup) {
-	t := g.table.Load()
-	if t == nil {
+	d := g.directory.Load()
+	if d == nil {
 		return Caller{}, CannotTell
 	}
-	return t.ByKey(h)
+	return d.ByKey(h)
 }
 
 // AccountByID finds an account of the directory. It takes no lock and does not
-// allocate.
+// allocate, except for the first time that the account is asked for.
 func (g *Gate) AccountByID(id string) (*Account, Lookup) {
-	t := g.table.Load()
-	if t == nil {
+	d := g.directory.Load()
+	if d == nil {
 		return nil, CannotTell
 	}
-	return t.ByID(id)
+	return d.ByID(id)
 }
 
 // Admit decides about a call from what is in memory. It takes no lock and does

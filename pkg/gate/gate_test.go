@@ -29,6 +29,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger/directory"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 )
@@ -93,16 +94,25 @@ func offline(t testing.TB, edit ...func(*Options)) (*Gate, *box) {
 	}
 	var out Outbox = b
 	g.outbox.Store(&out)
-	g.table.Store(table.New(4, ledger.ShardOf, table.Policy{Pass: g.o.Unknown.Mode == PassUnknown, MaxCalls: g.o.Unknown.MaxCalls, StaleAfter: usage.Micros(g.o.StaleAfter.Microseconds())}))
-	d := &directoryFeed{g}
-	h := HashKey("sk-acme")
-	d.Reset([]ledger.Change{
-		change(t, ledger.DirectoryAccount("acme"), &tollkeeperv1.AccountRecord{Id: "acme", Path: []string{"acme"}}, 1),
-		change(t, ledger.DirectoryKey(hex.EncodeToString(h[:])), &tollkeeperv1.KeyRecord{KeyId: "k1", Account: "acme"}, 2),
-	})
+	g.open(4)
+	(&directoryFeed{g}).Reset(recordsOf(t, []directory.Account{{ID: "acme"}}, directory.Key{Hash: HashKey("sk-acme"), ID: "k1", Account: "acme"}))
 	(&decisionsFeed{g}).Reset(nil)
 	g.beacons(1)
 	return g, b
+}
+
+// recordsOf is a directory as it stands in the bucket.
+func recordsOf(t testing.TB, accounts []directory.Account, keys ...directory.Key) []ledger.Change {
+	t.Helper()
+	records, err := directory.Records(nil, accounts, keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []ledger.Change
+	for key, value := range records {
+		all = append(all, ledger.Change{Key: key, Value: value, Sequence: uint64(len(all) + 1)})
+	}
+	return all
 }
 
 func (g *Gate) beacons(epoch uint64) {
@@ -569,23 +579,33 @@ func TestTheFeedFollowsDeletions(t *testing.T) {
 		t.Error("the deleted decision refuses")
 	}
 	h := HashKey("sk-acme")
-	d.Apply(ledger.Change{Key: ledger.DirectoryKey(hex.EncodeToString(h[:])), Sequence: 9})
+	keys := directory.KeysKey(directory.KeyPart(h))
+	if _, found := g.Account(&h); found != Found {
+		t.Errorf("the key: %v", found)
+	}
+	d.Apply(ledger.Change{Key: keys, Sequence: 9})
 	if _, found := g.Account(&h); found != NotFound {
 		t.Errorf("the deleted key: %v", found)
 	}
-	d.Apply(change(t, ledger.DirectoryAccount("weird/ü id"), &tollkeeperv1.AccountRecord{Id: "weird/ü id", Path: []string{"weird/ü id"}}, 10))
-	if _, found := g.AccountByID("weird/ü id"); found != Found {
+	const weird = "weird/ü id"
+	for _, c := range recordsOf(t, []directory.Account{{ID: weird}}) {
+		d.Apply(c)
+	}
+	if _, found := g.AccountByID(weird); found != Found {
 		t.Errorf("a weird id: %v", found)
 	}
-	d.Apply(ledger.Change{Key: ledger.DirectoryAccount("weird/ü id"), Sequence: 11})
-	if _, found := g.AccountByID("weird/ü id"); found != NotFound {
+	d.Apply(ledger.Change{Key: directory.AccountsKey(directory.AccountPart(weird)), Sequence: 11})
+	if _, found := g.AccountByID(weird); found != NotFound {
 		t.Errorf("a deleted weird id: %v", found)
 	}
 	for _, bad := range []ledger.Change{
-		{Key: "key.zz", Value: []byte{}}, {Key: "account.acme", Value: []byte("\xff")},
-		change(t, "account.other", &tollkeeperv1.AccountRecord{Id: "acme"}, 12), change(t, ledger.DirectoryKey(hex.EncodeToString(h[:])), &tollkeeperv1.KeyRecord{}, 13),
+		{Key: keys, Value: []byte("\xff")}, {Key: directory.PlansKey, Value: []byte("\xff")}, change(t, keys, &tollkeeperv1.DirectoryKeys{Keys: []*tollkeeperv1.DirectoryKey{{Sha256: []byte("short")}}}, 12),
+		change(t, directory.AccountsKey(directory.AccountPart("acme")), &tollkeeperv1.DirectoryAccounts{Accounts: []*tollkeeperv1.DirectoryAccount{{Id: "other"}}}, 13),
 	} {
 		d.Apply(bad)
+	}
+	if _, found := g.AccountByID("acme"); found != Found {
+		t.Errorf("a record that can't be read took an account away: %v", found)
 	}
 	if n := testutil.ToFloat64(g.metrics.undecoded.WithLabelValues("directory")); n != 4 {
 		t.Errorf("%v records were found bad, want 4", n)

@@ -71,21 +71,24 @@ func newMetrics(r prometheus.Registerer, g *Gate) (*metrics, error) {
 	if r == nil {
 		return m, nil
 	}
-	size := func(f func(table.Size) int64) func() float64 {
+	size := func(f func(accounts, keys int, held table.Size) float64) func() float64 {
 		return func() float64 {
-			if t := g.table.Load(); t != nil {
-				return float64(f(t.Size()))
+			d, t := g.directory.Load(), g.table.Load()
+			if d == nil || t == nil {
+				return 0
 			}
-			return 0
+			accounts, keys := d.Size()
+			return f(accounts, keys, t.Size())
 		}
 	}
 	for _, c := range []prometheus.Collector{
 		m.refusals, m.calls, m.unknownPassed, m.unsettled, m.outdated, m.decisions, m.undecoded, m.resyncs, m.latencies, m.implausible,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tollkeeper_gate_decision_latency_max_seconds", Help: "The longest decision latency since the start."},
 			func() float64 { return time.Duration(m.maxLatency.Load()).Seconds() }),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tollkeeper_gate_accounts", Help: "Accounts in the local directory."}, size(func(s table.Size) int64 { return s.Accounts })),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tollkeeper_gate_keys", Help: "API keys in the local directory."}, size(func(s table.Size) int64 { return s.Keys })),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tollkeeper_gate_exceptional_accounts", Help: "Accounts with a deny or a warning against them."}, size(func(s table.Size) int64 { return s.Exceptional })),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tollkeeper_gate_accounts", Help: "Accounts in the local directory."}, size(func(accounts, _ int, _ table.Size) float64 { return float64(accounts) })),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tollkeeper_gate_keys", Help: "API keys in the local directory."}, size(func(_, keys int, _ table.Size) float64 { return float64(keys) })),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tollkeeper_gate_exceptional_accounts", Help: "Accounts with a deny or a warning against them."}, size(func(_, _ int, held table.Size) float64 { return float64(held.Exceptional) })),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "tollkeeper_gate_accounts_at_hand", Help: "Accounts of the local directory that were asked for since the start."}, size(func(_, _ int, held table.Size) float64 { return float64(held.Accounts) })),
 	} {
 		if err := r.Register(c); err != nil {
 			return nil, err

@@ -2,7 +2,6 @@ package gate
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -16,8 +15,8 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/pace"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger/directory"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 )
 
 // A key may be known a moment before its account, and an account may go.
@@ -29,9 +28,15 @@ func TestACallIsNeverRecordedInAnotherAccountsShard(t *testing.T) {
 	for i := 0; ledger.ShardOf(account, 4) != 3; i++ {
 		account = fmt.Sprint("late-", i)
 	}
-	h := HashKey("sk-late")
-	d.Apply(change(t, ledger.DirectoryKey(hex.EncodeToString(h[:])), &tollkeeperv1.KeyRecord{KeyId: "k2", Account: account}, 3))
-	record := change(t, ledger.DirectoryAccount(account), &tollkeeperv1.AccountRecord{Id: account, Path: []string{account}}, 4)
+	for _, c := range recordsOf(t, nil, directory.Key{Hash: HashKey("sk-late"), ID: "k2", Account: account}) {
+		d.Apply(c)
+	}
+	var record ledger.Change
+	for _, c := range recordsOf(t, []directory.Account{{ID: account}}) {
+		if c.Key != directory.PlansKey {
+			record = c
+		}
+	}
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(stopped)

@@ -133,9 +133,3 @@ func DecisionKey(shard uint32, account, limitID string) string {
 func CheckpointKey(shard uint32) string {
 	return "checkpoint." + strconv.FormatUint(uint64(shard), 10)
 }
-
-// DirectoryKey is the KV key of an API key's record: the hex SHA-256 of the key.
-func DirectoryKey(keyHash string) string { return "key." + keyHash }
-
-// DirectoryAccount is the KV key of an account's record.
-func DirectoryAccount(account string) string { return "account." + KeyToken(account) }

@@ -28,9 +28,11 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger/directory"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
+	"github.com/tollkeeper/tollkeeper/services/internal/leasetest"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
@@ -96,6 +98,9 @@ func worldOn(t testing.TB, srv *embednats.Server) *world {
 	if w.directory, err = w.js.KeyValue(t.Context(), ledger.DirectoryBucket); err != nil {
 		t.Fatal(err)
 	}
+	if err := leasetest.PutPlan(t.Context(), w.directory, usage.Plan{ID: "pro"}); err != nil {
+		t.Fatal(err)
+	}
 	if w.decisions, err = w.js.KeyValue(t.Context(), ledger.DecisionsBucket); err != nil {
 		t.Fatal(err)
 	}
@@ -159,13 +164,22 @@ func (w *world) put(kv jetstream.KeyValue, key string, m proto.Message) {
 
 func (w *world) account(path ...string) {
 	w.t.Helper()
-	w.put(w.directory, ledger.DirectoryAccount(path[0]), &tollkeeperv1.AccountRecord{Id: path[0], Path: path, Plan: "pro"})
+	for i, id := range path {
+		a := directory.Account{ID: id, Plan: "pro"}
+		if i+1 < len(path) {
+			a.Parent = path[i+1]
+		}
+		if err := leasetest.PutAccount(w.t.Context(), w.directory, a); err != nil {
+			w.t.Fatal(err)
+		}
+	}
 }
 
 func (w *world) key(key, id, account string) {
 	w.t.Helper()
-	h := sha256.Sum256([]byte(key))
-	w.put(w.directory, ledger.DirectoryKey(hex.EncodeToString(h[:])), &tollkeeperv1.KeyRecord{KeyId: id, Account: account})
+	if err := leasetest.PutKey(w.t.Context(), w.directory, directory.Key{Hash: sha256.Sum256([]byte(key)), ID: id, Account: account}); err != nil {
+		w.t.Fatal(err)
+	}
 }
 
 // decide publishes a decision as an aggregator does and returns it.

@@ -30,7 +30,7 @@ func many(n int) (*Table, []KeyHash, []string) {
 		keys[i] = Key{Hash: hashes[i], KeyID: "k" + id, Account: id}
 		accounts[i] = AccountRecord{ID: id, Path: []string{id, team, org}, Plan: "pro"}
 	}
-	t.ResetDirectory(keys, accounts)
+	t.setDirectory(keys, accounts)
 	t.ResetDecisions(nil)
 	for s := range uint32(8) {
 		t.Hear(Beacon{Shard: s, Epoch: 1, StreamTime: 1}, 1)

@@ -35,7 +35,8 @@ type Account struct {
 
 	// The writer's.
 	states     *state // first of its decisions
-	keys       int    // keys that point here
+	keys       int32  // keys that point here
+	below      int32  // records of other accounts whose path it is on
 	seq        uint64 // of its record
 	allowances []*Allowance
 }

@@ -16,10 +16,21 @@ const second = usage.Micros(1_000_000)
 
 var policy = Policy{Pass: true, MaxCalls: 3, StaleAfter: 3 * second}
 
+// setDirectory is what a feed does once it has read all.
+func (t *Table) setDirectory(keys []Key, accounts []AccountRecord) {
+	for _, a := range accounts {
+		t.SetAccount(a)
+	}
+	for _, k := range keys {
+		t.SetKey(k)
+	}
+	t.DirectoryRead()
+}
+
 // family is a table with organisation > team > service, everything known at time 0.
 func family(p Policy) (*Table, *Account) {
 	t := New(4, testShardOf, p)
-	t.ResetDirectory([]Key{{Hash: sha256.Sum256([]byte("secret")), KeyID: "k1", Account: "svc"}}, []AccountRecord{
+	t.setDirectory([]Key{{Hash: sha256.Sum256([]byte("secret")), KeyID: "k1", Account: "svc"}}, []AccountRecord{
 		{ID: "svc", Path: []string{"svc", "team", "org"}, Plan: "pro"},
 		{ID: "team", Path: []string{"team", "org"}},
 		{ID: "org", Path: []string{"org"}},
@@ -438,12 +449,29 @@ func TestAnOlderRevisionNeverReplacesANewerOne(t *testing.T) {
 	})
 }
 
-func TestResetReplacesTheWholeDirectory(t *testing.T) {
+func TestWhatTheDirectoryLosesGoesAndWhatIsHeldStays(t *testing.T) {
 	t.Parallel()
 	tab, svc := family(policy)
 	tab.Apply(deny("team", 1))
 	old, fresh := KeyHash(sha256.Sum256([]byte("secret"))), KeyHash(sha256.Sum256([]byte("new")))
-	tab.ResetDirectory([]Key{{Hash: fresh, KeyID: "k2", Account: "svc"}}, []AccountRecord{{ID: "svc", Path: []string{"svc", "org2"}}, {ID: "org2", Path: []string{"org2"}}})
+	org := tab.Handle("org")
+	if !org.HasBelow() || svc.HasBelow() {
+		t.Error("who is on another's path is not known")
+	}
+	for _, id := range []string{"org", "team", "other"} {
+		tab.DeleteAccount(id, 2)
+	}
+	tab.DeleteKey(old, 2)
+	tab.SetAccount(AccountRecord{ID: "svc", Path: []string{"svc", "org2"}, Seq: 2})
+	tab.SetAccount(AccountRecord{ID: "org2", Path: []string{"org2"}, Seq: 2})
+	tab.SetKey(Key{Hash: fresh, KeyID: "k2", Account: "svc", Seq: 2})
+	if org.HasBelow() {
+		t.Error("an account has somebody below it that moved away")
+	}
+	if d := cmp.Diff([]string{"svc"}, tab.Below(func(a *Account) bool { return a == svc })); d != "" {
+		t.Error(d)
+	}
+	tab.DirectoryRead()
 	if _, found := tab.ByKey(&old); found != NotFound {
 		t.Fatalf("the old key: %v", found)
 	}
@@ -619,7 +647,7 @@ func TestALaggingOwnerDoesNotProlongBlocks(t *testing.T) {
 		"the owner's is behind": {0, -600 * second, 57 * second},
 	} {
 		tab := New(1, func(string, uint32) uint32 { return 0 }, Policy{StaleAfter: 3 * second})
-		tab.ResetDirectory(nil, []AccountRecord{{ID: "acme", Path: []string{"acme"}}})
+		tab.setDirectory(nil, []AccountRecord{{ID: "acme", Path: []string{"acme"}}})
 		tab.ResetDecisions(nil)
 		start := usage.Micros(1_700_000_000) * second
 		end := start + 300*second

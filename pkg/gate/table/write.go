@@ -106,11 +106,60 @@ func (t *Table) setRecord(a *Account, r AccountRecord) {
 			}
 		}
 	}
-	if a.record.Load() == nil {
+	if old := a.record.Load(); old == nil {
 		t.accounts.Add(1)
+	} else {
+		old.leave(a)
+	}
+	for i := range int(rec.n) + len(rec.rest) {
+		if p := rec.at(i); p != a {
+			p.below++
+		}
 	}
 	a.seq = r.Seq
 	a.record.Store(rec)
+}
+
+// leave takes note that the record of a is not in use any more.
+func (r *record) leave(a *Account) {
+	for i := range int(r.n) + len(r.rest) {
+		if p := r.at(i); p != a {
+			p.below--
+		}
+	}
+}
+
+// Handle returns the account's handle, nil when nobody has asked for it. Writer only.
+func (t *Table) Handle(id string) *Account {
+	if c := t.ids.get(&id, t.hashID(&id)); c != nil {
+		return c.account
+	}
+	return nil
+}
+
+// HasKey reports whether the key is in the table. Writer only.
+func (t *Table) HasKey(h *KeyHash) bool { return t.keys.get(h, hashKey(h)) != nil }
+
+// HasBelow reports whether the account is on the path of another. Writer only.
+func (a *Account) HasBelow() bool { return a.below > 0 }
+
+// Below returns the ids of all accounts with a record on whose path, themselves
+// included, there is one that of chooses. Writer only.
+func (t *Table) Below(of func(*Account) bool) []string {
+	var ids []string
+	t.ids.each(func(c *cell[string]) {
+		r := c.account.record.Load()
+		if r == nil {
+			return
+		}
+		for i := range int(r.n) + len(r.rest) {
+			if of(r.at(i)) {
+				ids = append(ids, c.key)
+				return
+			}
+		}
+	})
+	return ids
 }
 
 // DeleteAccount forgets an account's record unless a newer one is there. Its
@@ -120,6 +169,7 @@ func (t *Table) DeleteAccount(id string, seq uint64) {
 	if c == nil || c.account.record.Load() == nil || c.account.seq > seq {
 		return
 	}
+	c.account.record.Load().leave(c.account)
 	c.account.record.Store(nil)
 	t.accounts.Add(-1)
 }
@@ -134,44 +184,9 @@ func (t *Table) handle(id string) *Account {
 	return a
 }
 
-// ResetDirectory replaces all keys and accounts. What a reader sees meanwhile is,
-// account by account, the old or the new.
-func (t *Table) ResetDirectory(keys []Key, accounts []AccountRecord) {
-	wanted := make(map[string]struct{}, len(accounts))
-	for _, r := range accounts {
-		wanted[r.ID] = struct{}{}
-		// A Reset is the newest there is: no sequence is compared.
-		t.setRecord(t.handle(r.ID), r)
-	}
-	var gone []*Account
-	t.ids.each(func(c *cell[string]) {
-		if _, ok := wanted[c.key]; !ok && c.account.record.Load() != nil {
-			gone = append(gone, c.account)
-		}
-		c.account.keys = 0
-	})
-	for _, a := range gone {
-		a.record.Store(nil)
-	}
-	t.accounts.Store(int64(len(wanted)))
-
-	// The new keys are built aside: a key that is in both is never missing.
-	var fresh index[KeyHash]
-	fresh.reset(len(keys), hashKey)
-	count := 0
-	for _, k := range keys {
-		a := t.handle(k.Account)
-		c := &cell[KeyHash]{key: k.Hash, account: a, keyID: &k.KeyID, seq: k.Seq}
-		if fresh.get(&c.key, hashKey(&c.key)) == nil {
-			count++
-		}
-		fresh.put(c)
-		a.keys++
-	}
-	t.keys.used = fresh.used
-	t.keys.slots.Store(fresh.slots.Load())
-	t.keyCount.Store(int64(count))
-
+// DirectoryRead says that the directory was read as a whole, and that the table has
+// what holds of all that it had before.
+func (t *Table) DirectoryRead() {
 	t.purge()
 	t.directoryMirror = mirror{loaded: true}
 	t.directory.Store(true)

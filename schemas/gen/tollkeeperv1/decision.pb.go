@@ -452,29 +452,28 @@ func (x *Beacon) GetSentAtUnixMicros() int64 {
 	return 0
 }
 
-// KeyRecord is what a gateway knows of an API key, under the key's hash.
-type KeyRecord struct {
+// DirectoryAccounts are the accounts of one part, in the order of their ids' bytes.
+type DirectoryAccounts struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	KeyId         string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
-	Account       string                 `protobuf:"bytes,2,opt,name=account,proto3" json:"account,omitempty"`
+	Accounts      []*DirectoryAccount    `protobuf:"bytes,1,rep,name=accounts,proto3" json:"accounts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *KeyRecord) Reset() {
-	*x = KeyRecord{}
+func (x *DirectoryAccounts) Reset() {
+	*x = DirectoryAccounts{}
 	mi := &file_tollkeeper_v1_decision_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *KeyRecord) String() string {
+func (x *DirectoryAccounts) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*KeyRecord) ProtoMessage() {}
+func (*DirectoryAccounts) ProtoMessage() {}
 
-func (x *KeyRecord) ProtoReflect() protoreflect.Message {
+func (x *DirectoryAccounts) ProtoReflect() protoreflect.Message {
 	mi := &file_tollkeeper_v1_decision_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -486,55 +485,45 @@ func (x *KeyRecord) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use KeyRecord.ProtoReflect.Descriptor instead.
-func (*KeyRecord) Descriptor() ([]byte, []int) {
+// Deprecated: Use DirectoryAccounts.ProtoReflect.Descriptor instead.
+func (*DirectoryAccounts) Descriptor() ([]byte, []int) {
 	return file_tollkeeper_v1_decision_proto_rawDescGZIP(), []int{3}
 }
 
-func (x *KeyRecord) GetKeyId() string {
+func (x *DirectoryAccounts) GetAccounts() []*DirectoryAccount {
 	if x != nil {
-		return x.KeyId
+		return x.Accounts
 	}
-	return ""
+	return nil
 }
 
-func (x *KeyRecord) GetAccount() string {
-	if x != nil {
-		return x.Account
-	}
-	return ""
-}
-
-// AccountRecord is what a gateway knows of an account.
-type AccountRecord struct {
+// DirectoryAccount says where an account belongs. Its path and its limits follow from
+// its parents and from the plans, which stand in records of their own.
+type DirectoryAccount struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// From the account itself up to its root, both included.
-	Path []string `protobuf:"bytes,2,rep,name=path,proto3" json:"path,omitempty"`
-	Plan string   `protobuf:"bytes,3,opt,name=plan,proto3" json:"plan,omitempty"`
-	// The strictest tier of the limits on the path.
-	Tier string `protobuf:"bytes,4,opt,name=tier,proto3" json:"tier,omitempty"`
-	// The limits along the path, for the RateLimit-Policy header and the
-	// console: "<plan>/<limit>" with the account that carries it.
-	Limits        []*AccountLimit `protobuf:"bytes,5,rep,name=limits,proto3" json:"limits,omitempty"`
+	// Empty for a root.
+	Parent string `protobuf:"bytes,2,opt,name=parent,proto3" json:"parent,omitempty"`
+	// Empty: no limits of its own.
+	Plan          string `protobuf:"bytes,3,opt,name=plan,proto3" json:"plan,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *AccountRecord) Reset() {
-	*x = AccountRecord{}
+func (x *DirectoryAccount) Reset() {
+	*x = DirectoryAccount{}
 	mi := &file_tollkeeper_v1_decision_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *AccountRecord) String() string {
+func (x *DirectoryAccount) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*AccountRecord) ProtoMessage() {}
+func (*DirectoryAccount) ProtoMessage() {}
 
-func (x *AccountRecord) ProtoReflect() protoreflect.Message {
+func (x *DirectoryAccount) ProtoReflect() protoreflect.Message {
 	mi := &file_tollkeeper_v1_decision_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -546,69 +535,54 @@ func (x *AccountRecord) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use AccountRecord.ProtoReflect.Descriptor instead.
-func (*AccountRecord) Descriptor() ([]byte, []int) {
+// Deprecated: Use DirectoryAccount.ProtoReflect.Descriptor instead.
+func (*DirectoryAccount) Descriptor() ([]byte, []int) {
 	return file_tollkeeper_v1_decision_proto_rawDescGZIP(), []int{4}
 }
 
-func (x *AccountRecord) GetId() string {
+func (x *DirectoryAccount) GetId() string {
 	if x != nil {
 		return x.Id
 	}
 	return ""
 }
 
-func (x *AccountRecord) GetPath() []string {
+func (x *DirectoryAccount) GetParent() string {
 	if x != nil {
-		return x.Path
+		return x.Parent
 	}
-	return nil
+	return ""
 }
 
-func (x *AccountRecord) GetPlan() string {
+func (x *DirectoryAccount) GetPlan() string {
 	if x != nil {
 		return x.Plan
 	}
 	return ""
 }
 
-func (x *AccountRecord) GetTier() string {
-	if x != nil {
-		return x.Tier
-	}
-	return ""
-}
-
-func (x *AccountRecord) GetLimits() []*AccountLimit {
-	if x != nil {
-		return x.Limits
-	}
-	return nil
-}
-
-type AccountLimit struct {
+// DirectoryKeys are the API keys of one part, in the order of their hashes.
+type DirectoryKeys struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Account       string                 `protobuf:"bytes,1,opt,name=account,proto3" json:"account,omitempty"`
-	Plan          string                 `protobuf:"bytes,2,opt,name=plan,proto3" json:"plan,omitempty"`
-	Limit         *Limit                 `protobuf:"bytes,3,opt,name=limit,proto3" json:"limit,omitempty"`
+	Keys          []*DirectoryKey        `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *AccountLimit) Reset() {
-	*x = AccountLimit{}
+func (x *DirectoryKeys) Reset() {
+	*x = DirectoryKeys{}
 	mi := &file_tollkeeper_v1_decision_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *AccountLimit) String() string {
+func (x *DirectoryKeys) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*AccountLimit) ProtoMessage() {}
+func (*DirectoryKeys) ProtoMessage() {}
 
-func (x *AccountLimit) ProtoReflect() protoreflect.Message {
+func (x *DirectoryKeys) ProtoReflect() protoreflect.Message {
 	mi := &file_tollkeeper_v1_decision_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -620,30 +594,78 @@ func (x *AccountLimit) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use AccountLimit.ProtoReflect.Descriptor instead.
-func (*AccountLimit) Descriptor() ([]byte, []int) {
+// Deprecated: Use DirectoryKeys.ProtoReflect.Descriptor instead.
+func (*DirectoryKeys) Descriptor() ([]byte, []int) {
 	return file_tollkeeper_v1_decision_proto_rawDescGZIP(), []int{5}
 }
 
-func (x *AccountLimit) GetAccount() string {
+func (x *DirectoryKeys) GetKeys() []*DirectoryKey {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+// DirectoryKey says whose an API key is.
+type DirectoryKey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SHA-256 of the key, 32 bytes.
+	Sha256        []byte `protobuf:"bytes,1,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	KeyId         string `protobuf:"bytes,2,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	Account       string `protobuf:"bytes,3,opt,name=account,proto3" json:"account,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DirectoryKey) Reset() {
+	*x = DirectoryKey{}
+	mi := &file_tollkeeper_v1_decision_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DirectoryKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DirectoryKey) ProtoMessage() {}
+
+func (x *DirectoryKey) ProtoReflect() protoreflect.Message {
+	mi := &file_tollkeeper_v1_decision_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DirectoryKey.ProtoReflect.Descriptor instead.
+func (*DirectoryKey) Descriptor() ([]byte, []int) {
+	return file_tollkeeper_v1_decision_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *DirectoryKey) GetSha256() []byte {
+	if x != nil {
+		return x.Sha256
+	}
+	return nil
+}
+
+func (x *DirectoryKey) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *DirectoryKey) GetAccount() string {
 	if x != nil {
 		return x.Account
 	}
 	return ""
-}
-
-func (x *AccountLimit) GetPlan() string {
-	if x != nil {
-		return x.Plan
-	}
-	return ""
-}
-
-func (x *AccountLimit) GetLimit() *Limit {
-	if x != nil {
-		return x.Limit
-	}
-	return nil
 }
 
 var File_tollkeeper_v1_decision_proto protoreflect.FileDescriptor
@@ -687,20 +709,19 @@ const file_tollkeeper_v1_decision_proto_rawDesc = "" +
 	"\x0fledger_sequence\x18\x03 \x01(\x04R\x0eledgerSequence\x125\n" +
 	"\x17stream_time_unix_micros\x18\x04 \x01(\x03R\x14streamTimeUnixMicros\x12-\n" +
 	"\x12decisions_sequence\x18\x05 \x01(\x04R\x11decisionsSequence\x12-\n" +
-	"\x13sent_at_unix_micros\x18\x06 \x01(\x03R\x10sentAtUnixMicros\"<\n" +
-	"\tKeyRecord\x12\x15\n" +
-	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x18\n" +
-	"\aaccount\x18\x02 \x01(\tR\aaccount\"\x90\x01\n" +
-	"\rAccountRecord\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
-	"\x04path\x18\x02 \x03(\tR\x04path\x12\x12\n" +
-	"\x04plan\x18\x03 \x01(\tR\x04plan\x12\x12\n" +
-	"\x04tier\x18\x04 \x01(\tR\x04tier\x123\n" +
-	"\x06limits\x18\x05 \x03(\v2\x1b.tollkeeper.v1.AccountLimitR\x06limits\"h\n" +
-	"\fAccountLimit\x12\x18\n" +
-	"\aaccount\x18\x01 \x01(\tR\aaccount\x12\x12\n" +
-	"\x04plan\x18\x02 \x01(\tR\x04plan\x12*\n" +
-	"\x05limit\x18\x03 \x01(\v2\x14.tollkeeper.v1.LimitR\x05limit*Y\n" +
+	"\x13sent_at_unix_micros\x18\x06 \x01(\x03R\x10sentAtUnixMicros\"P\n" +
+	"\x11DirectoryAccounts\x12;\n" +
+	"\baccounts\x18\x01 \x03(\v2\x1f.tollkeeper.v1.DirectoryAccountR\baccounts\"N\n" +
+	"\x10DirectoryAccount\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06parent\x18\x02 \x01(\tR\x06parent\x12\x12\n" +
+	"\x04plan\x18\x03 \x01(\tR\x04plan\"@\n" +
+	"\rDirectoryKeys\x12/\n" +
+	"\x04keys\x18\x01 \x03(\v2\x1b.tollkeeper.v1.DirectoryKeyR\x04keys\"W\n" +
+	"\fDirectoryKey\x12\x16\n" +
+	"\x06sha256\x18\x01 \x01(\fR\x06sha256\x12\x15\n" +
+	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x18\n" +
+	"\aaccount\x18\x03 \x01(\tR\aaccount*Y\n" +
 	"\aVerdict\x12\x17\n" +
 	"\x13VERDICT_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rVERDICT_ALLOW\x10\x01\x12\x10\n" +
@@ -720,23 +741,23 @@ func file_tollkeeper_v1_decision_proto_rawDescGZIP() []byte {
 }
 
 var file_tollkeeper_v1_decision_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_tollkeeper_v1_decision_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_tollkeeper_v1_decision_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_tollkeeper_v1_decision_proto_goTypes = []any{
-	(Verdict)(0),          // 0: tollkeeper.v1.Verdict
-	(*Decision)(nil),      // 1: tollkeeper.v1.Decision
-	(*Checkpoint)(nil),    // 2: tollkeeper.v1.Checkpoint
-	(*Beacon)(nil),        // 3: tollkeeper.v1.Beacon
-	(*KeyRecord)(nil),     // 4: tollkeeper.v1.KeyRecord
-	(*AccountRecord)(nil), // 5: tollkeeper.v1.AccountRecord
-	(*AccountLimit)(nil),  // 6: tollkeeper.v1.AccountLimit
-	(*Filter)(nil),        // 7: tollkeeper.v1.Filter
-	(*Limit)(nil),         // 8: tollkeeper.v1.Limit
+	(Verdict)(0),              // 0: tollkeeper.v1.Verdict
+	(*Decision)(nil),          // 1: tollkeeper.v1.Decision
+	(*Checkpoint)(nil),        // 2: tollkeeper.v1.Checkpoint
+	(*Beacon)(nil),            // 3: tollkeeper.v1.Beacon
+	(*DirectoryAccounts)(nil), // 4: tollkeeper.v1.DirectoryAccounts
+	(*DirectoryAccount)(nil),  // 5: tollkeeper.v1.DirectoryAccount
+	(*DirectoryKeys)(nil),     // 6: tollkeeper.v1.DirectoryKeys
+	(*DirectoryKey)(nil),      // 7: tollkeeper.v1.DirectoryKey
+	(*Filter)(nil),            // 8: tollkeeper.v1.Filter
 }
 var file_tollkeeper_v1_decision_proto_depIdxs = []int32{
 	0, // 0: tollkeeper.v1.Decision.verdict:type_name -> tollkeeper.v1.Verdict
-	7, // 1: tollkeeper.v1.Decision.filter:type_name -> tollkeeper.v1.Filter
-	6, // 2: tollkeeper.v1.AccountRecord.limits:type_name -> tollkeeper.v1.AccountLimit
-	8, // 3: tollkeeper.v1.AccountLimit.limit:type_name -> tollkeeper.v1.Limit
+	8, // 1: tollkeeper.v1.Decision.filter:type_name -> tollkeeper.v1.Filter
+	5, // 2: tollkeeper.v1.DirectoryAccounts.accounts:type_name -> tollkeeper.v1.DirectoryAccount
+	7, // 3: tollkeeper.v1.DirectoryKeys.keys:type_name -> tollkeeper.v1.DirectoryKey
 	4, // [4:4] is the sub-list for method output_type
 	4, // [4:4] is the sub-list for method input_type
 	4, // [4:4] is the sub-list for extension type_name
@@ -756,7 +777,7 @@ func file_tollkeeper_v1_decision_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tollkeeper_v1_decision_proto_rawDesc), len(file_tollkeeper_v1_decision_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -4,9 +4,12 @@
 package leasetest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -16,6 +19,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger/directory"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
@@ -219,21 +223,64 @@ func tellDirectory(ctx context.Context, js jetstream.JetStream, limits map[strin
 	if err != nil {
 		return err
 	}
-	for id := range limits {
-		r := &tollkeeperv1.AccountRecord{Id: id, Plan: "of-" + id}
-		for at := id; at != ""; at = parents[at] {
-			r.Path = append(r.Path, at)
-			for i := range limits[at] {
-				r.Limits = append(r.Limits, &tollkeeperv1.AccountLimit{Account: at, Plan: "of-" + at, Limit: ledger.LimitToProto(&limits[at][i])})
-			}
-		}
-		data, err := proto.Marshal(r)
-		if err != nil {
+	for id, of := range limits {
+		plan := usage.Plan{ID: "of-" + id, Limits: of}
+		if err := PutPlan(ctx, kv, plan); err != nil {
 			return err
 		}
-		if _, err := kv.Put(ctx, ledger.DirectoryAccount(id), data); err != nil {
+		if err := PutAccount(ctx, kv, directory.Account{ID: id, Parent: parents[id], Plan: plan.ID}); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// PutPlan puts a plan into the directory's bucket, beside those that are there.
+func PutPlan(ctx context.Context, kv jetstream.KeyValue, p usage.Plan) error {
+	return edit(ctx, kv, directory.PlansKey, func(set *tollkeeperv1.PlanSet) {
+		set.Plans = slices.DeleteFunc(set.Plans, func(old *tollkeeperv1.Plan) bool { return old.GetId() == p.ID })
+		set.Plans = append(set.Plans, ledger.PlanToProto(&p))
+	})
+}
+
+// PutAccount puts an account into the directory's bucket, beside those that are there.
+func PutAccount(ctx context.Context, kv jetstream.KeyValue, a directory.Account) error {
+	return edit(ctx, kv, directory.AccountsKey(directory.AccountPart(a.ID)), func(all *tollkeeperv1.DirectoryAccounts) {
+		all.Accounts = slices.DeleteFunc(all.Accounts, func(old *tollkeeperv1.DirectoryAccount) bool { return old.GetId() == a.ID })
+		all.Accounts = append(all.Accounts, &tollkeeperv1.DirectoryAccount{Id: a.ID, Parent: a.Parent, Plan: a.Plan})
+		slices.SortFunc(all.Accounts, func(x, y *tollkeeperv1.DirectoryAccount) int { return strings.Compare(x.GetId(), y.GetId()) })
+	})
+}
+
+// PutKey puts an API key into the directory's bucket, beside those that are there.
+func PutKey(ctx context.Context, kv jetstream.KeyValue, k directory.Key) error {
+	return edit(ctx, kv, directory.KeysKey(directory.KeyPart(k.Hash)), func(all *tollkeeperv1.DirectoryKeys) {
+		all.Keys = slices.DeleteFunc(all.Keys, func(old *tollkeeperv1.DirectoryKey) bool { return bytes.Equal(old.GetSha256(), k.Hash[:]) })
+		all.Keys = append(all.Keys, &tollkeeperv1.DirectoryKey{Sha256: k.Hash[:], KeyId: k.ID, Account: k.Account})
+		slices.SortFunc(all.Keys, func(x, y *tollkeeperv1.DirectoryKey) int { return bytes.Compare(x.GetSha256(), y.GetSha256()) })
+	})
+}
+
+// edit changes a record; it is for one writer.
+func edit[M any, P interface {
+	*M
+	proto.Message
+}](ctx context.Context, kv jetstream.KeyValue, key string, change func(P)) error {
+	m := P(new(M))
+	e, err := kv.Get(ctx, key)
+	switch {
+	case err == nil:
+		if err := proto.Unmarshal(e.Value(), m); err != nil {
+			return err
+		}
+	case !errors.Is(err, jetstream.ErrKeyNotFound):
+		return err
+	}
+	change(m)
+	data, err := proto.Marshal(m)
+	if err != nil {
+		return err
+	}
+	_, err = kv.Put(ctx, key, data)
+	return err
 }

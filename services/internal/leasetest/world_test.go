@@ -2,7 +2,6 @@ package leasetest
 
 import (
 	"context"
-	"encoding/hex"
 	"os"
 	"sync"
 	"testing"
@@ -12,15 +11,14 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/outbox"
 	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/ledger/directory"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
-	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
 )
 
@@ -90,12 +88,7 @@ func (w *world) tree(limits map[string][]usage.Limit, parents map[string]string)
 // key gives an account an API key.
 func (w *world) key(key, account string) {
 	w.t.Helper()
-	h := gate.HashKey(key)
-	data, err := proto.Marshal(&tollkeeperv1.KeyRecord{KeyId: "k-" + account, Account: account})
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	if _, err := w.kv.Put(w.t.Context(), ledger.DirectoryKey(hex.EncodeToString(h[:])), data); err != nil {
+	if err := PutKey(w.t.Context(), w.kv, directory.Key{Hash: gate.HashKey(key), ID: "k-" + account, Account: account}); err != nil {
 		w.t.Fatal(err)
 	}
 }

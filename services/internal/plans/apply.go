@@ -1,13 +1,10 @@
 package plans
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -15,6 +12,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans/internal/records"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans/planfile"
 )
 
@@ -439,7 +437,7 @@ func (a *Applier) complete(ctx context.Context, s *store, g ledger.Geometry, id 
 		}
 	}
 	err = s.kv.Delete(ctx, pendingKey, jetstream.LastRevision(rev))
-	if err != nil && !wrongSequence(err) { // another has removed it
+	if err != nil && !records.WrongSequence(err) { // another has removed it
 		return fmt.Errorf("remove %s: %w", pendingKey, err)
 	}
 	return a.at("done")
@@ -452,18 +450,19 @@ func (a *Applier) perform(ctx context.Context, c *claim, all []shardEntry, befor
 	// What the records are now is read before anything is written, and before the
 	// claim is renewed once more: if we are overtaken, ours don't fit those
 	// revisions any more.
-	records, err := a.recordChanges(ctx, c, before, next)
+	w := &records.Writer{JS: a.JS, Renew: c.renew, Advance: c.advance, Step: a.at, Conflict: ErrConflict}
+	changes, err := w.Changes(ctx, before, next)
 	if err != nil {
 		return err
 	}
 	if err := c.renew(ctx); err != nil {
 		return err
 	}
-	c.total = len(all) + len(records)
+	c.total = len(all) + len(changes)
 	if err := a.append(ctx, c, all); err != nil {
 		return err
 	}
-	return a.writeRecords(ctx, c, records)
+	return w.Write(ctx, changes)
 }
 
 // appendTries bounds how often an entry waits for a place among the owner's ticks.
@@ -503,7 +502,7 @@ func (a *Applier) append(ctx context.Context, c *claim, all []shardEntry) error 
 			}
 			ledger.ExpectLast(msg, last)
 			ack, err := a.JS.PublishMsg(ctx, msg)
-			if wrongSequence(err) && try < appendTries {
+			if records.WrongSequence(err) && try < appendTries {
 				known = false
 				continue
 			}
@@ -529,239 +528,6 @@ func lastOf(ctx context.Context, stream jetstream.Stream, subject string) (uint6
 		return 0, fmt.Errorf("read the last entry of %s: %w", subject, err)
 	}
 	return m.Sequence, nil
-}
-
-// recordChange is a record of the directory to be written or, with a nil value,
-// to be deleted, if the key still has the revision.
-type recordChange struct {
-	key      string
-	value    []byte
-	revision uint64
-}
-
-// rank orders records so that a key never leads to an account without a record.
-func (r recordChange) rank() int {
-	isKey := strings.HasPrefix(r.key, ledger.DirectoryKey(""))
-	switch {
-	case r.value != nil && !isKey:
-		return 0
-	case r.value != nil:
-		return 1
-	case isKey:
-		return 2
-	}
-	return 3
-}
-
-// singleReads is up to how many records are read one by one.
-const singleReads = 256
-
-func (a *Applier) recordChanges(ctx context.Context, c *claim, before, next *Document) ([]recordChange, error) {
-	old, err := directory(before)
-	if err != nil {
-		return nil, err
-	}
-	want, err := directory(next)
-	if err != nil {
-		return nil, err
-	}
-	var touched []string
-	for key, value := range want {
-		if was, ok := old[key]; !ok || !bytes.Equal(was, value) {
-			touched = append(touched, key)
-		}
-	}
-	for key := range old {
-		if _, ok := want[key]; !ok {
-			touched = append(touched, key)
-		}
-	}
-	now, err := a.readRecords(ctx, c, touched)
-	if err != nil {
-		return nil, err
-	}
-	var out []recordChange
-	for _, key := range touched {
-		// Also when the key has the value already: it must not fit the
-		// revision of one whom we have overtaken.
-		out = append(out, recordChange{key, want[key], now[key]})
-	}
-	slices.SortFunc(out, func(x, y recordChange) int {
-		if d := x.rank() - y.rank(); d != 0 {
-			return d
-		}
-		return strings.Compare(x.key, y.key)
-	})
-	return out, nil
-}
-
-// readRecords returns the revisions of keys; deleted ones have one, too.
-func (a *Applier) readRecords(ctx context.Context, c *claim, keys []string) (map[string]uint64, error) {
-	kv, err := a.JS.KeyValue(ctx, ledger.DirectoryBucket)
-	if err != nil {
-		return nil, fmt.Errorf("bucket %s: %w", ledger.DirectoryBucket, err)
-	}
-	out := make(map[string]uint64, len(keys))
-	if len(keys) <= singleReads {
-		stream, err := a.JS.Stream(ctx, "KV_"+ledger.DirectoryBucket)
-		if err != nil {
-			return nil, fmt.Errorf("bucket %s: %w", ledger.DirectoryBucket, err)
-		}
-		// Not kv.Get: it does not tell the revision of a deleted key.
-		for _, key := range keys {
-			m, err := stream.GetLastMsgForSubject(ctx, "$KV."+ledger.DirectoryBucket+"."+key)
-			if errors.Is(err, jetstream.ErrMsgNotFound) {
-				continue
-			}
-			if err != nil {
-				return nil, fmt.Errorf("read the directory: %w", err)
-			}
-			out[key] = m.Sequence
-		}
-		return out, nil
-	}
-	w, err := kv.WatchAll(ctx, jetstream.MetaOnly())
-	if err != nil {
-		return nil, fmt.Errorf("read the directory: %w", err)
-	}
-	defer func() { _ = w.Stop() }() // all was read, or the error is told
-	for {
-		select {
-		case e, ok := <-w.Updates():
-			if !ok {
-				return nil, errors.New("read the directory: the connection was lost meanwhile")
-			}
-			if e == nil {
-				return out, nil
-			}
-			out[e.Key()] = e.Revision()
-			if err := c.advance(ctx, 0); err != nil {
-				return nil, err
-			}
-		case <-ctx.Done():
-			return nil, fmt.Errorf("read the directory: %w", ctx.Err())
-		}
-	}
-}
-
-// recordsInFlight bounds the unacknowledged records.
-const recordsInFlight = 256
-
-// recordTries bounds how often a record is written that somebody else wrote
-// meanwhile: one whom we have overtaken does so until it notices.
-const recordTries = 20
-
-// writeRecords writes records, rank by rank, and waits for every
-// acknowledgement of a rank before the next begins.
-func (a *Applier) writeRecords(ctx context.Context, c *claim, all []recordChange) error {
-	if err := a.at("records"); err != nil {
-		return err
-	}
-	for len(all) > 0 {
-		n := 1
-		for n < len(all) && all[n].rank() == all[0].rank() {
-			n++
-		}
-		rank := all[:n]
-		all = all[n:]
-		for try := 1; ; try++ {
-			refused, err := a.writeRank(ctx, c, rank)
-			if err != nil {
-				return err
-			}
-			if len(refused) == 0 {
-				break
-			}
-			if try == recordTries {
-				return ErrConflict
-			}
-			if rank, err = a.reread(ctx, c, refused); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// reread gives records the revisions that their keys have now. They are ours to
-// write, because the claim still is after they were read.
-func (a *Applier) reread(ctx context.Context, c *claim, refused []recordChange) ([]recordChange, error) {
-	keys := make([]string, len(refused))
-	for i, r := range refused {
-		keys[i] = r.key
-	}
-	now, err := a.readRecords(ctx, c, keys)
-	if err != nil {
-		return nil, err
-	}
-	for i := range refused {
-		refused[i].revision = now[refused[i].key]
-	}
-	return refused, c.renew(ctx)
-}
-
-// writeRank writes records in any order and returns those that somebody else
-// has written meanwhile, when every other one is acknowledged.
-func (a *Applier) writeRank(ctx context.Context, c *claim, rank []recordChange) (refused []recordChange, err error) {
-	type sent struct {
-		recordChange
-		ack jetstream.PubAckFuture
-	}
-	var flight []sent // oldest first
-	next, answered := 0, 0
-	for answered < len(rank) {
-		if next < len(rank) && len(flight) < recordsInFlight {
-			ack, err := a.sendRecord(rank[next])
-			if err != nil {
-				return nil, err
-			}
-			flight = append(flight, sent{rank[next], ack})
-			next++
-			continue
-		}
-		first, stored := flight[0], 0
-		flight = flight[1:]
-		select {
-		case <-first.ack.Ok():
-			stored = 1
-		case err := <-first.ack.Err():
-			if !wrongSequence(err) {
-				return nil, fmt.Errorf("write the directory: %w", err)
-			}
-			if len(refused) == 0 {
-				// If we are the one who was overtaken, this is the end of it.
-				if err := c.renew(ctx); err != nil {
-					return nil, err
-				}
-			}
-			refused = append(refused, first.recordChange)
-		case <-ctx.Done():
-			return nil, fmt.Errorf("write the directory: %w", ctx.Err())
-		}
-		answered++
-		if err := c.advance(ctx, stored); err != nil {
-			return nil, err
-		}
-		if answered%recordsInFlight == 0 || answered == len(rank) {
-			if err := a.at("record"); err != nil {
-				return nil, err
-			}
-		}
-	}
-	return refused, nil
-}
-
-func (a *Applier) sendRecord(r recordChange) (jetstream.PubAckFuture, error) {
-	msg := &nats.Msg{Subject: "$KV." + ledger.DirectoryBucket + "." + r.key, Data: r.value, Header: nats.Header{}}
-	if r.value == nil {
-		msg.Header.Set("KV-Operation", "DEL")
-	}
-	ledger.ExpectLast(msg, r.revision)
-	ack, err := a.JS.PublishMsgAsync(msg)
-	if err != nil {
-		return nil, fmt.Errorf("write the directory: %w", err)
-	}
-	return ack, nil
 }
 
 func (a *Applier) now() time.Time {

@@ -157,27 +157,5 @@ func closedDepth(old, now Index, id string) int {
 	}
 }
 
-// directory returns the records of a document by key of the directory bucket.
-func directory(doc *Document) (map[string][]byte, error) {
-	x := NewIndex(doc)
-	out := make(map[string][]byte, 2*len(doc.Accounts))
-	marshal := proto.MarshalOptions{Deterministic: true}
-	for i := range doc.Accounts {
-		a := &doc.Accounts[i]
-		data, err := marshal.Marshal(planfile.AccountRecord(x, a.ID))
-		if err != nil {
-			return nil, fmt.Errorf("record of account %q: %w", a.ID, err)
-		}
-		out[ledger.DirectoryAccount(a.ID)] = data
-		for _, k := range a.Keys {
-			if data, err = marshal.Marshal(&tollkeeperv1.KeyRecord{KeyId: k.ID, Account: a.ID}); err != nil {
-				return nil, fmt.Errorf("record of key %q: %w", k.ID, err)
-			}
-			out[ledger.DirectoryKey(k.SHA256)] = data
-		}
-	}
-	return out, nil
-}
-
 // micros is the time in the words of the ledger.
 func micros(t time.Time) usage.Micros { return usage.At(t) }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans/internal/records"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans/planfile"
 )
 
@@ -135,7 +136,7 @@ func (s *store) put(ctx context.Context, key string, m *manifest, revision uint6
 	} else {
 		rev, err = s.kv.Update(ctx, key, data, revision)
 	}
-	if wrongSequence(err) || errors.Is(err, jetstream.ErrKeyExists) {
+	if records.WrongSequence(err) || errors.Is(err, jetstream.ErrKeyExists) {
 		return 0, ErrConflict
 	}
 	if err != nil {
@@ -234,7 +235,7 @@ func (s *store) read(ctx context.Context, key string) (*manifest, uint64, time.T
 
 // abandon removes a pending act of which nothing was done.
 func (s *store) abandon(ctx context.Context, m *manifest, rev uint64) error {
-	if err := s.kv.Delete(ctx, pendingKey, jetstream.LastRevision(rev)); err != nil && !wrongSequence(err) {
+	if err := s.kv.Delete(ctx, pendingKey, jetstream.LastRevision(rev)); err != nil && !records.WrongSequence(err) {
 		return fmt.Errorf("remove %s: %w", pendingKey, err)
 	}
 	return s.discard(ctx, m.DocumentID)
@@ -275,11 +276,4 @@ func (s *store) discardOrphans(ctx context.Context, now time.Time, named ...stri
 		}
 	}
 	return nil
-}
-
-// wrongSequence reports whether JetStream refused because somebody else has
-// written since.
-func wrongSequence(err error) bool {
-	var api *jetstream.APIError
-	return errors.As(err, &api) && (api.ErrorCode == 10071 || api.ErrorCode == 10164)
 }

@@ -155,7 +155,8 @@ type ledgerless struct {
 func newGate(loaded bool) *ledgerless {
 	g := &ledgerless{t: table.New(2, ledger.ShardOf, table.Policy{StaleAfter: 1})}
 	if loaded {
-		g.t.ResetDirectory(nil, []table.AccountRecord{{ID: "acme", Path: []string{"acme"}}})
+		g.t.SetAccount(table.AccountRecord{ID: "acme", Path: []string{"acme"}})
+		g.t.DirectoryRead()
 	}
 	return g
 }

@@ -2,15 +2,18 @@ package planfile
 
 import (
 	"bytes"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/tollkeeper/tollkeeper/pkg/ledger/directory"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -23,8 +26,6 @@ const (
 	MaxPlansBytes = 512 << 10
 	// MaxMeters is how many different meters the plans may name.
 	MaxMeters = 1000
-	// maxRecordBytes bounds an account's record in the directory.
-	maxRecordBytes = 60 << 10
 )
 
 // Check reports, as an *Error, what is wrong with a document that was not read
@@ -224,21 +225,34 @@ func checkSizes(doc *Document, c *collector) {
 	if checkCore(doc, c); len(c.err.Problems) > 0 {
 		return
 	}
-	x := NewIndex(doc)
-	// Paths repeat: the limits of a plan have one size.
-	size := make(map[string]int, len(doc.Plans))
-	for i := range doc.Plans {
-		for k := range doc.Plans[i].Limits {
-			size[doc.Plans[i].ID] += proto.Size(accountLimit("", &doc.Plans[i], &doc.Plans[i].Limits[k])) + usage.MaxIDBytes + 8
+	checkRecords(doc, c)
+}
+
+// recordOverhead is at most what the wire adds to an entry of the directory.
+const recordOverhead = 16
+
+// checkRecords makes sure that the accounts and keys of each record of the directory
+// fit into one message.
+func checkRecords(doc *Document, c *collector) {
+	var accounts, keys [directory.Parts]int
+	for i := range doc.Accounts {
+		a := &doc.Accounts[i]
+		accounts[directory.AccountPart(a.ID)] += len(a.ID) + len(a.Parent) + len(a.Plan) + recordOverhead
+		for _, k := range a.Keys {
+			var h directory.Hash
+			if _, err := hex.Decode(h[:], []byte(k.SHA256)); err != nil {
+				continue // the schema has told
+			}
+			keys[directory.KeyPart(h)] += len(h) + len(k.ID) + len(a.ID) + recordOverhead
 		}
 	}
-	for i := range doc.Accounts {
-		n := 0
-		for _, id := range x.Path(doc.Accounts[i].ID) {
-			n += len(id) + 8 + size[x.accounts[id].Plan]
-		}
-		if n > maxRecordBytes && proto.Size(AccountRecord(x, doc.Accounts[i].ID)) > maxRecordBytes {
-			c.add([]any{"accounts", i, "id"}, fmt.Sprintf("the limits along the path of account %q are too many for one record", doc.Accounts[i].ID), "give the accounts above it plans with fewer limits")
+	for _, of := range []struct {
+		name string
+		size int
+	}{{"accounts", slices.Max(accounts[:])}, {"keys", slices.Max(keys[:])}} {
+		if of.size > directory.MaxRecordBytes {
+			c.add([]any{"accounts"}, fmt.Sprintf("%d accounts with ids of this length make a record of %s of %d bytes, and %d fit", len(doc.Accounts), of.name, of.size, directory.MaxRecordBytes),
+				"use fewer accounts or keys, or shorter ids")
 		}
 	}
 }

@@ -5,9 +5,6 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"google.golang.org/protobuf/proto"
-
-	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
 )
 
 func TestADifferenceReadsLikeASentenceALine(t *testing.T) {
@@ -110,20 +107,5 @@ func second() *Document {
 			{ID: "acme/search/web", Parent: "acme/search", Keys: []Key{{"k2", HashKey("2")}}},
 			{ID: "solo", Plan: "free", Keys: []Key{{"k4", HashKey("4")}}},
 		},
-	}
-}
-
-func TestRecordsHoldPathAndLimits(t *testing.T) {
-	t.Parallel()
-	r := AccountRecord(NewIndex(first()), "acme/search")
-	want := &tollkeeperv1.AccountRecord{
-		Id: "acme/search", Path: []string{"acme/search", "acme"}, Plan: "free", Tier: "eventual",
-		Limits: []*tollkeeperv1.AccountLimit{
-			{Account: "acme/search", Plan: "free", Limit: &tollkeeperv1.Limit{Id: "calls", Meter: "calls", Window: "minute", Amount: 10, Tier: "eventual", Code: "QUOTA_EXCEEDED"}},
-			{Account: "acme", Plan: "team", Limit: &tollkeeperv1.Limit{Id: "spend", Meter: "cost", Window: "month", Amount: 1000, Tier: "eventual", Code: "SPEND_CAP_REACHED"}},
-		},
-	}
-	if !proto.Equal(r, want) {
-		t.Errorf("got %v, want %v", r, want)
 	}
 }

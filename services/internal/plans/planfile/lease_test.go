@@ -117,43 +117,6 @@ func TestADifferenceTellsTheTerms(t *testing.T) {
 	}
 }
 
-func TestARecordHasTheStrictestTierOnItsPath(t *testing.T) {
-	t.Parallel()
-	doc := &Document{Version: 1, Accounts: []Account{{ID: "none"}}}
-	for _, tier := range []string{"eventual", "leased", "exact"} {
-		var lease *Lease
-		if tier == "leased" {
-			lease = &Lease{ReleaseAfter: "30s", MaxExposure: 100}
-		}
-		p := leasedPlan(tier, lease).Plans[0]
-		p.ID = tier
-		doc.Plans = append(doc.Plans, p)
-	}
-	for _, a := range [][2]string{{"eventual", "none"}, {"leased", "eventual"}, {"exact", "leased"}, {"below", "exact"}} {
-		account := Account{ID: a[0], Parent: a[1]}
-		if a[0] != "below" {
-			account.Plan = a[0]
-		}
-		doc.Accounts = append(doc.Accounts, account)
-	}
-	doc.Accounts = append(doc.Accounts, Account{ID: "leaf", Parent: "exact", Plan: "eventual"})
-	x := NewIndex(doc)
-	for id, want := range map[string]string{"none": "", "eventual": "eventual", "leased": "leased", "exact": "exact", "below": "exact", "leaf": "exact"} {
-		r := AccountRecord(x, id)
-		if r.GetTier() != want {
-			t.Errorf("%s: the tier is %q, wanted is %q", id, r.GetTier(), want)
-		}
-		for _, l := range r.GetLimits() {
-			if got := l.GetLimit(); got.GetTier() != l.GetPlan() || (got.GetLease() != nil) != usage.Tier(got.GetTier()).Leased() {
-				t.Errorf("%s: a limit is told as %v", id, got)
-			}
-			if got := l.GetLimit().GetLease(); l.GetPlan() == "leased" && (got.GetTermMicros() != 5e6 || got.GetMaxExposure() != 100 || got.GetReleaseAfterMicros() != 30e6) {
-				t.Errorf("%s: the terms are told as %v", id, got)
-			}
-		}
-	}
-}
-
 func TestEveryTierOfTheFileIsTakenByTheCore(t *testing.T) {
 	t.Parallel()
 	doc, err := Parse("f.yaml", []byte(`version: 1
