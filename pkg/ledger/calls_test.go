@@ -150,7 +150,9 @@ func anyCalls(t *rapid.T, most int) []usage.Call {
 	set("source", true, func(c *usage.Call, s string) { c.Source = s })
 	set("event", true, func(c *usage.Call, s string) { c.EventID = s })
 	set("price", true, func(c *usage.Call, s string) { c.PriceVersion = s })
-	set("currency", true, func(c *usage.Call, s string) { c.Currency = s })
+	for i := range calls {
+		calls[i].Currency = rapid.SampledFrom([]string{"", "USD", "EUR"}).Draw(t, "currency")
+	}
 	number := func(label string, g *rapid.Generator[int64], put func(c *usage.Call, v int64)) {
 		for i, v := range ints(t, label, n, g) {
 			put(&calls[i], v)
@@ -193,6 +195,9 @@ func anyCalls(t *rapid.T, most int) []usage.Call {
 	for i := range calls {
 		if calls[i].EventID == "" {
 			calls[i].Source = ""
+		}
+		if calls[i].ReportsCost() && calls[i].Currency == "" {
+			calls[i].Currency = "JPY"
 		}
 		if err := calls[i].Validate(calls[i].Time); err != nil {
 			t.Fatalf("the generator made an invalid call: %v", err)

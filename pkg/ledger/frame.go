@@ -260,6 +260,11 @@ type Frame struct {
 	TraceID, SpanID                           Fixed
 	Custom                                    []CustomMeter
 
+	// CostsIn is the ledger's currency (Geometry.Currency), for DecodeCalls, which
+	// refuses a frame with a cost in another; empty: whatever it is is decoded. It is
+	// kept from one decoding to the next.
+	CostsIn string
+
 	arena arena
 }
 
@@ -398,7 +403,7 @@ func (f *Frame) Decode(data []byte) error {
 // reset empties the frame and keeps its memory.
 func (f *Frame) reset() {
 	f.arena.reset()
-	*f = Frame{arena: f.arena, Custom: f.Custom[:0]}
+	*f = Frame{arena: f.arena, Custom: f.Custom[:0], CostsIn: f.CostsIn}
 }
 
 // decodeBody is Decode of a reset frame, without the checks of size and checksum.

@@ -69,6 +69,29 @@ func DecodeCalls(f *Frame, subject string, header nats.Header, data []byte) erro
 			}
 		}
 	}
+	return f.checkCosts()
+}
+
+// checkCosts refuses a frame that reports a cost in another currency than the
+// ledger's: whoever reads the ledger adds costs up.
+func (f *Frame) checkCosts() error {
+	cost := &f.Meters[usage.CostIndex]
+	if f.CostsIn == "" || cost.Values == nil {
+		return nil
+	}
+	if d := f.Currency.Dict; f.Currency.Index == nil && len(d) == 1 && string(d[0]) == f.CostsIn {
+		return nil
+	}
+	for i := range f.N {
+		if _, known := cost.Get(i); !known {
+			continue
+		}
+		if is := f.Currency.At(i); string(is) != f.CostsIn {
+			e := usage.OtherCurrency(string(is), f.CostsIn)
+			e.Message = fmt.Sprintf("frame: call %d: %s", i, e.Message)
+			return e
+		}
+	}
 	return nil
 }
 

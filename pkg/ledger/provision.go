@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas"
 )
 
@@ -21,6 +23,10 @@ import (
 type ProvisionOptions struct {
 	// Shards of a ledger that does not exist yet; an existing one keeps its own.
 	Shards uint32
+	// Currency of the costs of a ledger that does not exist yet (ISO 4217);
+	// usage.DefaultCurrency when empty. It is an error when an existing ledger has
+	// another.
+	Currency string
 	// Replicas of every stream and bucket; 1 when 0.
 	Replicas int
 	// Notice is told, in a sentence, what whoever runs the ledger should know;
@@ -31,10 +37,16 @@ type ProvisionOptions struct {
 // Geometry is what must never change once a ledger exists.
 type Geometry struct {
 	Shards uint32
+	// Currency in which all costs are (ISO 4217).
+	Currency string
 }
 
-// shardsKey of the config bucket holds the number of shards in decimal.
-const shardsKey = "ledger.shards"
+// Keys of the config bucket: the number of shards in decimal, and the currency. A
+// ledger of before it had one counts in usage.DefaultCurrency.
+const (
+	shardsKey   = "ledger.shards"
+	currencyKey = "ledger.currency"
+)
 
 type definitions struct {
 	Streams []jetstream.StreamConfig `json:"streams"`
@@ -204,6 +216,9 @@ func Provision(ctx context.Context, js jetstream.JetStream, o ProvisionOptions) 
 	if o.Shards > MaxShards {
 		return Geometry{}, fmt.Errorf("%d shards: at most %d", o.Shards, MaxShards)
 	}
+	if o.Currency != "" && !usage.ValidCurrency(o.Currency) {
+		return Geometry{}, fmt.Errorf("%q is no currency: use its ISO 4217 code, three capital letters such as USD", o.Currency)
+	}
 	all := pieces(js, &defs, replicas)
 	missing, err := missingOf(ctx, js, all)
 	if err != nil {
@@ -219,7 +234,7 @@ func Provision(ctx context.Context, js jetstream.JetStream, o ProvisionOptions) 
 	}
 	var g Geometry
 	err = settled(ctx, func(ctx context.Context) (err error) {
-		g, err = setGeometry(ctx, js, o.Shards)
+		g, err = setGeometry(ctx, js, o)
 		return err
 	})
 	return g, err
@@ -367,22 +382,33 @@ func findRoom(ctx context.Context, js jetstream.JetStream, total int64, replicas
 	}
 }
 
-func setGeometry(ctx context.Context, js jetstream.JetStream, shards uint32) (Geometry, error) {
+func setGeometry(ctx context.Context, js jetstream.JetStream, o ProvisionOptions) (Geometry, error) {
 	// Read first: whoever finds a ledger needs no right to write its geometry.
-	if g, err := ReadGeometry(ctx, js); !errors.Is(err, jetstream.ErrKeyNotFound) {
-		return g, err
+	g, err := ReadGeometry(ctx, js)
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		g, err = bear(ctx, js, o)
 	}
-	if shards == 0 {
-		shards = DefaultLocalShards
+	if err == nil && o.Currency != "" && o.Currency != g.Currency {
+		return Geometry{}, fmt.Errorf("the costs of this ledger are in %s and were so from its birth, not in %s: leave the currency out, or begin another ledger", g.Currency, o.Currency)
 	}
+	return g, err
+}
+
+// bear writes the geometry of a ledger that has none. The number of shards comes last:
+// with it the ledger exists.
+func bear(ctx context.Context, js jetstream.JetStream, o ProvisionOptions) (Geometry, error) {
 	kv, err := js.KeyValue(ctx, ConfigBucket)
 	if err != nil {
 		return Geometry{}, fmt.Errorf("bucket %s: %w", ConfigBucket, err)
 	}
-	if _, err := kv.Create(ctx, shardsKey, []byte(strconv.FormatUint(uint64(shards), 10))); err == nil {
-		return Geometry{Shards: shards}, nil
-	} else if !errors.Is(err, jetstream.ErrKeyExists) {
-		return Geometry{}, fmt.Errorf("write %s: %w", shardsKey, err)
+	shards := cmp.Or(o.Shards, DefaultLocalShards)
+	for _, entry := range [...]struct{ key, value string }{
+		{currencyKey, cmp.Or(o.Currency, usage.DefaultCurrency)}, {shardsKey, strconv.FormatUint(uint64(shards), 10)},
+	} {
+		// Another may have been first: then that is what holds.
+		if _, err := kv.Create(ctx, entry.key, []byte(entry.value)); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
+			return Geometry{}, fmt.Errorf("write %s: %w", entry.key, err)
+		}
 	}
 	return ReadGeometry(ctx, js)
 }
@@ -401,5 +427,16 @@ func ReadGeometry(ctx context.Context, js jetstream.JetStream) (Geometry, error)
 	if err != nil || n == 0 || n > MaxShards {
 		return Geometry{}, fmt.Errorf("%s is %q, which is not a number of shards", shardsKey, e.Value())
 	}
-	return Geometry{Shards: uint32(n)}, nil
+	g := Geometry{Shards: uint32(n), Currency: usage.DefaultCurrency}
+	e, err = kv.Get(ctx, currencyKey)
+	switch {
+	case errors.Is(err, jetstream.ErrKeyNotFound):
+	case err != nil:
+		return Geometry{}, fmt.Errorf("read %s: %w", currencyKey, err)
+	default:
+		if g.Currency = string(e.Value()); !usage.ValidCurrency(g.Currency) {
+			return Geometry{}, fmt.Errorf("%s is %q, which is not a currency", currencyKey, e.Value())
+		}
+	}
+	return g, nil
 }

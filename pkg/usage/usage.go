@@ -205,7 +205,7 @@ type Call struct {
 	EventID string
 	// PriceVersion is the price list the cost was rated with.
 	PriceVersion string
-	// Currency of the cost meter (ISO 4217).
+	// Currency of the cost meter (ISO 4217). A call that reports a cost says in which.
 	Currency   string
 	Quantities Quantities
 }
@@ -260,6 +260,7 @@ const (
 	ReasonChecksum       = "checksum"
 	ReasonWrongShard     = "wrong_shard"
 	ReasonMisplaced      = "misplaced" // it stands where such entries are not taken
+	ReasonWrongCurrency  = "wrong_currency"
 )
 
 // Validate reports, as an *InvalidError, what makes the call uncountable at
@@ -317,7 +318,7 @@ func (c *Call) Validate(now Micros) error {
 			return err
 		}
 	}
-	return nil
+	return c.validMoney()
 }
 
 func validText(s string) bool { return utf8.ValidString(s) && strings.IndexByte(s, 0) < 0 }

@@ -29,7 +29,7 @@ func TestWhatACallMaySayOfItself(t *testing.T) {
 		"an ordinary call":            {func(*Call) {}, ""},
 		"nothing but an account":      {func(c *Call) { *c = Call{Time: now, Account: "a"} }, ""},
 		"the longest account":         {func(c *Call) { c.Account = long[1:] }, ""},
-		"the greatest quantity":       {func(c *Call) { c.Quantities.Set(Cost, MaxQuantity) }, ""},
+		"the greatest quantity":       {func(c *Call) { c.Currency = "USD"; c.Quantities.Set(Cost, MaxQuantity) }, ""},
 		"as much future as there may": {func(c *Call) { c.Time = now + Micros(MaxFuture.Microseconds()) }, ""},
 		"the oldest time":             {func(c *Call) { c.Time = OldestTimeMicros }, ""},
 		"letters of any script":       {func(c *Call) { c.Account = "konto-äöü-語" }, ""},

@@ -61,8 +61,9 @@ type Options struct {
 	AdminListen string
 	// AdminToken, if set, is the bearer token of the admin listener.
 	AdminToken string
-	// Shards and Replicas of a ledger that does not exist yet.
+	// Shards, Currency of the costs and Replicas of a ledger that does not exist yet.
 	Shards   uint32
+	Currency string
 	Replicas int
 	// SnapshotEvery and SnapshotEntries: a snapshot is taken when either has
 	// passed since the last; 0 means the defaults.
@@ -110,17 +111,19 @@ type service struct {
 	ready   *telemetry.Component
 	stores  *anchor.Stores
 
-	shards  int
-	owners  []*owner
-	alive   context.Context // ends when no shard is counted any more
-	stop    <-chan struct{} // closed when the process is to end
-	fatal   chan error
-	unswept chan anchor.Taking
-	strayed chan struct{} // an entry of no shard was read
-	g       *errgroup.Group
-	status  status
-	head    atomic.Uint64 // the newest entry that was read, of any shard
-	ahead   atomic.Int64  // the stream's clock minus ours, nanoseconds
+	shards int
+	// currency of all costs
+	currency string
+	owners   []*owner
+	alive    context.Context // ends when no shard is counted any more
+	stop     <-chan struct{} // closed when the process is to end
+	fatal    chan error
+	unswept  chan anchor.Taking
+	strayed  chan struct{} // an entry of no shard was read
+	g        *errgroup.Group
+	status   status
+	head     atomic.Uint64 // the newest entry that was read, of any shard
+	ahead    atomic.Int64  // the stream's clock minus ours, nanoseconds
 }
 
 // Run shares the shards of the ledger with the other aggregators and counts until
@@ -219,7 +222,7 @@ func (s *service) count(ctx context.Context) error {
 	}
 	if err := s.persist(ctx, "open the ledger", func(ctx context.Context) error {
 		g, err := ledger.Provision(ctx, s.js, ledger.ProvisionOptions{
-			Shards: s.o.Shards, Replicas: s.o.Replicas, Notice: func(text string) { s.log.Warn().Msg(text) },
+			Shards: s.o.Shards, Currency: s.o.Currency, Replicas: s.o.Replicas, Notice: func(text string) { s.log.Warn().Msg(text) },
 		})
 		if err != nil {
 			return err
@@ -227,7 +230,7 @@ func (s *service) count(ctx context.Context) error {
 		if s.objects, err = s.js.ObjectStore(ctx, ledger.SnapshotsBucket); err != nil {
 			return fmt.Errorf("bucket %s: %w", ledger.SnapshotsBucket, err)
 		}
-		s.shards = int(g.Shards)
+		s.shards, s.currency = int(g.Shards), g.Currency
 		return s.readClock(ctx)
 	}); err != nil {
 		return err

@@ -133,6 +133,7 @@ type letter struct {
 
 func newOwner(s *service, shard uint32) *owner {
 	return &owner{
+		decoder: fold.Decoder{Frame: ledger.Frame{CostsIn: s.currency}},
 		service: s, shard: shard, log: s.log.With().Uint32("shard", shard).Logger(), tenures: make(chan *tenure), nudge: make(chan struct{}, 1),
 		queries: make(chan *nats.Msg, queryBuffer), results: make(chan func() error, 8),
 	}

@@ -243,11 +243,19 @@ func TestWhatCannotBeCountedIsKeptOnceWithItsReason(t *testing.T) {
 	bad[w.control(0, &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_AccountSet{AccountSet: &tollkeeperv1.AccountSet{
 		Accounts: []*tollkeeperv1.Account{{Id: "x", Parent: "x"}},
 	}}})] = usage.ReasonMalformed
+	// Two currencies are not added: one would come to 20e9.
+	event := func(currency string) *nats.Msg {
+		data := fmt.Sprintf(`{"specversion":"1.0","type":%q,"source":"rater","id":%q,"subject":"acme","time":%q,"data":{"meters":{"cost":10000000000},"currency":%q}}`,
+			ledger.CloudEventType, currency, time.Now().UTC().Format(time.RFC3339), currency)
+		return &nats.Msg{Subject: ledger.CallsSubject(0), Header: nats.Header{ledger.CodecHeader: {ledger.CodecCloudEvent}}, Data: []byte(data)}
+	}
+	w.publish(event("USD"))
+	bad[w.publish(event("EUR"))] = usage.ReasonWrongCurrency
 	good := w.send(p, calls("acme", 3))
 	for range 2 { // the second time from the beginning, because of the crash
 		r := w.run(Options{abandon: true})
-		if u := w.counted(0, good); u.Total.Admitted != 3 {
-			t.Errorf("counted %d", u.Total.Admitted)
+		if u := w.counted(0, good); u.Total.Admitted != 4 || u.Total.Meters[usage.Cost] != 10_000_000_000 {
+			t.Errorf("counted %d calls, a cost of %d", u.Total.Admitted, u.Total.Meters[usage.Cost])
 		}
 		stream, err := w.js.Stream(t.Context(), ledger.DeadLetterStream)
 		if err != nil {

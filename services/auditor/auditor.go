@@ -226,9 +226,11 @@ func pause(ctx context.Context, try int) error {
 
 // begin restores what was stored.
 func (a *auditor) begin(ctx context.Context) error {
-	if _, err := ledger.Provision(ctx, a.js, a.o.Provision); err != nil {
+	geometry, err := ledger.Provision(ctx, a.js, a.o.Provision)
+	if err != nil {
 		return err
 	}
+	a.frame.CostsIn = geometry.Currency
 	stream, err := a.js.Stream(ctx, ledger.Stream)
 	if err != nil {
 		return fmt.Errorf("stream %s: %w", ledger.Stream, err)

@@ -63,6 +63,9 @@ type Options struct {
 	NATS natsconn.Options
 	// Shards of a ledger that does not exist yet; 0 is the ledger's default.
 	Shards uint32
+	// Currency of the costs of such a ledger (ISO 4217); usage.DefaultCurrency when
+	// empty.
+	Currency string
 	// Replicas of streams that do not exist yet.
 	Replicas int
 
@@ -212,7 +215,7 @@ func provision(ctx context.Context, js jetstream.JetStream, o Options, ready *te
 	pause := 100 * time.Millisecond
 	for {
 		try, cancel := context.WithTimeout(ctx, 10*time.Second)
-		g, err := ledger.Provision(try, js, ledger.ProvisionOptions{Shards: o.Shards, Replicas: o.Replicas})
+		g, err := ledger.Provision(try, js, ledger.ProvisionOptions{Shards: o.Shards, Currency: o.Currency, Replicas: o.Replicas})
 		cancel()
 		if err == nil {
 			return g, nil

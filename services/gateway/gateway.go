@@ -5,6 +5,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -46,6 +47,9 @@ type Options struct {
 	NATS natsconn.Options
 	// Shards of the ledger; 0 asks it.
 	Shards uint32
+	// Currency of the ledger's costs (ISO 4217) while the ledger cannot be asked;
+	// usage.DefaultCurrency when empty.
+	Currency string
 	// Config has the routes.
 	Config Config
 
@@ -217,9 +221,29 @@ func (o *Options) outbox() outbox.Options {
 	}
 }
 
+// geometryTimeout bounds how long a start waits for the ledger's currency.
+const geometryTimeout = 2 * time.Second
+
+// currency of the ledger's costs. A gateway that is told how many shards there are
+// starts without NATS: then it is the configured one.
+func (s *service) currency(nc *nats.Conn, js jetstream.JetStream) string {
+	if !nc.IsConnected() {
+		return s.o.Currency
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), geometryTimeout)
+	defer cancel()
+	geometry, err := ledger.ReadGeometry(ctx, js)
+	if err != nil {
+		s.o.Logger.Warn().Err(err).Str("currency", cmp.Or(s.o.Currency, usage.DefaultCurrency)).
+			Msg("cannot read the ledger's currency; only costs in this one are taken; restart the gateway if the ledger has another")
+		return s.o.Currency
+	}
+	return geometry.Currency
+}
+
 func (s *service) openOutbox(nc *nats.Conn, js jetstream.JetStream, shards uint32) (gate.Outbox, error) {
 	options := s.o.outbox()
-	options.NATS, options.Shards = nc, shards
+	options.NATS, options.Shards, options.Currency = nc, shards, s.currency(nc, js)
 	o, err := claims.Open(options, claims.Options{JetStream: js})
 	if err != nil {
 		return nil, err

@@ -37,8 +37,9 @@ type calls struct {
 	scratch []uint32
 }
 
-func newCalls(horizon usage.Micros, parts func(*history.Block) []part, m *metrics, log zerolog.Logger) *calls {
+func newCalls(horizon usage.Micros, currency string, parts func(*history.Block) []part, m *metrics, log zerolog.Logger) *calls {
 	c := &calls{fold: seen.New(horizon), horizon: horizon, parts: parts, metrics: m, log: log, pool: make(chan *history.Block, 2)}
+	c.frame.CostsIn = currency
 	c.pool <- history.NewBlock()
 	c.block = history.NewBlock()
 	return c

@@ -72,7 +72,7 @@ func testCalls(t fataler) *calls {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return newCalls(0, func(*history.Block) []part { return nil }, m, nopLog)
+	return newCalls(0, "", func(*history.Block) []part { return nil }, m, nopLog)
 }
 
 func TestTheSameEntriesBetweenTheSameBoundariesGiveTheSameBlock(t *testing.T) {

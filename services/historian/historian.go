@@ -158,7 +158,7 @@ func work(ctx context.Context, o Options, s seams, m *metrics, components map[st
 		return stopped(ctx, err)
 	}
 	defer nc.Close()
-	js, err := provision(ctx, nc, o)
+	js, geometry, err := provision(ctx, nc, o)
 	if err != nil {
 		return stopped(ctx, err)
 	}
@@ -172,7 +172,7 @@ func work(ctx context.Context, o Options, s seams, m *metrics, components map[st
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return watch(ctx, h) })
-	for _, l := range lanes(o, s, m, js, h, components) {
+	for _, l := range lanes(o, s, m, js, h, components, geometry) {
 		group.Go(func() error { return l.run(ctx) })
 	}
 	return group.Wait()
@@ -204,26 +204,26 @@ func stopped(ctx context.Context, err error) error {
 	return err
 }
 
-func provision(ctx context.Context, nc *nats.Conn, o Options) (jetstream.JetStream, error) {
+func provision(ctx context.Context, nc *nats.Conn, o Options) (jetstream.JetStream, ledger.Geometry, error) {
 	js, err := jetstream.New(nc)
 	if err != nil {
-		return nil, fmt.Errorf("JetStream: %w", err)
+		return nil, ledger.Geometry{}, fmt.Errorf("JetStream: %w", err)
 	}
 	for try := 0; ; try++ {
 		bounded, cancel := context.WithTimeout(ctx, 10*time.Second)
-		_, err := ledger.Provision(bounded, js, o.Provision)
+		geometry, err := ledger.Provision(bounded, js, o.Provision)
 		cancel()
 		if err == nil {
-			return js, nil
+			return js, geometry, nil
 		}
 		o.Logger.Warn().Err(err).Msg("the ledger's streams can't be made or found yet: trying again")
 		if perr := pause(ctx, try); perr != nil {
-			return nil, perr
+			return nil, ledger.Geometry{}, perr
 		}
 	}
 }
 
-func lanes(o Options, s seams, m *metrics, js jetstream.JetStream, h *history.History, components map[string]ready) []*lane {
+func lanes(o Options, s seams, m *metrics, js jetstream.JetStream, h *history.History, components map[string]ready, geometry ledger.Geometry) []*lane {
 	wrap := func(parts []history.Part) []part {
 		out := make([]part, len(parts))
 		for i := range parts {
@@ -252,7 +252,7 @@ func lanes(o Options, s seams, m *metrics, js jetstream.JetStream, h *history.Hi
 	}
 
 	all := base("calls", ledger.Stream, []string{"calls", "usage_hourly", "traffic_minute"})
-	all.gather = newCalls(usage.Micros(o.Horizon.Microseconds()), func(b *history.Block) []part { return wrap(h.Parts(b)) }, m, o.Logger)
+	all.gather = newCalls(usage.Micros(o.Horizon.Microseconds()), geometry.Currency, func(b *history.Block) []part { return wrap(h.Parts(b)) }, m, o.Logger)
 	all.snapshots, all.snapshotEvery = &folds.Store{JS: js, Bucket: ledger.SnapshotsBucket, Name: "historian/calls"}, o.SnapshotEvery
 
 	control := base("control", ledger.Stream, []string{"control", "corrections"}, ledger.AllControl, ledger.AllClosings)

@@ -46,6 +46,9 @@ type Options struct {
 	ClickHouse history.Options
 	// Shards of a ledger that does not exist yet; 0 is the ledger's default.
 	Shards uint32
+	// Currency of the costs of a ledger that does not exist yet (ISO 4217);
+	// usage.DefaultCurrency when empty.
+	Currency string
 
 	// APIListen is the console and API; empty: there is none.
 	APIListen string
@@ -240,7 +243,7 @@ func (s *stack) provision(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("jetstream: %w", err)
 	}
-	_, err = ledger.Provision(ctx, js, ledger.ProvisionOptions{Shards: s.o.Shards, Notice: func(text string) { s.o.Logger.Warn().Msg(text) }})
+	_, err = ledger.Provision(ctx, js, ledger.ProvisionOptions{Shards: s.o.Shards, Currency: s.o.Currency, Notice: func(text string) { s.o.Logger.Warn().Msg(text) }})
 	return err
 }
 

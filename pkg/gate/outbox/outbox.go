@@ -60,6 +60,9 @@ type Options struct {
 	NATS *nats.Conn
 	// Shards of the ledger (ledger.Geometry).
 	Shards uint32
+	// Currency of the ledger's costs (ledger.Geometry); usage.DefaultCurrency when
+	// empty. A call that cost something in another is invalid.
+	Currency string
 	// Gateway is a name for people, at most 64 bytes; every frame carries it.
 	Gateway string
 	// SpoolDir is where the spool is; one outbox at a time can have it. Empty:
@@ -239,6 +242,12 @@ func (o *Options) withDefaults() error {
 	if o.OnFull < Block || o.OnFull > Drop {
 		return fmt.Errorf("outbox: there is no policy %d for a full outbox", o.OnFull)
 	}
+	if o.Currency == "" {
+		o.Currency = usage.DefaultCurrency
+	}
+	if !usage.ValidCurrency(o.Currency) {
+		return fmt.Errorf("outbox: %q is no currency: use its ISO 4217 code, three capital letters such as USD", o.Currency)
+	}
 	if o.MemoryBytes == 0 {
 		o.MemoryBytes = DefaultMemoryBytes
 	}
@@ -303,7 +312,11 @@ func (o *Outbox) Add(ctx context.Context, shard uint32, c *usage.Call) error {
 		o.now() // the coarse clock may have slept
 		now = usage.Micros(o.coarse.Load())
 	}
-	if err := c.Validate(now); err != nil {
+	err := c.Validate(now)
+	if err == nil {
+		err = c.CostIn(o.o.Currency)
+	}
+	if err != nil {
 		o.invalid.Add(1)
 		return err
 	}

@@ -69,6 +69,7 @@ func (a Admin) Token() (string, error) {
 // Streams says how streams are made that do not exist yet.
 type Streams struct {
 	Shards   uint32 `name:"shards" env:"TOLLKEEPER_SHARDS" help:"Shards of a ledger that does not exist yet; 0 is the default for one machine."`
+	Currency string `name:"currency" env:"TOLLKEEPER_CURRENCY" help:"Currency of all costs of a ledger that does not exist yet, by its ISO 4217 code; USD when empty."`
 	Replicas int    `name:"replicas" env:"TOLLKEEPER_REPLICAS" default:"1" help:"Replicas of streams that do not exist yet."`
 }
 

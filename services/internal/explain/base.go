@@ -23,6 +23,7 @@ type base struct {
 	snapshot string // name; empty: the ledger's beginning
 	data     []byte // of the snapshot
 	horizon  usage.Micros
+	currency string // of the ledger's costs
 }
 
 // again returns the same state once more.
@@ -35,7 +36,7 @@ func (b *base) again() (*quota.Shard, error) {
 
 // trace returns the options of a trace that begins there.
 func (b *base) trace(d *usage.Decision, below trace.Position) trace.Options {
-	return trace.Options{State: b.state, Snapshot: b.snapshot != "", Again: b.again, Target: d, Below: below, Most: maxIndexed}
+	return trace.Options{State: b.state, Snapshot: b.snapshot != "", Again: b.again, Target: d, Below: below, Currency: b.currency, Most: maxIndexed}
 }
 
 // listTimeout bounds the looking for snapshots: who may not read them is not
@@ -52,6 +53,18 @@ type snapshot struct {
 // may be missing, else at the ledger's beginning, else, when that is gone, at
 // the newest snapshot before `before`. It returns nil when there is none.
 func (x *Explainer) base(ctx context.Context, shard uint32, all, before uint64) (*base, error) {
+	geometry, err := ledger.ReadGeometry(ctx, x.o.JS)
+	if err != nil {
+		return nil, err
+	}
+	b, err := x.begin(ctx, shard, all, before)
+	if b != nil {
+		b.currency = geometry.Currency
+	}
+	return b, err
+}
+
+func (x *Explainer) begin(ctx context.Context, shard uint32, all, before uint64) (*base, error) {
 	_, state, err := x.ledger(ctx)
 	if err != nil {
 		return nil, err

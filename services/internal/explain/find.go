@@ -260,7 +260,7 @@ func (x *Explainer) findInShard(ctx context.Context, id ksuid.KSUID, shard uint3
 	var d usage.Decision
 	ok := false
 	text := id.String()
-	var decoder fold.Decoder
+	decoder := fold.Decoder{Frame: ledger.Frame{CostsIn: b.currency}}
 	from, to := b.state.Sequence()+1, s.last[shard]
 	err = x.read(ctx, ledger.Stream, ledger.ShardSubjects(shard), from, to, func(m *ledger.Message) error {
 		p.at("looking in the ledger", m.Sequence-from, to-from+1)

@@ -14,6 +14,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/schemas"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
 )
@@ -70,6 +71,39 @@ func TestServicesThatProvisionAtOnceAgreeOnOneGeometry(t *testing.T) {
 	s, err := js.Stream(t.Context(), ledger.Stream)
 	if err != nil || s.CachedInfo().Config.MaxBytes != 64<<30 {
 		t.Errorf("the ledger is %+v, %v; want its whole size", s.CachedInfo().Config, err)
+	}
+}
+
+// Costs are in one currency from the ledger's birth to its end.
+func TestTheCurrencyOfALedgerIsThatOfItsBirth(t *testing.T) {
+	t.Parallel()
+	_, js := newEngine(t, embednats.Options{}).connect()
+	for _, c := range []struct {
+		currency string
+		taken    bool
+	}{{"euro", false}, {"EUR", true}, {"", true}, {"USD", false}, {"EUR", true}} {
+		g, err := ledger.Provision(t.Context(), js, ledger.ProvisionOptions{Shards: 1, Currency: c.currency})
+		if (err == nil) != c.taken || c.taken && g.Currency != "EUR" {
+			t.Errorf("%q: %+v, %v", c.currency, g, err)
+		}
+	}
+	_, js = newEngine(t, embednats.Options{}).connect()
+	if g, err := ledger.Provision(t.Context(), js, ledger.ProvisionOptions{}); err != nil || g.Currency != usage.DefaultCurrency {
+		t.Errorf("where nothing is said: %+v, %v", g, err)
+	}
+	// A ledger from before it said its currency.
+	kv, err := js.KeyValue(t.Context(), ledger.ConfigBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := kv.Purge(t.Context(), "ledger.currency"); err != nil {
+		t.Fatal(err)
+	}
+	if g, err := ledger.Provision(t.Context(), js, ledger.ProvisionOptions{}); err != nil || g.Currency != usage.DefaultCurrency {
+		t.Errorf("of an old ledger: %+v, %v", g, err)
+	}
+	if _, err := ledger.Provision(t.Context(), js, ledger.ProvisionOptions{Currency: "EUR"}); err == nil {
+		t.Error("an old ledger is given another currency")
 	}
 }
 

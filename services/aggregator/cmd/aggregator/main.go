@@ -36,7 +36,7 @@ func main() {
 		}
 		return aggregator.Run(ctx, aggregator.Options{
 			NATS: f.NATS.Options("aggregator", log), Logger: log, AdminListen: f.AdminListen, AdminToken: token,
-			Shards: f.Shards, Replicas: f.Replicas, SnapshotEvery: f.SnapshotInterval, Horizon: f.Horizon, Member: f.Member,
+			Shards: f.Shards, Currency: f.Currency, Replicas: f.Replicas, SnapshotEvery: f.SnapshotInterval, Horizon: f.Horizon, Member: f.Member,
 		})
 	})
 }

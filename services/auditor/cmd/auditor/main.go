@@ -54,7 +54,7 @@ func start(ctx context.Context, f *flags) error {
 		return fmt.Errorf("metrics: %w", err)
 	}
 	return auditor.Run(ctx, auditor.Options{
-		NATS: f.NATS.Options("auditor", log), ClickHouse: clickhouse, Provision: ledger.ProvisionOptions{Shards: f.Shards, Replicas: f.Replicas},
+		NATS: f.NATS.Options("auditor", log), ClickHouse: clickhouse, Provision: ledger.ProvisionOptions{Shards: f.Shards, Currency: f.Currency, Replicas: f.Replicas},
 		Logger: log, Registerer: registry, AdminListen: f.AdminListen, AdminToken: token, Readiness: readiness,
 		Horizon: f.Horizon, Every: f.Every, Again: f.Again, Overdue: f.Overdue,
 	})

@@ -40,7 +40,7 @@ func start(ctx context.Context, f *flags) error {
 		return err
 	}
 	o := console.Options{
-		Listen: f.Listen, Flag: "console-listen", Shards: f.Shards, Replicas: f.Replicas, Logger: log, Registry: telemetry.NewRegistry(),
+		Listen: f.Listen, Flag: "console-listen", Shards: f.Shards, Currency: f.Currency, Replicas: f.Replicas, Logger: log, Registry: telemetry.NewRegistry(),
 		NATS: f.NATS.Options("console", log),
 	}
 	if o.ClickHouse, err = f.Flags.Options(log); err != nil {

@@ -53,7 +53,7 @@ func start(ctx context.Context, f *flags) error {
 		return fmt.Errorf("metrics: %w", err)
 	}
 	return historian.Run(ctx, historian.Options{
-		NATS: f.NATS.Options("historian", log), ClickHouse: clickhouse, Provision: ledger.ProvisionOptions{Shards: f.Shards, Replicas: f.Replicas},
+		NATS: f.NATS.Options("historian", log), ClickHouse: clickhouse, Provision: ledger.ProvisionOptions{Shards: f.Shards, Currency: f.Currency, Replicas: f.Replicas},
 		Logger: log, Registerer: registry, AdminListen: f.AdminListen, AdminToken: token, Readiness: readiness,
 		Horizon: f.Horizon, MaxRows: f.MaxRows, MaxAge: f.MaxAge, SnapshotEvery: f.SnapshotEvery,
 	})

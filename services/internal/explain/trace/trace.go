@@ -102,6 +102,8 @@ type Options struct {
 	// Below bounds the rows that are kept, Most of them: the newest before it.
 	Below Position
 	Most  int
+	// Currency of the ledger's costs.
+	Currency string
 }
 
 // Trace is a replay of a shard up to a decision. Not safe for concurrent use.
@@ -136,7 +138,7 @@ type Trace struct {
 
 // New returns a trace before its first entry.
 func New(o Options) *Trace {
-	return &Trace{o: o, rows: ring{most: o.Most}, under: map[string]bool{}}
+	return &Trace{o: o, rows: ring{most: o.Most}, under: map[string]bool{}, Decoder: fold.Decoder{Frame: ledger.Frame{CostsIn: o.Currency}}}
 }
 
 // Rows returns the calls that fed the counter, oldest first, and whether there

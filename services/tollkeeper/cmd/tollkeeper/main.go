@@ -82,6 +82,7 @@ type upCmd struct {
 	Demo              bool                   `name:"demo" env:"TOLLKEEPER_DEMO" default:"true" negatable:"" help:"Demo traffic through the gateway."`
 	DemoSeed          uint64                 `name:"demo-seed" env:"TOLLKEEPER_DEMO_SEED" default:"402" help:"Seed of the demo traffic."`
 	Shards            uint32                 `name:"shards" env:"TOLLKEEPER_SHARDS" help:"Shards of a ledger that does not exist yet; 0 is the default for one machine."`
+	Currency          string                 `name:"currency" env:"TOLLKEEPER_CURRENCY" help:"Currency of all costs of a ledger that does not exist yet, by its ISO 4217 code; USD when empty. Costs in another are refused."`
 	alerter.Receivers `embed:""`
 	config.Log        `embed:""`
 }
@@ -92,7 +93,7 @@ func (c *upCmd) Run(ctx context.Context) error {
 		return err
 	}
 	o := tollkeeper.Options{
-		Engines: c.Engines.options(log), NATS: natsconn.Options{}, Shards: c.Shards, APIListen: c.APIListen, APIToken: c.APIToken,
+		Engines: c.Engines.options(log), NATS: natsconn.Options{}, Shards: c.Shards, Currency: c.Currency, APIListen: c.APIListen, APIToken: c.APIToken,
 		Gateway: &gateway.Options{Listen: c.GatewayListen, AdminListen: c.GatewayAdmin, AdminToken: c.GatewayToken, SpoolBeforeAnswer: c.SpoolBeforeAnswer},
 		Plans:   c.Plans, Demo: c.Demo, DemoSeed: c.DemoSeed, Logger: log, Out: os.Stdout,
 	}

@@ -83,7 +83,11 @@ func ReadLedger(ctx context.Context, js jetstream.JetStream, from uint64, ours f
 		return fold, nil
 	}
 	seen := map[uint32]*dedup.Set{}
-	var frame ledger.Frame
+	geometry, err := ledger.ReadGeometry(ctx, js)
+	if err != nil {
+		return fold, err
+	}
+	frame := ledger.Frame{CostsIn: geometry.Currency}
 	errEnd := errors.New("end")
 	err = ledger.Read(ctx, js, ledger.ReadOptions{Stream: ledger.Stream, From: from}, func(m ledger.Message) error {
 		if kind, shard, err := ledger.ParseSubject(m.Subject); err == nil && kind == ledger.KindCalls {

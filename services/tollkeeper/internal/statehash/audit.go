@@ -32,6 +32,8 @@ type Auditor struct {
 	NC *nats.Conn
 	// Shards of the ledger.
 	Shards uint32
+	// Currency of the ledger's costs.
+	Currency string
 	// Horizon of foreign events before the ledger says one; 0 means a day.
 	Horizon time.Duration
 	// Progress, if set, is told of every entry.
@@ -126,7 +128,7 @@ func (a *Auditor) Audit(ctx context.Context, shard uint32) (Shard, error) {
 		}
 	}
 	meet()
-	var decoder fold.Decoder
+	decoder := fold.Decoder{Frame: ledger.Frame{CostsIn: a.Currency}}
 	err = a.read(ctx, shard, out.From, max(end, lastOf(points)), func(m *ledger.Message) error {
 		// What can't be decoded still lets time pass.
 		e, _, _ := decoder.Decode(m)

@@ -62,7 +62,7 @@ func Print(ctx context.Context, o Options) error {
 			only = append(only, s)
 		}
 	}
-	a := &Auditor{JS: js, NC: nc, Shards: geometry.Shards, Horizon: o.Horizon}
+	a := &Auditor{JS: js, NC: nc, Shards: geometry.Shards, Currency: geometry.Currency, Horizon: o.Horizon}
 	if o.Progress != nil {
 		a.Progress = progress(o.Progress, time.Now, geometry.Shards)
 	}
