@@ -284,6 +284,13 @@ func (g *Gate) Violations(a *Account, req Request, max int) []*usage.Decision {
 	return t.Violations(a, req, usage.At(g.now()), max)
 }
 
+// fine: nothing is held against the account and nothing has to be taken, whatever the
+// call is.
+func (g *Gate) fine(a *Account) bool {
+	t := g.table.Load()
+	return t != nil && t.Fine(a)
+}
+
 // LedgerNow is the ledger's time as this gateway estimates it from beacons.
 func (g *Gate) LedgerNow() usage.Micros {
 	now := usage.At(g.now())

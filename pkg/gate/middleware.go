@@ -40,6 +40,9 @@ type MiddlewareOptions struct {
 	// upstream keeps to the bounds. A *refusal.Refusal as the error is answered as
 	// it is.
 	Bound func(r *http.Request, model string, meters []usage.Meter) (usage.Quantities, error)
+	// Unused says which meters a call can't use: limits on them do not concern it. It
+	// must be certain. Nil: it may use all.
+	Unused func(r *http.Request, model string) usage.MeterSet
 	// Lifetime bounds how long calls take, for what is reserved for them; ten
 	// minutes when 0.
 	Lifetime time.Duration
@@ -191,7 +194,7 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handl
 	}
 	model = usage.CleanText(model) // what is admitted is what is counted
 	x.begin(r, id, model)
-	req := Request{Model: model, Route: x.o.Route, Method: x.call.Method}
+	req := x.request(r, model)
 	cost, err := x.bound(r, req)
 	if err != nil {
 		if f := asRefusal(err, id); f.Code == usage.CostExceedsLimit {
@@ -220,6 +223,15 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request, next http.Handl
 	x.pass(w, r, next)
 }
 
+// request is what limits look at.
+func (x *exchange) request(r *http.Request, model string) Request {
+	req := Request{Model: model, Route: x.o.Route, Method: usage.CleanText(r.Method)}
+	if x.o.Unused != nil && !x.g.fine(x.caller.Account) {
+		req.Unused = x.o.Unused(r, model)
+	}
+	return req
+}
+
 // bound returns what the call can cost where a limit of the tiers exact and leased
 // wants to know it; nil: one call.
 func (x *exchange) bound(r *http.Request, req Request) (*Cost, error) {
@@ -239,7 +251,7 @@ func (x *exchange) bound(r *http.Request, req Request) (*Cost, error) {
 // refuseEarly answers a client that waits to be told whether to send its body at
 // all (100-continue), where no body could change the answer.
 func (x *exchange) refuseEarly(w http.ResponseWriter, r *http.Request, id string) bool {
-	req := Request{Route: x.o.Route, Method: usage.CleanText(r.Method)}
+	req := x.request(r, "")
 	v := x.g.Violations(x.caller.Account, req, 1)
 	if len(v) == 0 || len(v[0].Filter.Models) > 0 {
 		return false

@@ -350,3 +350,26 @@ func validQuantity(m Meter, v int64) error {
 	}
 	return nil
 }
+
+// MeterSet is a set of built-in meters. The zero value is empty.
+type MeterSet uint32
+
+// SetOf returns the set of these meters; a user's own are left out.
+func SetOf(meters ...Meter) MeterSet {
+	var s MeterSet
+	for _, m := range meters {
+		if i, ok := m.Index(); ok {
+			s |= 1 << i
+		}
+	}
+	return s
+}
+
+// Has reports whether m is in the set. It does not allocate.
+func (s MeterSet) Has(m Meter) bool {
+	if s == 0 {
+		return false
+	}
+	i, ok := m.Index()
+	return ok && s&(1<<i) != 0
+}

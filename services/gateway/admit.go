@@ -241,6 +241,7 @@ func (a *admit) asked(r *http.Request) (req gate.Request, profile refusal.Profil
 			}
 			req.Model = usage.CleanText(m)
 		}
+		req.Unused = found.unused(req.Method, t.Path, req.Model)
 	}
 	return req, profile, nil
 }

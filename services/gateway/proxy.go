@@ -23,6 +23,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/apis"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/headers"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/models"
@@ -69,6 +70,7 @@ type route struct {
 	prefix  string
 	handler http.Handler
 	model   func(*http.Request) (string, error)
+	unused  func(method, path, model string) usage.MeterSet
 }
 
 type proxyOptions struct {
@@ -115,6 +117,13 @@ func newProxy(o proxyOptions) (*proxy, error) {
 			p.transports[timeout] = newTransport(timeout)
 		}
 		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model, p.bodies), Bound: boundOf(c, p.bodies), Lifetime: timeout}
+		unused := unusedOf(c)
+		m.Unused = func(r *http.Request, model string) usage.MeterSet {
+			if r.Header.Get("Upgrade") != "" {
+				return 0 // what goes over it later is not known
+			}
+			return unused(r.Method, r.URL.Path, model)
+		}
 		if o.trustEventTime {
 			m.Time = replayedTime
 		}
@@ -123,7 +132,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 			return nil, err
 		}
 		p.routes = append(p.routes, &route{
-			o: c, host: strings.TrimSuffix(strings.ToLower(c.Host), "."), prefix: c.PathPrefix(), model: m.Model,
+			o: c, host: strings.TrimSuffix(strings.ToLower(c.Host), "."), prefix: c.PathPrefix(), model: m.Model, unused: unused,
 			handler: o.gate.Middleware(m, upstream),
 		})
 	}
@@ -420,6 +429,26 @@ func modelOf(c *ModelConfig, bodies *models.Room) func(*http.Request) (string, e
 		return func(r *http.Request) (string, error) { return models.InBody(r, c.JSON, bound, bodies) }
 	}
 	return nil
+}
+
+// unusedOf says which meters a route's calls can't use, by what the upstream is asked for.
+func unusedOf(c *RouteConfig) func(method, path, model string) usage.MeterSet {
+	base := ""
+	if u, err := url.Parse(c.Upstream); err == nil {
+		base = strings.TrimSuffix(u.Path, "/")
+	}
+	provider := c.Profile == refusal.OpenAI || c.Profile == refusal.Anthropic
+	return func(method, path, model string) usage.MeterSet {
+		if c.StripPrefix && c.PathPrefix() != "/" {
+			path = paths.Stripped(path, c.PathPrefix(), c.IgnoreCase)
+		}
+		o := apis.Of(method, base+path, provider)
+		unused := o.UnusedBy(model)
+		if c.MetersHeader != "" {
+			unused &^= usage.SetOf(usage.Cost) // the upstream may have a price for anything
+		}
+		return unused
+	}
 }
 
 // boundOf says what a route's calls can cost at most.

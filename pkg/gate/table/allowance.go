@@ -64,7 +64,7 @@ type Draw struct {
 
 // Concerns reports whether such a call counts towards the limit.
 func (d *Draw) Concerns(req Request) bool {
-	return d.plain || d.Limit.Filter.Match(req.Model, req.Route, req.Method)
+	return (d.plain || d.Limit.Filter.Match(req.Model, req.Route, req.Method)) && !req.Unused.Has(d.Limit.Meter)
 }
 
 // Cited makes a decision's terms out of the limit, for the window of start; it has no

@@ -229,6 +229,8 @@ func (t *Table) missing() Lookup {
 // Request is what filters look at.
 type Request struct {
 	Model, Route, Method string
+	// Unused are meters that such a call can't use: their limits do not concern it.
+	Unused usage.MeterSet
 }
 
 // Verdict is the answer to a request for admission.
@@ -369,7 +371,7 @@ func effective(a *Account, req Request, at usage.Micros) *usage.Decision {
 // stands: a deny with room refused one call's need, and a smaller one may pass:
 // the purse knows.
 func stands(d *usage.Decision, req Request, at usage.Micros) bool {
-	return (d.PeriodEnd == 0 || at < d.PeriodEnd) && (d.Room == 0 || d.Verdict != usage.Deny || !d.Tier.Leased()) && d.Filter.Match(req.Model, req.Route, req.Method)
+	return (d.PeriodEnd == 0 || at < d.PeriodEnd) && (d.Room == 0 || d.Verdict != usage.Deny || !d.Tier.Leased()) && d.Filter.Match(req.Model, req.Route, req.Method) && !req.Unused.Has(d.Meter)
 }
 
 // graver returns b only when it is graver than a: of equals the one nearer to the

@@ -16,6 +16,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/apis"
 )
 
 // Rules of a route.
@@ -90,11 +91,11 @@ func (rules *Rules) Of(r *http.Request, meters []usage.Meter) (usage.Quantities,
 		if err := ownTools(members); err != nil {
 			return out, err
 		}
-		if most, changed, err = rules.output(kindOf(r.URL.Path, members), members); err != nil {
+		if most, changed, err = rules.output(kindOf(r.Method, r.URL.Path, members), members); err != nil {
 			return out, err
 		}
 	}
-	if rules.AskUsage && completions(r.URL.Path) {
+	if rules.AskUsage && completions(r.Method, r.URL.Path) {
 		asks = askUsage(members)
 	}
 	if changed || asks {
@@ -147,47 +148,41 @@ type kind struct {
 	silent bool     // it has none
 	// guessed: the path does not say which API it is, so its maxima may bound nothing.
 	guessed bool
+	// boundless: nothing in a request bounds its output.
+	boundless bool
 }
 
-var (
-	chat      = kind{maxima: []string{"max_tokens", "max_completion_tokens"}}
-	text      = kind{maxima: []string{"max_tokens"}}
-	responses = kind{maxima: []string{"max_output_tokens"}}
-	embedding = kind{silent: true}
-	anything  = kind{maxima: slices.Concat(chat.maxima, responses.maxima)}
-)
-
 // Maxima are the members that bound a request's output.
-func Maxima() []string { return slices.Clone(anything.maxima) }
+func Maxima() []string { return apis.Maxima() }
 
 // kindOf goes by the path, and where that says nothing by what the body asks about: a
 // member that bounds nothing there must not be taken for a bound.
-func kindOf(path string, members map[string]json.RawMessage) kind {
-	switch path = strings.TrimRight(path, "/"); {
-	case strings.HasSuffix(path, "/chat/completions"):
-		return chat
-	case strings.HasSuffix(path, "/completions"), strings.HasSuffix(path, "/messages"):
-		return text
-	case strings.HasSuffix(path, "/responses"):
-		return responses
-	case strings.HasSuffix(path, "/embeddings"):
-		return embedding
+func kindOf(method, path string, members map[string]json.RawMessage) kind {
+	if o := apis.Of(method, path, false); o.Known {
+		silent := o.Unused.Has(usage.OutputTokens)
+		return kind{maxima: o.Maxima, silent: silent, boundless: len(o.Maxima) == 0 && !silent}
 	}
 	talks, asks := present(members, "messages") || present(members, "prompt"), present(members, "input")
 	switch {
 	case talks && asks:
 		return kind{}
 	case talks:
-		return kind{maxima: chat.maxima, guessed: true}
+		return kind{maxima: maximaOf("/v1/chat/completions"), guessed: true}
 	case asks:
-		return kind{maxima: responses.maxima, guessed: true}
+		return kind{maxima: maximaOf("/v1/responses"), guessed: true}
 	}
-	return kind{maxima: anything.maxima, guessed: true}
+	return kind{maxima: Maxima(), guessed: true}
+}
+
+func maximaOf(path string) []string {
+	o := apis.Of(http.MethodPost, path, false)
+	return o.Maxima
 }
 
 // completions: a streamed answer has usage at its end if stream_options say so.
-func completions(path string) bool {
-	return strings.HasSuffix(strings.TrimRight(path, "/"), "/completions")
+func completions(method, path string) bool {
+	o := apis.Of(method, path, false)
+	return o.Options
 }
 
 // askUsage makes a streamed answer end with its usage, and reports whether it would
@@ -236,6 +231,9 @@ var choices = []string{"n", "best_of"}
 func (rules *Rules) output(k kind, members map[string]json.RawMessage) (most int64, changed bool, err error) {
 	if k.silent {
 		return 0, false, nil
+	}
+	if k.boundless {
+		return 0, false, unbounded("nothing in such a request bounds its output: have the route reserve what it can use (reserve)")
 	}
 	if len(k.maxima) == 0 {
 		return 0, false, unbounded("it has messages or a prompt and an input as well, so it can't be told what bounds its output")

@@ -25,7 +25,7 @@ var settings = []string{
 
 // looked are those that are looked at, however they are spelled.
 var (
-	looked = slices.Concat(anything.maxima, choices, elsewhere, []string{"messages", "input", "prompt", "tools", "modalities", "prediction", "stream", "stream_options", "system"})
+	looked = slices.Concat(Maxima(), choices, elsewhere, []string{"messages", "input", "prompt", "tools", "modalities", "prediction", "stream", "stream_options", "system"})
 	named  = slices.Concat(looked, settings)
 )
 
