@@ -12,6 +12,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/ask"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/directory"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/wallet"
@@ -39,7 +40,7 @@ func (g *Gate) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("gate: %w", err)
 	}
-	shards, ok := g.geometry(ctx, js)
+	shards, clock, ok := g.geometry(ctx, js)
 	if !ok {
 		return nil
 	}
@@ -47,7 +48,7 @@ func (g *Gate) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("gate: open the outbox: %w", err)
 	}
-	g.open(shards)
+	g.open(shards, clock)
 	g.outbox.Store(&out)
 	w, err := g.openWallet(nc, js, out, shards)
 	if err != nil {
@@ -57,33 +58,39 @@ func (g *Gate) Run(ctx context.Context) error {
 	return g.run(ctx, nc, js, out, w)
 }
 
-// geometry asks for the number of shards until there is an answer.
-func (g *Gate) geometry(ctx context.Context, js jetstream.JetStream) (uint32, bool) {
-	if g.o.Shards != 0 {
-		return g.o.Shards, true
-	}
-	wait := 50 * time.Millisecond
-	for {
-		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
-		geo, err := ledger.ReadGeometry(ask, js)
-		cancel()
+// geometry asks for the number of shards and for the test clock, nil when there is
+// none, until there is an answer.
+func (g *Gate) geometry(ctx context.Context, js jetstream.JetStream) (shards uint32, clock func() usage.Micros, ok bool) {
+	shards, clock = g.o.Shards, g.o.TestClock
+	ok = ask.Until(ctx, "the ledger's geometry", g.ready.Waiting, func(ctx context.Context) error {
+		if shards == 0 {
+			geo, err := ledger.ReadGeometry(ctx, js)
+			if err != nil {
+				return err
+			}
+			shards = geo.Shards
+		}
+		if clock != nil {
+			return nil
+		}
+		at, err := ledger.ReadTestClock(ctx, js)
 		if err == nil {
-			return geo.Shards, true
+			g.beacon.Store(int64(at))
+			clock = func() usage.Micros { return usage.Micros(g.beacon.Load()) }
 		}
-		g.ready.Waiting(fmt.Sprintf("the ledger's geometry can't be read (%v)", err))
-		select {
-		case <-ctx.Done():
-			return 0, false
-		case <-time.After(wait):
+		if errors.Is(err, ledger.ErrRealClock) {
+			return nil
 		}
-		wait = min(2*wait, time.Second)
-	}
+		return err
+	})
+	return shards, clock, ok
 }
 
 // open makes the table, of which nothing is known, and the directory in front of it.
-func (g *Gate) open(shards uint32) {
+func (g *Gate) open(shards uint32, clock func() usage.Micros) {
 	t := table.New(shards, ledger.ShardOf, table.Policy{
 		Pass: g.o.Unknown.Mode == PassUnknown, MaxCalls: g.o.Unknown.MaxCalls, StaleAfter: usage.Micros(g.o.StaleAfter.Microseconds()),
+		TestClock: clock,
 	})
 	g.directory.Store(directory.New(t, &g.write))
 	g.table.Store(t)
@@ -193,6 +200,7 @@ func (g *Gate) hearBeacons(ctx context.Context, nc *nats.Conn, announce func(uin
 		fresh := g.table.Load().Hear(table.Beacon{Shard: b.GetShard(), Epoch: b.GetEpoch(), StreamTime: usage.Micros(b.GetStreamTimeUnixMicros()), SentAt: usage.Micros(b.GetSentAtUnixMicros())}, now)
 		g.write.Unlock()
 		if fresh {
+			g.beacon.Store(max(g.beacon.Load(), b.GetStreamTimeUnixMicros()))
 			announce(b.GetDecisionsSequence())
 		}
 	})

@@ -94,7 +94,7 @@ func offline(t testing.TB, edit ...func(*Options)) (*Gate, *box) {
 	}
 	var out Outbox = b
 	g.outbox.Store(&out)
-	g.open(4)
+	g.open(4, nil)
 	(&directoryFeed{g}).Reset(recordsOf(t, []directory.Account{{ID: "acme"}}, directory.Key{Hash: HashKey("sk-acme"), ID: "k1", Account: "acme"}))
 	(&decisionsFeed{g}).Reset(nil)
 	g.beacons(1)

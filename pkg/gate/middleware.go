@@ -264,7 +264,7 @@ func (x *exchange) refuseEarly(w http.ResponseWriter, r *http.Request, id string
 
 // begin fills in what is known of the call before it is decided.
 func (x *exchange) begin(r *http.Request, id, model string) {
-	at := x.began
+	at := x.g.table.Load().EventTime(x.began)
 	if x.o.Time != nil {
 		// A time that no event may have would cost the whole event.
 		if t := x.o.Time(r, at); usage.At(t) >= usage.OldestTimeMicros && t.Sub(at) <= usage.MaxFuture {

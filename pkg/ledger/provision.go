@@ -29,6 +29,9 @@ type ProvisionOptions struct {
 	Currency string
 	// Replicas of every stream and bucket; 1 when 0.
 	Replicas int
+	// TestClock gives a ledger that does not exist yet a test clock, which stands at
+	// this time (package testclock advances it). Zero: its time is the server's.
+	TestClock time.Time
 	// Notice is told, in a sentence, what whoever runs the ledger should know;
 	// may be nil.
 	Notice func(string)
@@ -71,11 +74,14 @@ type piece struct {
 	create   func(ctx context.Context, maxBytes int64) error
 }
 
-func pieces(js jetstream.JetStream, defs *definitions, replicas int) []piece {
+func pieces(js jetstream.JetStream, defs *definitions, replicas int, testClock time.Time) []piece {
 	var all []piece
 	for _, cfg := range defs.Streams {
 		all = append(all, piece{cfg.Name, cfg.MaxBytes, func(ctx context.Context, maxBytes int64) error {
 			cfg.Replicas, cfg.MaxBytes = replicas, maxBytes
+			if cfg.Name == Stream && !testClock.IsZero() {
+				cfg.Metadata = map[string]string{bornKey: strconv.FormatInt(testClock.UnixMicro(), 10)}
+			}
 			_, err := js.CreateStream(ctx, cfg)
 			return err
 		}})
@@ -219,7 +225,7 @@ func Provision(ctx context.Context, js jetstream.JetStream, o ProvisionOptions) 
 	if o.Currency != "" && !usage.ValidCurrency(o.Currency) {
 		return Geometry{}, fmt.Errorf("%q is no currency: use its ISO 4217 code, three capital letters such as USD", o.Currency)
 	}
-	all := pieces(js, &defs, replicas)
+	all := pieces(js, &defs, replicas, o.TestClock)
 	missing, err := missingOf(ctx, js, all)
 	if err != nil {
 		return Geometry{}, err

@@ -17,8 +17,13 @@ type Message struct {
 	Data    []byte
 	// Sequence is the position in the stream.
 	Sequence uint64
-	// Time is the stream's own time of the entry.
+	// Time is the ledger's time of the entry: the server's when it was stored, or
+	// where the test clock of the entry's shard stood.
 	Time time.Time
+	// StoredAt is the server's time in any case.
+	StoredAt time.Time
+	// TestClock: the stream was born with a test clock.
+	TestClock bool
 	// Pending is how many more entries the stream had when this one was sent.
 	Pending uint64
 }
@@ -111,10 +116,12 @@ type streamReader struct {
 	// clear is up to where, from next on, the stream has nothing for us: to
 	// purge that is no loss.
 	clear uint64
-	// lastTime is the stream's time of entry next-1 if that was handled here.
+	// lastTime is the server's time of entry next-1 if that was handled here.
 	lastTime time.Time
 	looked   time.Time // when the stream was last asked where it begins
 	holes    bool      // it had entries removed from its midst
+	dial     dial
+	wound    bool // the dial is set to where it stood before entry next
 }
 
 func (r *streamReader) run(ctx context.Context) (err error) {
@@ -132,6 +139,12 @@ func (r *streamReader) run(ctx context.Context) (err error) {
 	}
 	if err := r.compareLast(setup, stream); err != nil {
 		return err
+	}
+	if !r.wound {
+		if err := r.dial.wind(setup, r.js, stream, r.next); err != nil {
+			return fmt.Errorf("read the clock of %s: %w", r.o.Stream, err)
+		}
+		r.wound = true
 	}
 	opening, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
@@ -215,10 +228,11 @@ func (r *streamReader) stretch(ctx context.Context, stream jetstream.Stream, in 
 				return quiet, err
 			}
 		}
+		r.dial.stamp(&m)
 		if err := r.handle(m); err != nil {
 			return quiet, &handlerError{err}
 		}
-		r.next, r.lastTime, quiet = m.Sequence+1, m.Time, false
+		r.next, r.lastTime, quiet = m.Sequence+1, m.StoredAt, false
 	}
 }
 

@@ -124,6 +124,7 @@ type service struct {
 	status   status
 	head     atomic.Uint64 // the newest entry that was read, of any shard
 	ahead    atomic.Int64  // the stream's clock minus ours, nanoseconds
+	still    atomic.Bool   // the ledger has a test clock: its time passes by entries alone
 }
 
 // Run shares the shards of the ledger with the other aggregators and counts until
@@ -376,6 +377,7 @@ func (s *service) readClock(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("stream %s: %w", ledger.Stream, err)
 	}
+	s.still.Store(ledger.HasTestClock(stream))
 	if at := stream.CachedInfo().TimeStamp; !at.IsZero() {
 		s.ahead.Store(int64(at.Sub(before.Add(time.Since(before) / 2))))
 	}

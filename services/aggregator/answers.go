@@ -40,7 +40,7 @@ func (o *owner) tickIn(now time.Time) (time.Duration, bool) {
 		return max(span(stream, due)+tickMargin, o.lastTick.Add(every).Sub(now))
 	}
 	due, ok := o.state.NextTimer()
-	if !ok {
+	if !ok || o.still.Load() {
 		return 0, false
 	}
 	wait := left(due, tickEvery)

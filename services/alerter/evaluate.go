@@ -73,6 +73,7 @@ type evaluator struct {
 	maxLag   time.Duration
 	every    time.Duration // between two saved positions
 	now      func() time.Time
+	test     bool // the ledger has a test clock
 
 	mu        sync.Mutex
 	detectors []detector
@@ -123,6 +124,12 @@ func (e *evaluator) prepare(ctx context.Context) (uint64, error) {
 		pos = position{}
 	}
 	now := usage.At(e.now())
+	if clock, err := ledger.ReadTestClock(ctx, e.js); err == nil {
+		e.test, e.stream = true, clock
+		now = e.stream
+	} else if !errors.Is(err, ledger.ErrRealClock) {
+		return 0, fmt.Errorf("read which clock the ledger has: %w", err)
+	}
 	oldest := now - usage.Micros(maxCatchUp.Microseconds())
 	begin, stale := now, false
 	for i, d := range e.detectors {
@@ -279,7 +286,7 @@ func (e *evaluator) foldCalls(set *dedup.Set, m ledger.Message) {
 // advance takes stream time forward; every entry before it has been folded.
 func (e *evaluator) advance(ctx context.Context, stream usage.Micros) error {
 	e.stream = max(e.stream, stream)
-	now := usage.At(e.now())
+	now := e.ledgerNow()
 	e.lag(now)
 	for i, d := range e.detectors {
 		for _, a := range d.Advance(e.stream, now) {
@@ -290,6 +297,15 @@ func (e *evaluator) advance(ctx context.Context, stream usage.Micros) error {
 		}
 	}
 	return nil
+}
+
+// ledgerNow is our clock's time, or where a test clock stands, which nothing but
+// entries advances. With e.mu.
+func (e *evaluator) ledgerNow() usage.Micros {
+	if e.test {
+		return e.stream
+	}
+	return usage.At(e.now())
 }
 
 func (e *evaluator) lag(now usage.Micros) time.Duration {
@@ -345,7 +361,7 @@ func (e *evaluator) tick(ctx context.Context) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	now := e.now()
-	lag := e.lag(usage.At(now))
+	lag := e.lag(e.ledgerNow())
 	if now.Sub(e.lastSync) >= syncEvery {
 		if err := e.sync(ctx); err != nil {
 			if ctx.Err() == nil {
@@ -383,7 +399,7 @@ const syncEvery = 2 * time.Second
 // stores after its answer has a later time than the answer.
 func (e *evaluator) pass(ctx context.Context) error {
 	e.mu.Lock()
-	busy := e.now().Sub(e.lastEntry) < e.step
+	busy := e.test || e.now().Sub(e.lastEntry) < e.step
 	e.mu.Unlock()
 	if busy {
 		return nil
@@ -394,7 +410,7 @@ func (e *evaluator) pass(ctx context.Context) error {
 	if err != nil {
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		e.lag(usage.At(e.now()))
+		e.lag(e.ledgerNow())
 		return fmt.Errorf("the ledger can't be asked for its end: %w", err)
 	}
 	info := stream.CachedInfo()

@@ -80,6 +80,9 @@ type Options struct {
 	// TrustEventTime lets clients say when a call took place (EventTimeHeader):
 	// for replays only.
 	TrustEventTime bool
+	// TestClock is where the test clock of the ledger stands, for a process that
+	// advances it; see gate.Options.
+	TestClock func() usage.Micros
 
 	// SpoolDir is where calls wait while the ledger is away; empty: in memory only.
 	SpoolDir string
@@ -193,7 +196,7 @@ func newService(o Options) (*service, error) {
 		Connect:    func(ctx context.Context) (*nats.Conn, error) { return natsconn.Connect(ctx, s.o.NATS) },
 		Shards:     o.Shards,
 		OpenOutbox: s.openOutbox,
-		Unknown:    o.Unknown, Leases: s.o.Leases, StaleAfter: o.StaleAfter, AbortUnsettled: o.SpoolBeforeAnswer, CloseTimeout: o.StopTimeout * 3 / 10,
+		Unknown:    o.Unknown, Leases: s.o.Leases, StaleAfter: o.StaleAfter, AbortUnsettled: o.SpoolBeforeAnswer, CloseTimeout: o.StopTimeout * 3 / 10, TestClock: o.TestClock,
 		Logger: o.Logger, Registerer: o.Registerer,
 		DirectoryReadiness: part("directory"), DecisionsReadiness: part("decisions"), OutboxReadiness: part("outbox"),
 	})
@@ -218,6 +221,7 @@ func (o *Options) outbox() outbox.Options {
 	return outbox.Options{
 		Gateway: o.Name, SpoolDir: o.SpoolDir, MemoryBytes: o.MemoryBytes, SpoolBytes: o.SpoolBytes,
 		OnFull: o.OnFull, SpoolBeforeAnswer: o.SpoolBeforeAnswer, Linger: o.Linger, Logger: o.Logger, Registerer: o.Registerer,
+		TestClock: o.TestClock,
 	}
 }
 

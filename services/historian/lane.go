@@ -386,7 +386,7 @@ func (l *lane) build(ctx context.Context, stands boundary, in <-chan ledger.Mess
 				break
 			}
 			if m.Sequence <= committed {
-				last, lastTime = m.Sequence, streamTime(m)
+				last, lastTime = m.Sequence, storedAt(m)
 				l.gather.take(m, false)
 				l.sawEntry(m, false)
 				continue
@@ -396,7 +396,7 @@ func (l *lane) build(ctx context.Context, stands boundary, in <-chan ledger.Mess
 					return err
 				}
 			}
-			last, lastTime = m.Sequence, streamTime(m)
+			last, lastTime = m.Sequence, storedAt(m)
 			l.gather.take(m, true)
 			l.sawEntry(m, true)
 			plan.Add(it, time.Now())
@@ -628,7 +628,7 @@ func (l *lane) sawEntry(m ledger.Message, keep bool) {
 	p := &l.progress
 	p.read, p.pending = m.Sequence, m.Pending
 	if n := len(p.oldest); keep && (n == 0 || p.oldest[n-1].to != 0) {
-		p.oldest = append(p.oldest, laneTime{at: m.Time})
+		p.oldest = append(p.oldest, laneTime{at: storedAt(m).Time()})
 	}
 }
 
@@ -679,6 +679,14 @@ func (l *lane) report(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// storedAt is the server's time of a message, also where the ledger has a test clock.
+func storedAt(m ledger.Message) usage.Micros {
+	if m.StoredAt.IsZero() {
+		return usage.At(m.Time)
+	}
+	return usage.At(m.StoredAt)
 }
 
 // streamTime is a message's time in microseconds.

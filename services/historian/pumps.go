@@ -127,6 +127,11 @@ func readControl(m ledger.Message) (act, bool, error) {
 	case *tollkeeperv1.ControlEntry_Tick:
 		// One a second and shard, and nobody's act: they say that time passed.
 		return out, false, nil
+	case *tollkeeperv1.ControlEntry_ClockAdvance:
+		if m.TestClock {
+			return out, false, nil // likewise, of a test clock
+		}
+		row.Kind = "clock_advance" // a dead letter of the aggregator's
 	case *tollkeeperv1.ControlEntry_PlanSet:
 		row.Kind = "plan_set"
 	case *tollkeeperv1.ControlEntry_AccountSet:

@@ -100,6 +100,9 @@ type Options struct {
 	Claims func(producer ksuid.KSUID, shard uint32, again bool) lane.Claims
 	// Now is the wall clock; time.Now when nil.
 	Now func() time.Time
+	// TestClock is where the test clock of the ledger stands; nil: it has none. A
+	// call must not be further ahead of the later of both clocks than usage.MaxFuture.
+	TestClock func() usage.Micros
 }
 
 var (
@@ -311,6 +314,9 @@ func (o *Outbox) Add(ctx context.Context, shard uint32, c *usage.Call) error {
 	if c.Time > now+usage.Micros(time.Minute.Microseconds()) {
 		o.now() // the coarse clock may have slept
 		now = usage.Micros(o.coarse.Load())
+	}
+	if o.o.TestClock != nil {
+		now = max(now, o.o.TestClock())
 	}
 	err := c.Validate(now)
 	if err == nil {

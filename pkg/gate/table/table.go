@@ -14,6 +14,7 @@ import (
 	"hash/maphash"
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -112,6 +113,9 @@ type Policy struct {
 	// StaleAfter is how long a shard's beacons or a bucket's changes may be
 	// missing before they count as unknown, microseconds.
 	StaleAfter usage.Micros
+	// TestClock is where the test clock of the ledger stands; nil: the ledger has
+	// none, and its time is estimated from beacons.
+	TestClock func() usage.Micros
 }
 
 // Table is the whole of it. New makes one.
@@ -302,7 +306,7 @@ func (t *Table) DecideLeased(a *Account, req Request, now usage.Micros) Verdict 
 }
 
 func (t *Table) decide(r *record, req Request, now usage.Micros, known bool) Verdict {
-	at := now + usage.Micros(t.offset.Load())
+	at := t.LedgerTime(now)
 	var best *usage.Decision
 	for i := range r.n {
 		best = graver(best, effective(r.path[i], req, at))
@@ -329,7 +333,7 @@ func (t *Table) Violations(a *Account, req Request, now usage.Micros, max int) [
 	if r == nil {
 		return nil
 	}
-	at := now + usage.Micros(t.offset.Load())
+	at := t.LedgerTime(now)
 	var all []*usage.Decision
 	add := func(p *Account) {
 		if held := p.held.Load(); held != nil {
@@ -348,6 +352,23 @@ func (t *Table) Violations(a *Account, req Request, now usage.Micros, max int) [
 	}
 	slices.SortStableFunc(all, compare)
 	return all[:min(len(all), max)]
+}
+
+// EventTime is the time of a call that began at this time of our own clock: where
+// the ledger has a test clock, that one's.
+func (t *Table) EventTime(began time.Time) time.Time {
+	if t == nil || t.policy.TestClock == nil {
+		return began
+	}
+	return t.policy.TestClock().Time()
+}
+
+// LedgerTime is the ledger's time when our own clock shows now.
+func (t *Table) LedgerTime(now usage.Micros) usage.Micros {
+	if t.policy.TestClock != nil {
+		return t.policy.TestClock()
+	}
+	return now + usage.Micros(t.offset.Load())
 }
 
 // Offset is how far the ledger's clock is ahead of ours, microseconds.

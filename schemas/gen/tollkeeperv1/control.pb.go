@@ -40,6 +40,7 @@ type ControlEntry struct {
 	//	*ControlEntry_ProducerClosed
 	//	*ControlEntry_Correction
 	//	*ControlEntry_CoreVersion
+	//	*ControlEntry_ClockAdvance
 	Body          isControlEntry_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -157,6 +158,15 @@ func (x *ControlEntry) GetCoreVersion() *CoreVersion {
 	return nil
 }
 
+func (x *ControlEntry) GetClockAdvance() *ClockAdvance {
+	if x != nil {
+		if x, ok := x.Body.(*ControlEntry_ClockAdvance); ok {
+			return x.ClockAdvance
+		}
+	}
+	return nil
+}
+
 type isControlEntry_Body interface {
 	isControlEntry_Body()
 }
@@ -185,6 +195,10 @@ type ControlEntry_CoreVersion struct {
 	CoreVersion *CoreVersion `protobuf:"bytes,15,opt,name=core_version,json=coreVersion,proto3,oneof"`
 }
 
+type ControlEntry_ClockAdvance struct {
+	ClockAdvance *ClockAdvance `protobuf:"bytes,16,opt,name=clock_advance,json=clockAdvance,proto3,oneof"`
+}
+
 func (*ControlEntry_PlanSet) isControlEntry_Body() {}
 
 func (*ControlEntry_AccountSet) isControlEntry_Body() {}
@@ -196,6 +210,55 @@ func (*ControlEntry_ProducerClosed) isControlEntry_Body() {}
 func (*ControlEntry_Correction) isControlEntry_Body() {}
 
 func (*ControlEntry_CoreVersion) isControlEntry_Body() {}
+
+func (*ControlEntry_ClockAdvance) isControlEntry_Body() {}
+
+// ClockAdvance takes the time of a shard forward. Only a ledger that was born with
+// a test clock takes it: there the time of every entry is the clock's, which stands
+// still between two advances. In any other ledger it is a dead letter.
+type ClockAdvance struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ToUnixMicros  int64                  `protobuf:"varint,1,opt,name=to_unix_micros,json=toUnixMicros,proto3" json:"to_unix_micros,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClockAdvance) Reset() {
+	*x = ClockAdvance{}
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClockAdvance) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClockAdvance) ProtoMessage() {}
+
+func (x *ClockAdvance) ProtoReflect() protoreflect.Message {
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClockAdvance.ProtoReflect.Descriptor instead.
+func (*ClockAdvance) Descriptor() ([]byte, []int) {
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ClockAdvance) GetToUnixMicros() int64 {
+	if x != nil {
+		return x.ToUnixMicros
+	}
+	return 0
+}
 
 // PlanSet replaces the whole set of plans of a shard.
 type PlanSet struct {
@@ -211,7 +274,7 @@ type PlanSet struct {
 
 func (x *PlanSet) Reset() {
 	*x = PlanSet{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[1]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -223,7 +286,7 @@ func (x *PlanSet) String() string {
 func (*PlanSet) ProtoMessage() {}
 
 func (x *PlanSet) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[1]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -236,7 +299,7 @@ func (x *PlanSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanSet.ProtoReflect.Descriptor instead.
 func (*PlanSet) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{1}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *PlanSet) GetVersion() string {
@@ -270,7 +333,7 @@ type Plan struct {
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[2]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -282,7 +345,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[2]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -295,7 +358,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{2}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Plan) GetId() string {
@@ -339,7 +402,7 @@ type Limit struct {
 
 func (x *Limit) Reset() {
 	*x = Limit{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[3]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -351,7 +414,7 @@ func (x *Limit) String() string {
 func (*Limit) ProtoMessage() {}
 
 func (x *Limit) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[3]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -364,7 +427,7 @@ func (x *Limit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limit.ProtoReflect.Descriptor instead.
 func (*Limit) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{3}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Limit) GetId() string {
@@ -455,7 +518,7 @@ type LeaseTerms struct {
 
 func (x *LeaseTerms) Reset() {
 	*x = LeaseTerms{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[4]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -467,7 +530,7 @@ func (x *LeaseTerms) String() string {
 func (*LeaseTerms) ProtoMessage() {}
 
 func (x *LeaseTerms) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[4]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -480,7 +543,7 @@ func (x *LeaseTerms) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseTerms.ProtoReflect.Descriptor instead.
 func (*LeaseTerms) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{4}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *LeaseTerms) GetTermMicros() int64 {
@@ -523,7 +586,7 @@ type Filter struct {
 
 func (x *Filter) Reset() {
 	*x = Filter{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[5]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -535,7 +598,7 @@ func (x *Filter) String() string {
 func (*Filter) ProtoMessage() {}
 
 func (x *Filter) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[5]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -548,7 +611,7 @@ func (x *Filter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Filter.ProtoReflect.Descriptor instead.
 func (*Filter) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{5}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Filter) GetModels() []string {
@@ -582,7 +645,7 @@ type AccountSet struct {
 
 func (x *AccountSet) Reset() {
 	*x = AccountSet{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[6]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -594,7 +657,7 @@ func (x *AccountSet) String() string {
 func (*AccountSet) ProtoMessage() {}
 
 func (x *AccountSet) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[6]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -607,7 +670,7 @@ func (x *AccountSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AccountSet.ProtoReflect.Descriptor instead.
 func (*AccountSet) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{6}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *AccountSet) GetAccounts() []*Account {
@@ -632,7 +695,7 @@ type Account struct {
 
 func (x *Account) Reset() {
 	*x = Account{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[7]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -644,7 +707,7 @@ func (x *Account) String() string {
 func (*Account) ProtoMessage() {}
 
 func (x *Account) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[7]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -657,7 +720,7 @@ func (x *Account) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Account.ProtoReflect.Descriptor instead.
 func (*Account) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{7}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Account) GetId() string {
@@ -699,7 +762,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[8]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -711,7 +774,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[8]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -724,7 +787,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{8}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Tick) GetEpoch() uint64 {
@@ -754,7 +817,7 @@ type ProducerClosed struct {
 
 func (x *ProducerClosed) Reset() {
 	*x = ProducerClosed{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[9]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -766,7 +829,7 @@ func (x *ProducerClosed) String() string {
 func (*ProducerClosed) ProtoMessage() {}
 
 func (x *ProducerClosed) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[9]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -779,7 +842,7 @@ func (x *ProducerClosed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProducerClosed.ProtoReflect.Descriptor instead.
 func (*ProducerClosed) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{9}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ProducerClosed) GetProducer() []byte {
@@ -821,7 +884,7 @@ type LeaseMarks struct {
 
 func (x *LeaseMarks) Reset() {
 	*x = LeaseMarks{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[10]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -833,7 +896,7 @@ func (x *LeaseMarks) String() string {
 func (*LeaseMarks) ProtoMessage() {}
 
 func (x *LeaseMarks) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[10]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -846,7 +909,7 @@ func (x *LeaseMarks) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseMarks.ProtoReflect.Descriptor instead.
 func (*LeaseMarks) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{10}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *LeaseMarks) GetMarks() []*LeaseMark {
@@ -871,7 +934,7 @@ type LeaseMark struct {
 
 func (x *LeaseMark) Reset() {
 	*x = LeaseMark{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[11]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -883,7 +946,7 @@ func (x *LeaseMark) String() string {
 func (*LeaseMark) ProtoMessage() {}
 
 func (x *LeaseMark) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[11]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -896,7 +959,7 @@ func (x *LeaseMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseMark.ProtoReflect.Descriptor instead.
 func (*LeaseMark) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{11}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *LeaseMark) GetAccount() string {
@@ -952,7 +1015,7 @@ type Correction struct {
 
 func (x *Correction) Reset() {
 	*x = Correction{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[12]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -964,7 +1027,7 @@ func (x *Correction) String() string {
 func (*Correction) ProtoMessage() {}
 
 func (x *Correction) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[12]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -977,7 +1040,7 @@ func (x *Correction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Correction.ProtoReflect.Descriptor instead.
 func (*Correction) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{12}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Correction) GetAccount() string {
@@ -1050,7 +1113,7 @@ type CoreVersion struct {
 
 func (x *CoreVersion) Reset() {
 	*x = CoreVersion{}
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[13]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1062,7 +1125,7 @@ func (x *CoreVersion) String() string {
 func (*CoreVersion) ProtoMessage() {}
 
 func (x *CoreVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_tollkeeper_v1_control_proto_msgTypes[13]
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1075,7 +1138,7 @@ func (x *CoreVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CoreVersion.ProtoReflect.Descriptor instead.
 func (*CoreVersion) Descriptor() ([]byte, []int) {
-	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{13}
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CoreVersion) GetVersion() uint32 {
@@ -1096,7 +1159,7 @@ var File_tollkeeper_v1_control_proto protoreflect.FileDescriptor
 
 const file_tollkeeper_v1_control_proto_rawDesc = "" +
 	"\n" +
-	"\x1btollkeeper/v1/control.proto\x12\rtollkeeper.v1\x1a\x18tollkeeper/v1/call.proto\"\xd9\x03\n" +
+	"\x1btollkeeper/v1/control.proto\x12\rtollkeeper.v1\x1a\x18tollkeeper/v1/call.proto\"\x9d\x04\n" +
 	"\fControlEntry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06author\x18\x02 \x01(\tR\x06author\x123\n" +
@@ -1110,8 +1173,11 @@ const file_tollkeeper_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"correction\x18\x0e \x01(\v2\x19.tollkeeper.v1.CorrectionH\x00R\n" +
 	"correction\x12?\n" +
-	"\fcore_version\x18\x0f \x01(\v2\x1a.tollkeeper.v1.CoreVersionH\x00R\vcoreVersionB\x06\n" +
-	"\x04body\"\x87\x01\n" +
+	"\fcore_version\x18\x0f \x01(\v2\x1a.tollkeeper.v1.CoreVersionH\x00R\vcoreVersion\x12B\n" +
+	"\rclock_advance\x18\x10 \x01(\v2\x1b.tollkeeper.v1.ClockAdvanceH\x00R\fclockAdvanceB\x06\n" +
+	"\x04body\"4\n" +
+	"\fClockAdvance\x12$\n" +
+	"\x0eto_unix_micros\x18\x01 \x01(\x03R\ftoUnixMicros\"\x87\x01\n" +
 	"\aPlanSet\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x127\n" +
 	"\x18effective_at_unix_micros\x18\x02 \x01(\x03R\x15effectiveAtUnixMicros\x12)\n" +
@@ -1194,44 +1260,46 @@ func file_tollkeeper_v1_control_proto_rawDescGZIP() []byte {
 	return file_tollkeeper_v1_control_proto_rawDescData
 }
 
-var file_tollkeeper_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_tollkeeper_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_tollkeeper_v1_control_proto_goTypes = []any{
 	(*ControlEntry)(nil),   // 0: tollkeeper.v1.ControlEntry
-	(*PlanSet)(nil),        // 1: tollkeeper.v1.PlanSet
-	(*Plan)(nil),           // 2: tollkeeper.v1.Plan
-	(*Limit)(nil),          // 3: tollkeeper.v1.Limit
-	(*LeaseTerms)(nil),     // 4: tollkeeper.v1.LeaseTerms
-	(*Filter)(nil),         // 5: tollkeeper.v1.Filter
-	(*AccountSet)(nil),     // 6: tollkeeper.v1.AccountSet
-	(*Account)(nil),        // 7: tollkeeper.v1.Account
-	(*Tick)(nil),           // 8: tollkeeper.v1.Tick
-	(*ProducerClosed)(nil), // 9: tollkeeper.v1.ProducerClosed
-	(*LeaseMarks)(nil),     // 10: tollkeeper.v1.LeaseMarks
-	(*LeaseMark)(nil),      // 11: tollkeeper.v1.LeaseMark
-	(*Correction)(nil),     // 12: tollkeeper.v1.Correction
-	(*CoreVersion)(nil),    // 13: tollkeeper.v1.CoreVersion
-	(*Quantity)(nil),       // 14: tollkeeper.v1.Quantity
+	(*ClockAdvance)(nil),   // 1: tollkeeper.v1.ClockAdvance
+	(*PlanSet)(nil),        // 2: tollkeeper.v1.PlanSet
+	(*Plan)(nil),           // 3: tollkeeper.v1.Plan
+	(*Limit)(nil),          // 4: tollkeeper.v1.Limit
+	(*LeaseTerms)(nil),     // 5: tollkeeper.v1.LeaseTerms
+	(*Filter)(nil),         // 6: tollkeeper.v1.Filter
+	(*AccountSet)(nil),     // 7: tollkeeper.v1.AccountSet
+	(*Account)(nil),        // 8: tollkeeper.v1.Account
+	(*Tick)(nil),           // 9: tollkeeper.v1.Tick
+	(*ProducerClosed)(nil), // 10: tollkeeper.v1.ProducerClosed
+	(*LeaseMarks)(nil),     // 11: tollkeeper.v1.LeaseMarks
+	(*LeaseMark)(nil),      // 12: tollkeeper.v1.LeaseMark
+	(*Correction)(nil),     // 13: tollkeeper.v1.Correction
+	(*CoreVersion)(nil),    // 14: tollkeeper.v1.CoreVersion
+	(*Quantity)(nil),       // 15: tollkeeper.v1.Quantity
 }
 var file_tollkeeper_v1_control_proto_depIdxs = []int32{
-	1,  // 0: tollkeeper.v1.ControlEntry.plan_set:type_name -> tollkeeper.v1.PlanSet
-	6,  // 1: tollkeeper.v1.ControlEntry.account_set:type_name -> tollkeeper.v1.AccountSet
-	8,  // 2: tollkeeper.v1.ControlEntry.tick:type_name -> tollkeeper.v1.Tick
-	9,  // 3: tollkeeper.v1.ControlEntry.producer_closed:type_name -> tollkeeper.v1.ProducerClosed
-	12, // 4: tollkeeper.v1.ControlEntry.correction:type_name -> tollkeeper.v1.Correction
-	13, // 5: tollkeeper.v1.ControlEntry.core_version:type_name -> tollkeeper.v1.CoreVersion
-	2,  // 6: tollkeeper.v1.PlanSet.plans:type_name -> tollkeeper.v1.Plan
-	3,  // 7: tollkeeper.v1.Plan.limits:type_name -> tollkeeper.v1.Limit
-	5,  // 8: tollkeeper.v1.Limit.filter:type_name -> tollkeeper.v1.Filter
-	4,  // 9: tollkeeper.v1.Limit.lease:type_name -> tollkeeper.v1.LeaseTerms
-	7,  // 10: tollkeeper.v1.AccountSet.accounts:type_name -> tollkeeper.v1.Account
-	10, // 11: tollkeeper.v1.ProducerClosed.leases:type_name -> tollkeeper.v1.LeaseMarks
-	11, // 12: tollkeeper.v1.LeaseMarks.marks:type_name -> tollkeeper.v1.LeaseMark
-	14, // 13: tollkeeper.v1.Correction.adjustments:type_name -> tollkeeper.v1.Quantity
-	14, // [14:14] is the sub-list for method output_type
-	14, // [14:14] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	2,  // 0: tollkeeper.v1.ControlEntry.plan_set:type_name -> tollkeeper.v1.PlanSet
+	7,  // 1: tollkeeper.v1.ControlEntry.account_set:type_name -> tollkeeper.v1.AccountSet
+	9,  // 2: tollkeeper.v1.ControlEntry.tick:type_name -> tollkeeper.v1.Tick
+	10, // 3: tollkeeper.v1.ControlEntry.producer_closed:type_name -> tollkeeper.v1.ProducerClosed
+	13, // 4: tollkeeper.v1.ControlEntry.correction:type_name -> tollkeeper.v1.Correction
+	14, // 5: tollkeeper.v1.ControlEntry.core_version:type_name -> tollkeeper.v1.CoreVersion
+	1,  // 6: tollkeeper.v1.ControlEntry.clock_advance:type_name -> tollkeeper.v1.ClockAdvance
+	3,  // 7: tollkeeper.v1.PlanSet.plans:type_name -> tollkeeper.v1.Plan
+	4,  // 8: tollkeeper.v1.Plan.limits:type_name -> tollkeeper.v1.Limit
+	6,  // 9: tollkeeper.v1.Limit.filter:type_name -> tollkeeper.v1.Filter
+	5,  // 10: tollkeeper.v1.Limit.lease:type_name -> tollkeeper.v1.LeaseTerms
+	8,  // 11: tollkeeper.v1.AccountSet.accounts:type_name -> tollkeeper.v1.Account
+	11, // 12: tollkeeper.v1.ProducerClosed.leases:type_name -> tollkeeper.v1.LeaseMarks
+	12, // 13: tollkeeper.v1.LeaseMarks.marks:type_name -> tollkeeper.v1.LeaseMark
+	15, // 14: tollkeeper.v1.Correction.adjustments:type_name -> tollkeeper.v1.Quantity
+	15, // [15:15] is the sub-list for method output_type
+	15, // [15:15] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_tollkeeper_v1_control_proto_init() }
@@ -1247,6 +1315,7 @@ func file_tollkeeper_v1_control_proto_init() {
 		(*ControlEntry_ProducerClosed)(nil),
 		(*ControlEntry_Correction)(nil),
 		(*ControlEntry_CoreVersion)(nil),
+		(*ControlEntry_ClockAdvance)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1254,7 +1323,7 @@ func file_tollkeeper_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tollkeeper_v1_control_proto_rawDesc), len(file_tollkeeper_v1_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

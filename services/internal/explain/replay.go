@@ -169,6 +169,8 @@ func what(c *tollkeeperv1.ControlEntry) string {
 		return "a producer closed"
 	case *tollkeeperv1.ControlEntry_Tick:
 		return "time passed"
+	case *tollkeeperv1.ControlEntry_ClockAdvance:
+		return "the test clock advanced to " + moment(usage.Micros(body.ClockAdvance.GetToUnixMicros()))
 	case *tollkeeperv1.ControlEntry_Correction:
 		return correctionText(body.Correction)
 	case *tollkeeperv1.ControlEntry_CoreVersion:

@@ -45,6 +45,10 @@ func (d *Decoder) Decode(m *ledger.Message) (quota.Entry, ledger.Kind, error) {
 		}
 	case ledger.KindControl, ledger.KindClosing:
 		if d.Control, err = ledger.DecodeAct(kind, m.Header, m.Data); err == nil {
+			if d.Control.GetClockAdvance() != nil && !m.TestClock {
+				err = &usage.InvalidError{Reason: usage.ReasonMisplaced, Message: "the entry advances a test clock, and this ledger was not born with one"}
+				break
+			}
 			e.Control, err = controlOf(d.Control)
 		}
 	case ledger.KindLease:
@@ -112,8 +116,10 @@ func controlOf(e *tollkeeperv1.ControlEntry) (*quota.Control, error) {
 		}
 	case *tollkeeperv1.ControlEntry_CoreVersion:
 		c.Core = &quota.Core{Version: body.CoreVersion.GetVersion(), Horizon: usage.Micros(body.CoreVersion.GetForeignHorizonMicros())}
-	case *tollkeeperv1.ControlEntry_Tick:
-		c.ID = "" // a tick does nothing that a second one could double
+	case *tollkeeperv1.ControlEntry_Tick, *tollkeeperv1.ControlEntry_ClockAdvance:
+		// A tick does nothing that a second one could double. An advance is the
+		// entry's time already: the ledger's reader has read the clock.
+		c.ID = ""
 	default:
 		return nil, &usage.InvalidError{Reason: usage.ReasonUnknownSchema, Message: "the control entry is of a kind that this version does not know"}
 	}
