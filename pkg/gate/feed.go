@@ -58,8 +58,7 @@ func (g *Gate) Run(ctx context.Context) error {
 	return g.run(ctx, nc, js, out, w)
 }
 
-// geometry asks for the number of shards and for the test clock, nil when there is
-// none, until there is an answer.
+// geometry asks for the shards and the test clock (nil: there is none).
 func (g *Gate) geometry(ctx context.Context, js jetstream.JetStream) (shards uint32, clock func() usage.Micros, ok bool) {
 	shards, clock = g.o.Shards, g.o.TestClock
 	ok = ask.Until(ctx, "the ledger's geometry", g.ready.Waiting, func(ctx context.Context) error {

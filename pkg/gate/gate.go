@@ -139,9 +139,7 @@ type Options struct {
 	DirectoryReadiness, DecisionsReadiness, OutboxReadiness Readiness
 	// Now is the clock; time.Now when nil.
 	Now func() time.Time
-	// TestClock is where the test clock of the ledger stands, for a program that
-	// advances it and has it at hand. When nil, a gate before a ledger with a test
-	// clock follows the beacons, up to a quarter of a second behind an advance.
+	// TestClock of the ledger; nil: beacons tell, a quarter of a second late.
 	TestClock func() usage.Micros
 }
 

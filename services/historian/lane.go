@@ -683,11 +683,10 @@ func (l *lane) report(ctx context.Context) error {
 
 // storedAt is the server's time of a message, also where the ledger has a test clock.
 func storedAt(m ledger.Message) usage.Micros {
-	if m.StoredAt.IsZero() {
+	if !m.TestClock {
 		return usage.At(m.Time)
 	}
 	return usage.At(m.StoredAt)
 }
 
-// streamTime is a message's time in microseconds.
 func streamTime(m ledger.Message) usage.Micros { return usage.At(m.Time) }
