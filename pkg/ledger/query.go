@@ -69,26 +69,37 @@ type AccountUsage struct {
 	ID     string `json:"id"`
 	Parent string `json:"parent,omitempty"`
 	Plan   string `json:"plan,omitempty"`
+	// Closed: plans named the account, and do not any more. Its keys are refused.
+	Closed bool `json:"closed,omitempty"`
 	// Own sums the calls of this very account; Totals those of its children too.
 	Own    Totals       `json:"own"`
 	Totals Totals       `json:"totals"`
 	Limits []LimitUsage `json:"limits"`
 }
 
-// LimitUsage is how a limit of an account stands.
+// LimitUsage is how a limit of an account stands: Used is the same number as in a
+// decision of this moment, and Remaining is 0 where every call is denied.
 type LimitUsage struct {
-	LimitID     string           `json:"limit_id"` // "<plan>/<limit>"
-	Meter       usage.Meter      `json:"meter"`
-	Window      usage.WindowKind `json:"window"`
-	Amount      int64            `json:"amount"`
-	Used        int64            `json:"used"`
-	Remaining   int64            `json:"remaining"` // not below 0
-	PeriodStart usage.Micros     `json:"period_start_unix_micros"`
-	PeriodEnd   usage.Micros     `json:"period_end_unix_micros"` // 0: lifetime
-	Verdict     string           `json:"verdict"`
-	DecisionID  string           `json:"decision_id,omitempty"`
-	Revision    uint64           `json:"revision,omitempty"`
-	Tier        usage.Tier       `json:"tier"`
+	LimitID string           `json:"limit_id"` // "<plan>/<limit>"
+	Meter   usage.Meter      `json:"meter"`
+	Window  usage.WindowKind `json:"window"`
+	Amount  int64            `json:"amount"`
+	// Used is what was counted; in the tiers exact and leased, once a gateway has
+	// asked, what is spent for certain, which is ahead of the counter while frames
+	// are on their way.
+	Used int64 `json:"used"`
+	// Remaining may yet be used, by units that gateways hold or that can be handed
+	// to them; not below 0. Dead units are neither used nor remaining.
+	Remaining int64 `json:"remaining"`
+	// Room is how many units a smaller call could still get although Verdict is
+	// deny; 0: every call that needs the meter is refused.
+	Room        int64        `json:"room,omitempty"`
+	PeriodStart usage.Micros `json:"period_start_unix_micros"`
+	PeriodEnd   usage.Micros `json:"period_end_unix_micros"` // 0: lifetime
+	Verdict     string       `json:"verdict"`
+	DecisionID  string       `json:"decision_id,omitempty"`
+	Revision    uint64       `json:"revision,omitempty"`
+	Tier        usage.Tier   `json:"tier"`
 	// Lease is how the allowance of the present window is shared; nil in the tier
 	// eventual, and while no gateway has asked for any of it.
 	Lease *LeaseUsage `json:"lease,omitempty"`
@@ -96,8 +107,8 @@ type LimitUsage struct {
 
 // LeaseUsage is how an allowance of the tiers exact and leased stands. What
 // gateways have said they used and what was counted are told about the same
-// calls, so Settled may be ahead of LimitUsage.Used; all but counts are units of
-// the limit's meter.
+// calls: Settled is the higher of both. All but counts are units of the limit's
+// meter.
 type LeaseUsage struct {
 	Settled int64 `json:"settled"`
 	// Outstanding was handed out and is neither used, as far as is known, nor

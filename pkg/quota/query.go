@@ -39,6 +39,9 @@ type LimitUse struct {
 	DecisionID string
 	Revision   uint64
 	Tier       usage.Tier
+	// Room is that of the last decision, while it denies in the present window:
+	// what could still be had by a smaller call. Tiers exact and leased only.
+	Room int64
 	// Lease is how the allowance of the present window stands; nil while no
 	// gateway has asked for any of it, and in the tier eventual.
 	Lease *lease.State
@@ -187,6 +190,9 @@ func (s *Shard) use(i uint32) AccountUse {
 		if x := s.allowances[allowanceKey{i, k, w.number}]; l.leased && x != nil {
 			state := x.escrow.State()
 			use.Lease = &state
+			if c.flags&isRoomy != 0 && use.Verdict == usage.Deny {
+				use.Room = max(1, l.Amount-state.Settled)
+			}
 		}
 		if l.kind != window.Lifetime {
 			use.PeriodStart, use.PeriodEnd = w.at, w.end

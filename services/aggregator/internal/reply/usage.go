@@ -56,24 +56,38 @@ func totalsOf(t quota.Totals) ledger.Totals {
 }
 
 func usageOf(u *quota.AccountUse) ledger.AccountUsage {
-	a := ledger.AccountUsage{ID: u.ID, Parent: u.Parent, Plan: u.Plan, Own: totalsOf(u.Own), Totals: totalsOf(u.All), Limits: make([]ledger.LimitUsage, 0, len(u.Limits))}
+	a := ledger.AccountUsage{ID: u.ID, Parent: u.Parent, Plan: u.Plan, Closed: u.Closed, Own: totalsOf(u.Own), Totals: totalsOf(u.All), Limits: make([]ledger.LimitUsage, 0, len(u.Limits))}
 	for i := range u.Limits {
-		l := &u.Limits[i]
-		a.Limits = append(a.Limits, ledger.LimitUsage{
-			LimitID: l.LimitID, Meter: l.Meter, Window: l.Window, Amount: l.Amount, Used: l.Used, Remaining: max(l.Amount-l.Used, 0),
-			PeriodStart: l.PeriodStart, PeriodEnd: l.PeriodEnd, Verdict: l.Verdict.String(), DecisionID: l.DecisionID, Revision: l.Revision,
-			Tier: cmp.Or(l.Tier, usage.TierEventual), Lease: leaseOf(l.Lease),
-		})
+		a.Limits = append(a.Limits, limitOf(&u.Limits[i]))
 	}
 	return a
 }
+
+// limitOf says of a limit what a decision of this moment says: a counter alone lags
+// behind what gateways have reported of their leases, and "used 0, deny" was read.
+func limitOf(l *quota.LimitUse) ledger.LimitUsage {
+	used, remaining := l.Used, l.Amount-l.Used
+	if s := l.Lease; s != nil {
+		used = s.Settled
+		// An amount that was lowered, or overdrawn, leaves less than what is out.
+		remaining = min(free(s)+s.Outstanding-s.Dead, l.Amount-used)
+	}
+	return ledger.LimitUsage{
+		LimitID: l.LimitID, Meter: l.Meter, Window: l.Window, Amount: l.Amount, Used: used, Remaining: max(remaining, 0), Room: l.Room,
+		PeriodStart: l.PeriodStart, PeriodEnd: l.PeriodEnd, Verdict: l.Verdict.String(), DecisionID: l.DecisionID, Revision: l.Revision,
+		Tier: cmp.Or(l.Tier, usage.TierEventual), Lease: leaseOf(l.Lease),
+	}
+}
+
+// free can be handed out.
+func free(s *lease.State) int64 { return max(s.Amount-s.Settled-s.Outstanding, 0) }
 
 func leaseOf(s *lease.State) *ledger.LeaseUsage {
 	if s == nil {
 		return nil
 	}
 	return &ledger.LeaseUsage{
-		Settled: s.Settled, Outstanding: s.Outstanding, Dead: s.Dead, Free: max(s.Amount-s.Settled-s.Outstanding, 0), Exposure: s.Exposure, Overdraft: s.Overdraft,
+		Settled: s.Settled, Outstanding: s.Outstanding, Dead: s.Dead, Free: free(s), Exposure: s.Exposure, Overdraft: s.Overdraft,
 		Gateways: s.Leases, Waiting: s.Waits,
 		Grants: s.Counts.Grants, Recalls: s.Counts.Recalls, DeniedEarly: s.Counts.DeniedEarly, DeniedFinal: s.Counts.DeniedFinal,
 	}
