@@ -110,7 +110,21 @@ func begin(ctx context.Context, h tables, ready *telemetry.Component) (floor uin
 	return floor, err
 }
 
-func (c *checker) check(ctx context.Context, h *history.History, r *result) (err error) {
+// compared is what is held against the ledger; *history.History has it.
+type compared interface {
+	// Ping says whether it can be asked now.
+	Ping(ctx context.Context) error
+	Audit(ctx context.Context, q history.AuditQuery) (*audit.Cells, error)
+}
+
+func (c *checker) check(ctx context.Context, h compared, r *result) (err error) {
+	if r.job.round == nil && r.job.finding == nil {
+		// Without work nothing else would show that ClickHouse is away, and the audit
+		// would go on to say that all agrees.
+		if err := h.Ping(ctx); err != nil {
+			return err
+		}
+	}
 	if r.committed, err = c.committed(ctx); err != nil {
 		return err
 	}
@@ -138,7 +152,7 @@ func stretch(from, to uint64) string {
 
 // heal looks whether the parts of a finding agree by now. A part's outcome is
 // of this account alone: it names no other finding of the same stretch.
-func (c *checker) heal(ctx context.Context, h *history.History, r *result) error {
+func (c *checker) heal(ctx context.Context, h compared, r *result) error {
 	f := r.job.finding
 	minute := audit.Minute(f.Minute / 60)
 	for i := range f.Parts {

@@ -50,6 +50,7 @@ type auditor struct {
 	unanswered int
 	committed  uint64 // of the history
 	historyErr error
+	historyAt  time.Time // when ClickHouse answered last
 	busy       bool // the checker is at work
 	healing    []string
 	healAt     time.Time
@@ -284,6 +285,7 @@ func (a *auditor) hear(r result) {
 	if r.err != nil {
 		return
 	}
+	a.historyAt = time.Now()
 	a.committed = max(a.committed, r.committed)
 	if r.floor > a.books.Floor {
 		a.books.Floor = r.floor

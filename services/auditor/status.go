@@ -48,8 +48,10 @@ type Point struct {
 	OK bool `json:"ok"`
 	// LagSeconds is how old the oldest is that was not compared.
 	LagSeconds float64 `json:"lag_seconds"`
-	Detail     string  `json:"detail"`
-	Open       int     `json:"open"`
+	// At is when the second point answered last; 0: it has not yet.
+	At     usage.Micros `json:"at_unix_micros"`
+	Detail string       `json:"detail"`
+	Open   int          `json:"open"`
 }
 
 // shownFindings bounds those in the status.
@@ -80,26 +82,18 @@ func (a *auditor) status(now time.Time) *Status {
 		}
 		return max(now.Sub(t).Seconds(), 0)
 	}
-	gateway := Point{Pair: books.GatewayLedger, OK: true, LagSeconds: age(b.OldestWaiting), Detail: "claims are compared as their frames arrive"}
+	gateway := Point{Pair: books.GatewayLedger, OK: true, At: usage.At(now), LagSeconds: age(b.OldestWaiting), Detail: "claims are compared as their frames arrive"}
 	if b.Waiting > 0 {
 		gateway.Detail = "some claimed frames are not in the ledger yet"
 	}
-	counters := Point{Pair: books.LedgerCounters, OK: true, LagSeconds: age(a.compared), Detail: "counters are compared at their own position"}
+	counters := Point{Pair: books.LedgerCounters, OK: true, At: atOrNone(a.compared), LagSeconds: age(a.compared), Detail: "counters are compared at their own position"}
 	switch {
 	case !s.Whole:
 		counters.OK, counters.Detail = false, "the ledger's beginning is gone: lifetimes can't be compared"
 	case a.unanswered > 0:
 		counters.OK, counters.Detail = false, "some shards have no owner that answers, or one that is behind"
 	}
-	kept := Point{Pair: books.LedgerHistory, OK: true, Detail: "stretches are compared as they arrive, and once more later"}
-	switch {
-	case a.checker == nil:
-		kept.OK, kept.Detail = false, "no address of ClickHouse is given"
-	case errors.Is(a.historyErr, history.ErrNotMigrated):
-		kept.OK, kept.Detail = false, a.historyErr.Error()+": the historian makes them when it starts"
-	case a.historyErr != nil:
-		kept.OK, kept.Detail = false, "ClickHouse can't be asked"
-	}
+	kept := historyPoint(now, a.checker != nil, a.historyErr, a.historyAt)
 	for _, r := range a.rounds {
 		if r.checked.IsZero() {
 			kept.LagSeconds = age(r.cut)
@@ -114,4 +108,37 @@ func (a *auditor) status(now time.Time) *Status {
 		s.Points = append(s.Points, p)
 	}
 	return s
+}
+
+// historyPatience is after how long ClickHouse is missed: a comparison takes a part of
+// it, and it is asked every second.
+const historyPatience = 15 * time.Second
+
+// historyPoint is how the comparison with ClickHouse stands, which has an address or
+// not, failed last with err, and answered last at heard.
+func historyPoint(now time.Time, addressed bool, err error, heard time.Time) Point {
+	p := Point{Pair: books.LedgerHistory, At: atOrNone(heard), Detail: "stretches are compared as they arrive, and once more later"}
+	silent := now.Sub(heard)
+	switch {
+	case !addressed:
+		p.Detail = "no address of ClickHouse is given"
+	case errors.Is(err, history.ErrNotMigrated):
+		p.Detail = err.Error() + ": the historian makes them when it starts"
+	case err != nil:
+		p.Detail = "ClickHouse does not answer: nothing is compared with it"
+	case heard.IsZero():
+		p.Detail = "ClickHouse has not answered yet"
+	case silent > historyPatience:
+		p.Detail = "ClickHouse has not answered for " + silent.Round(time.Second).String()
+	default:
+		p.OK = true
+	}
+	return p
+}
+
+func atOrNone(t time.Time) usage.Micros {
+	if t.IsZero() {
+		return 0
+	}
+	return usage.At(t)
 }
