@@ -18,8 +18,10 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/console/internal/corrected"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/explained"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/freshness"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/health"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/limits"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/series"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/views"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
@@ -50,7 +52,7 @@ func (c *console) handler() http.Handler {
 	mux.HandleFunc("GET /v1/decisions", c.getDecisions)
 	mux.HandleFunc("GET /v1/decisions/history", c.getDecisionHistory)
 	mux.HandleFunc("GET /v1/decisions/{id}/explain", explained.Handler(c.explainer, c.log))
-	mux.HandleFunc("GET /v1/corrections", corrected.Get(c.o.History))
+	mux.HandleFunc("GET /v1/corrections", corrected.Get(c.o.History, c.historyFreshness))
 	mux.HandleFunc("POST /v1/corrections", corrected.Post(c.corrector, c.log))
 	mux.HandleFunc("GET /v1/history/calls", c.getCallHistory)
 	mux.HandleFunc("GET /v1/alerts", c.getAlerts)
@@ -81,28 +83,87 @@ func intParam(r *http.Request, name string, standard, least, most int) (int, err
 	return n, nil
 }
 
-// accountLine is an account of the plans.
+// States of an account.
+const (
+	statusOpen    = "open"    // the plans name it
+	statusRemoved = "removed" // they did: its keys are refused
+	statusUnnamed = "unnamed" // only calls name it: no plan limits it
+)
+
+// accountLine is an account.
 type accountLine struct {
-	ID      string `json:"id"`
-	Parent  string `json:"parent,omitempty"`
-	Plan    string `json:"plan,omitempty"`
-	Root    string `json:"root"`
-	Shard   uint32 `json:"shard"`
+	ID     string `json:"id"`
+	Parent string `json:"parent,omitempty"`
+	Plan   string `json:"plan,omitempty"`
+	Root   string `json:"root"`
+	Shard  uint32 `json:"shard"`
+	Status string `json:"status"`
+	// Verdict is the severest that gateways hold along its path; deny of an account
+	// that was removed.
 	Verdict string `json:"verdict"`
 	Keys    int    `json:"keys"`
 }
 
-func (c *console) line(b *book, id string, now usage.Micros) (accountLine, bool) {
-	a, ok := b.index.Account(id)
-	if !ok {
-		return accountLine{}, false
+// line describes an account; whether the plans name it, or did, says its status.
+func (c *console) line(b *book, id string, now usage.Micros) accountLine {
+	root, named := b.applied.Root(b.index, id)
+	l := accountLine{ID: id, Root: root, Shard: ledger.ShardOf(root, c.shards), Status: statusUnnamed, Verdict: c.state.decisions.Worst(id, now).String()}
+	a, open := b.index.Account(id)
+	switch {
+	case open:
+		worst := usage.Allow
+		for _, step := range b.index.Path(id) {
+			worst = max(worst, c.state.decisions.Worst(step, now))
+		}
+		l.Parent, l.Plan, l.Status, l.Verdict, l.Keys = a.Parent, a.Plan, statusOpen, worst.String(), len(a.Keys)
+	case named:
+		l.Status, l.Verdict = statusRemoved, usage.Deny.String()
 	}
-	root := b.index.Root(id)
-	worst := usage.Allow
-	for _, step := range b.index.Path(id) {
-		worst = max(worst, c.state.decisions.Worst(step, now))
+	return l
+}
+
+// settle makes an account's limits what a refusal of this moment would say.
+func (c *console) settle(u *ledger.AccountUsage, now usage.Micros) {
+	for i := range u.Limits {
+		l := &u.Limits[i]
+		if d, held := c.state.decisions.Held(u.ID, l.LimitID); held {
+			limits.Settle(l, &d, now)
+		} else {
+			limits.Settle(l, nil, now)
+		}
 	}
-	return accountLine{ID: id, Parent: a.Parent, Plan: a.Plan, Root: root, Shard: ledger.ShardOf(root, c.shards), Verdict: worst.String(), Keys: len(a.Keys)}, true
+}
+
+// settleAll makes the counters of shards what they are now, and says how current.
+func (c *console) settleAll(a *counters.Answer, now time.Time) {
+	at := c.now()
+	for i := range a.Accounts {
+		c.settle(&a.Accounts[i].AccountUsage, at)
+	}
+	shards := c.health(now).Shards
+	parts := []freshness.Freshness{freshness.Now(now)}
+	for i := range a.Shards {
+		s := &a.Shards[i]
+		s.Freshness = shardFreshness(&shards[s.Shard], s.Error, now)
+		parts = append(parts, s.Freshness)
+	}
+	a.Freshness = freshness.Worst(parts...)
+}
+
+// countedLate is from when on counters are behind: beacons come several times a second.
+const countedLate = 2.0
+
+// shardFreshness is how current the counters of a shard are that has answered, or failed
+// to, with an error.
+func shardFreshness(s *health.Shard, failed string, now time.Time) freshness.Freshness {
+	switch {
+	case failed != "":
+		return freshness.Since(time.Time{}, now, failed)
+	case s.LagSeconds > countedLate:
+		return freshness.Since(now.Add(-time.Duration(s.LagSeconds*float64(time.Second))), now,
+			fmt.Sprintf("shard %d is counted up to entry %d of %d", s.Shard, s.Sequence, s.LastEntry))
+	}
+	return freshness.Now(now)
 }
 
 func (c *console) getAccounts(w http.ResponseWriter, r *http.Request) {
@@ -111,7 +172,7 @@ func (c *console) getAccounts(w http.ResponseWriter, r *http.Request) {
 		front.BadRequest(err.Error()).Write(w)
 		return
 	}
-	b, err := c.book(r.Context())
+	b, named, err := c.book(r.Context())
 	if err != nil {
 		front.Unavailable("the plans can't be read: " + err.Error()).Write(w)
 		return
@@ -122,12 +183,13 @@ func (c *console) getAccounts(w http.ResponseWriter, r *http.Request) {
 		front.BadRequest(front.NoCursor).Write(w)
 		return
 	}
-	now := micros(time.Now())
+	now := c.now()
 	answer := struct {
-		Accounts []accountLine `json:"accounts"`
-		Next     string        `json:"next_cursor"`
-		Total    int           `json:"total"`
-	}{Accounts: []accountLine{}, Total: len(b.ids)}
+		Accounts  []accountLine       `json:"accounts"`
+		Next      string              `json:"next_cursor"`
+		Total     int                 `json:"total"`
+		Freshness freshness.Freshness `json:"freshness"`
+	}{Accounts: []accountLine{}, Total: len(b.ids), Freshness: freshness.Worst(named, c.fresh(&c.state.decisions, time.Now()))}
 	at := sort.SearchStrings(b.ids, cursor)
 	for _, id := range b.ids[at:] {
 		if id == cursor && cursor != "" {
@@ -136,8 +198,8 @@ func (c *console) getAccounts(w http.ResponseWriter, r *http.Request) {
 		if part != "" && !strings.Contains(id, part) {
 			continue
 		}
-		l, ok := c.line(b, id, now)
-		if !ok || plan != "" && l.Plan != plan || parent != "" && l.Parent != parent {
+		l := c.line(b, id, now)
+		if plan != "" && l.Plan != plan || parent != "" && l.Parent != parent {
 			continue
 		}
 		if len(answer.Accounts) == n {
@@ -156,28 +218,26 @@ type keyLine struct {
 
 func (c *console) getAccount(w http.ResponseWriter, r *http.Request) {
 	id := r.PathValue("id")
-	b, err := c.book(r.Context())
+	b, named, err := c.book(r.Context())
 	if err != nil {
 		front.Unavailable("the plans can't be read: " + err.Error()).Write(w)
 		return
 	}
-	now := micros(time.Now())
-	l, known := c.line(b, id, now)
-	if !known {
-		// An account that only calls have named.
-		l = accountLine{ID: id, Root: id, Shard: ledger.ShardOf(id, c.shards), Verdict: c.state.decisions.Worst(id, now).String()}
-	}
+	now := c.now()
+	l := c.line(b, id, now)
+	open := l.Status == statusOpen
 	answer := struct {
 		accountLine
 		// Known says that the plans name it.
-		Known     bool              `json:"known"`
-		Path      []string          `json:"path"`
-		KeyIDs    []keyLine         `json:"key_ids"`
-		Usage     *counters.Account `json:"usage"`
-		UsageWhy  string            `json:"usage_error,omitempty"`
-		Decisions []decisionLine    `json:"decisions"`
-	}{accountLine: l, Known: known, Path: []string{id}, KeyIDs: []keyLine{}, Decisions: []decisionLine{}}
-	if known {
+		Known     bool                `json:"known"`
+		Path      []string            `json:"path"`
+		KeyIDs    []keyLine           `json:"key_ids"`
+		Usage     *counters.Account   `json:"usage"`
+		UsageWhy  string              `json:"usage_error,omitempty"`
+		Decisions []decisionLine      `json:"decisions"`
+		Freshness freshness.Freshness `json:"freshness"`
+	}{accountLine: l, Known: open, Path: []string{id}, KeyIDs: []keyLine{}, Decisions: []decisionLine{}}
+	if open {
 		answer.Path = b.index.Path(id)
 		a, _ := b.index.Account(id)
 		for _, k := range a.Keys {
@@ -185,13 +245,15 @@ func (c *console) getAccount(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	reply, err := c.counters.Shard(r.Context(), l.Shard, ledger.UsageRequest{Accounts: []string{id}})
-	switch {
-	case err != nil:
+	if err != nil {
 		answer.UsageWhy = err.Error()
-	default:
-		for _, u := range reply.Accounts {
-			if u.ID == id {
-				answer.Usage = &counters.Account{Shard: l.Shard, AccountUsage: counters.Tidy(u)}
+	}
+	for _, u := range reply.Accounts {
+		if u.ID == id {
+			c.settle(&u, now)
+			answer.Usage = &counters.Account{Shard: l.Shard, AccountUsage: counters.Tidy(u)}
+			if open {
+				answer.Verdict = max(limits.Worst(u.Limits), c.worstAbove(answer.Path, now)).String()
 			}
 		}
 	}
@@ -200,11 +262,22 @@ func (c *console) getAccount(w http.ResponseWriter, r *http.Request) {
 			answer.Decisions = append(answer.Decisions, lineOf(&d, now))
 		}
 	}
-	if !known && answer.Usage == nil && answer.UsageWhy == "" && len(answer.Decisions) == 0 {
+	if l.Status == statusUnnamed && answer.Usage == nil && answer.UsageWhy == "" && len(answer.Decisions) == 0 {
 		front.Problem{Status: http.StatusNotFound, Code: front.CodeNotFound, Detail: fmt.Sprintf("neither the plans nor a call name the account %q", id)}.Write(w)
 		return
 	}
+	at := time.Now()
+	answer.Freshness = freshness.Worst(named, c.fresh(&c.state.decisions, at), shardFreshness(&c.health(at).Shards[l.Shard], answer.UsageWhy, at))
 	front.WriteJSON(w, answer)
+}
+
+// worstAbove is the severest verdict that gateways hold of the accounts above one.
+func (c *console) worstAbove(path []string, now usage.Micros) usage.Verdict {
+	worst := usage.Allow
+	for _, step := range path[min(1, len(path)):] {
+		worst = max(worst, c.state.decisions.Worst(step, now))
+	}
+	return worst
 }
 
 func (c *console) getUsage(w http.ResponseWriter, r *http.Request) {
@@ -221,26 +294,30 @@ func (c *console) getUsage(w http.ResponseWriter, r *http.Request) {
 	if len(ids) == 0 {
 		answer := c.counters.All(r.Context(), ledger.UsageRequest{Top: top})
 		answer.Accounts = answer.Accounts[:min(top, len(answer.Accounts))]
+		c.settleAll(&answer, time.Now())
 		front.WriteJSON(w, answer)
 		return
 	}
-	b, err := c.book(r.Context())
+	b, _, err := c.book(r.Context())
 	if err != nil {
 		front.Unavailable("the plans can't be read: " + err.Error()).Write(w)
 		return
 	}
 	byShard := map[uint32][]string{}
 	for _, id := range ids {
-		s := ledger.ShardOf(b.index.Root(id), c.shards)
+		root, _ := b.applied.Root(b.index, id)
+		s := ledger.ShardOf(root, c.shards)
 		byShard[s] = append(byShard[s], id)
 	}
-	front.WriteJSON(w, c.counters.Each(r.Context(), func(s uint32) (ledger.UsageRequest, bool) {
+	answer := c.counters.Each(r.Context(), func(s uint32) (ledger.UsageRequest, bool) {
 		return ledger.UsageRequest{Accounts: byShard[s]}, len(byShard[s]) > 0
-	}))
+	})
+	c.settleAll(&answer, time.Now())
+	front.WriteJSON(w, answer)
 }
 
 func (c *console) getPlans(w http.ResponseWriter, r *http.Request) {
-	b, err := c.book(r.Context())
+	b, named, err := c.book(r.Context())
 	if err != nil {
 		front.Unavailable("the plans can't be read: " + err.Error()).Write(w)
 		return
@@ -270,7 +347,9 @@ func (c *console) getPlans(w http.ResponseWriter, r *http.Request) {
 		Unfinished   string       `json:"unfinished,omitempty"`
 		Accounts     int          `json:"account_count"`
 		Plans        []plans.Plan `json:"plans"`
-	}{b.applied.Version, b.applied.PlansVersion, b.applied.Author, b.applied.AppliedAt, b.applied.Unfinished, len(b.ids), list})
+
+		Freshness freshness.Freshness `json:"freshness"`
+	}{b.applied.Version, b.applied.PlansVersion, b.applied.Author, b.applied.AppliedAt, b.applied.Unfinished, len(b.ids), list, named})
 }
 
 // applyTimeout bounds one applying of plans.
@@ -334,7 +413,7 @@ func (c *console) putPlans(w http.ResponseWriter, r *http.Request) {
 	if !dryRun {
 		c.log.Info().Str("author", author).Str("version", diff.To).Msg("plans applied")
 		c.state.mu.Lock()
-		c.state.bookAt = time.Time{}
+		c.state.bookAt, c.state.tryAt = time.Time{}, time.Time{}
 		c.state.mu.Unlock()
 	}
 	front.WriteJSON(w, struct {
@@ -372,12 +451,13 @@ type decisionLine struct {
 	Revision    uint64       `json:"revision"`
 	Shard       uint32       `json:"shard"`
 	Used        int64        `json:"used"`
+	Room        int64        `json:"room,omitempty"`
 	Amount      int64        `json:"amount"`
 	Window      string       `json:"window"`
 	PeriodStart usage.Micros `json:"period_start_unix_micros"`
 	PeriodEnd   usage.Micros `json:"period_end_unix_micros"`
 	PlanVersion string       `json:"plan_version"`
-	DecidedAt   usage.Micros `json:"decided_at_unix_micros"`
+	DecidedAt   usage.Micros `json:"decided_at_unix_micros"` // Used is as of then
 	Cause       usage.Micros `json:"cause_unix_micros"`
 	ActionURL   string       `json:"action_url,omitempty"`
 	Sequence    uint64       `json:"sequence,omitempty"`
@@ -399,24 +479,20 @@ func (c *console) getDecisions(w http.ResponseWriter, r *http.Request) {
 		front.BadRequest(front.NoCursor).Write(w)
 		return
 	}
-	loaded, stale := c.state.decisions.Status()
-	if !loaded {
+	if !c.state.decisions.Loaded() {
 		front.Unavailable("the decisions were not read yet").Write(w)
 		return
 	}
-	now := micros(time.Now())
+	now := c.now()
 	account := r.URL.Query().Get("account")
 	page, next := c.state.decisions.Page(cursor, n, func(d *usage.Decision) bool {
 		return (account == "" || d.Account == account) && (verdict == "" || lineOf(d, now).Effective == verdict)
 	})
 	answer := struct {
-		Decisions []decisionLine `json:"decisions"`
-		Next      string         `json:"next_cursor"`
-		Stale     string         `json:"stale,omitempty"`
-	}{Decisions: []decisionLine{}, Next: next}
-	if stale != nil {
-		answer.Stale = stale.Error()
-	}
+		Decisions []decisionLine      `json:"decisions"`
+		Next      string              `json:"next_cursor"`
+		Freshness freshness.Freshness `json:"freshness"`
+	}{Decisions: []decisionLine{}, Next: next, Freshness: c.fresh(&c.state.decisions, time.Now())}
 	for i := range page {
 		answer.Decisions = append(answer.Decisions, lineOf(&page[i], now))
 	}
@@ -457,10 +533,11 @@ func (c *console) getDecisionHistory(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	answer := struct {
-		Decisions []decisionLine `json:"decisions"`
-		Next      string         `json:"next_cursor"`
-	}{Decisions: []decisionLine{}}
-	now := micros(time.Now())
+		Decisions []decisionLine      `json:"decisions"`
+		Next      string              `json:"next_cursor"`
+		Freshness freshness.Freshness `json:"freshness"`
+	}{Decisions: []decisionLine{}, Freshness: c.historyFreshness(time.Now())}
+	now := c.now()
 	for i := range found {
 		l := lineOf(&found[i].Decision, now)
 		l.Sequence = found[i].Sequence
@@ -479,8 +556,9 @@ func (c *console) getAlerts(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	front.WriteJSON(w, struct {
-		Episodes []usage.Alert `json:"episodes"`
-	}{c.state.alerts.Newest(n)})
+		Episodes  []usage.Alert       `json:"episodes"`
+		Freshness freshness.Freshness `json:"freshness"`
+	}{c.state.alerts.Newest(n), c.fresh(&c.state.alertsReader, time.Now())})
 }
 
 func (c *console) getDeadLetters(w http.ResponseWriter, r *http.Request) {
@@ -499,7 +577,9 @@ func (c *console) getDeadLetters(w http.ResponseWriter, r *http.Request) {
 		Counted int64         `json:"counted"`
 		Reasons []reasonCount `json:"by_reason"`
 		Newest  any           `json:"newest"`
-	}{max(total, uint64(counted)), counted, reasons, letters})
+
+		Freshness freshness.Freshness `json:"freshness"`
+	}{max(total, uint64(counted)), counted, reasons, letters, c.fresh(&c.state.deadReader, time.Now())})
 }
 
 func (c *console) getCallHistory(w http.ResponseWriter, r *http.Request) {
@@ -524,13 +604,15 @@ func (c *console) getCallHistory(w http.ResponseWriter, r *http.Request) {
 		Steps  int            `json:"steps"`
 		Group  history.Group  `json:"group"`
 		Series []series.Calls `json:"series"`
-	}{q.From.Unix(), int64(q.Step / time.Second), steps, q.Group, series.Dense(points, steps)})
+
+		Freshness freshness.Freshness `json:"freshness"`
+	}{q.From.Unix(), int64(q.Step / time.Second), steps, q.Group, series.Dense(points, steps), c.historyFreshness(time.Now())})
 }
 
 func lineOf(d *usage.Decision, now usage.Micros) decisionLine {
 	return decisionLine{
-		ID: d.ID, Account: d.Account, LimitID: d.LimitID, Meter: string(d.Meter), Verdict: d.Verdict.String(), Effective: views.Effective(d, now).String(),
-		Code: string(d.Code), Revision: d.Revision, Shard: d.Shard, Used: d.Used, Amount: d.Amount, Window: string(d.Window),
+		ID: d.ID, Account: d.Account, LimitID: d.LimitID, Meter: string(d.Meter), Verdict: d.Verdict.String(), Effective: limits.Effective(d, now).String(),
+		Code: string(d.Code), Revision: d.Revision, Shard: d.Shard, Used: d.Used, Room: d.Room, Amount: d.Amount, Window: string(d.Window),
 		PeriodStart: d.PeriodStart, PeriodEnd: d.PeriodEnd, PlanVersion: d.PlanVersion, DecidedAt: d.DecidedAt, Cause: d.Cause, ActionURL: d.ActionURL,
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -19,7 +20,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
-	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/conservation"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
@@ -200,6 +200,7 @@ func Run(ctx context.Context, o Options) error {
 			explainer: explain.New(explain.Options{JS: js, Horizon: o.Horizon}),
 		}
 		c.state = newState()
+		c.audit.HistoryAway = c.historyAway
 		c.corrector = &corrections.Submitter{JS: js, NC: nc, Shards: geometry.Shards, Plans: c.correctable, Horizon: o.Horizon}
 		c.tail = tail.New(o.Logger)
 		gate.Set(guard.Wrap(c.handler()))
@@ -246,14 +247,14 @@ func (c *console) run(ctx context.Context) error {
 	group.Go(func() error { return mirror.Run(ctx) })
 	group.Go(func() error { return c.tail.Run(ctx, c.js) })
 	group.Go(func() error {
-		return c.follow(ctx, ledger.AlertsStream, alertsRead, func(m ledger.Message) {
+		return c.follow(ctx, ledger.AlertsStream, alertsRead, &c.state.alertsAt, func(m ledger.Message) {
 			if err := c.state.alerts.Hear(m.Data); err != nil {
 				c.log.Warn().Err(err).Uint64("sequence", m.Sequence).Msg("an alert can't be read")
 			}
 		})
 	})
 	group.Go(func() error {
-		return c.follow(ctx, ledger.DeadLetterStream, deadLettersRead, func(m ledger.Message) { c.state.dead.Hear(&m) })
+		return c.follow(ctx, ledger.DeadLetterStream, deadLettersRead, &c.state.deadAt, func(m ledger.Message) { c.state.dead.Hear(&m) })
 	})
 	group.Go(func() error { return c.produce(ctx) })
 	group.Go(func() error { return c.watchParts(ctx) })
@@ -271,14 +272,15 @@ const (
 	deadLettersRead = 10_000
 )
 
-// follow reads a stream from its newest entries on, for ever.
-func (c *console) follow(ctx context.Context, name string, back uint64, hear func(ledger.Message)) error {
+// follow reads a stream from its newest entries on, for ever, and stores up to where.
+func (c *console) follow(ctx context.Context, name string, back uint64, position *atomic.Uint64, hear func(ledger.Message)) error {
 	var next uint64
 	for ctx.Err() == nil {
 		if err := c.startOf(ctx, name, back, &next); err == nil {
 			err = ledger.Read(ctx, c.js, ledger.ReadOptions{Stream: name, From: next}, func(m ledger.Message) error {
 				hear(m)
 				next = m.Sequence + 1
+				position.Store(m.Sequence)
 				return nil
 			})
 			// The stream drops its oldest entries: those we did not get to are
@@ -311,8 +313,6 @@ func (c *console) startOf(ctx context.Context, name string, back uint64, next *u
 	*next = max(*next, from)
 	return nil
 }
-
-func micros(t time.Time) usage.Micros { return usage.At(t) }
 
 // waitingHandler answers while NATS was not reached yet.
 func waitingHandler(o Options) http.Handler {

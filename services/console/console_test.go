@@ -255,7 +255,7 @@ func TestEveryAnswerIsWhatTheContractSays(t *testing.T) {
 		_, err = bucket.Put(t.Context(), ledger.AuditStatusKey, fmt.Appendf(nil, `{"at_unix_micros":%d,"whole":true,"calls":7,"points":[{"pair":"ledger-history","ok":true,"lag_seconds":0.5,"detail":"d","open":1}],"open":1,
 		"findings":[{"id":"ledger-history-1-ab","pair":"ledger-history","kind":"gap","minute_unix":60,"minute":"1970-01-01 00:01 UTC","account":"acme","text":"t","first_seen_unix_micros":1,"last_seen_unix_micros":2,
 			"parts":[{"origin":"3-4","from":3,"to":4,"since_unix_micros":5,"want":{"count":2,"refused":0,"sums":[2,0,0,0,0,0,0,0],"hash":"18446744073709551615"},"got":{"count":1,"refused":0,"sums":[1,0,0,0,0,0,0,0],"hash":"1"}}]},
-			{"id":"x","pair":"gateway-ledger","kind":"double","minute_unix":60,"minute":"m","account":"","others":true,"text":"t","parts":null,"first_seen_unix_micros":1,"last_seen_unix_micros":2,"resolved_at_unix_micros":2}]}`, micros(time.Now())))
+			{"id":"x","pair":"gateway-ledger","kind":"double","minute_unix":60,"minute":"m","account":"","others":true,"text":"t","parts":null,"first_seen_unix_micros":1,"last_seen_unix_micros":2,"resolved_at_unix_micros":2}]}`, usage.At(time.Now())))
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -15,8 +15,10 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/freshness"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/health"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/limits"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/live"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/tail"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/views"
@@ -44,11 +46,14 @@ type topAccount struct {
 	Parent string `json:"parent,omitempty"`
 	Plan   string `json:"plan,omitempty"`
 	// Recent calls: a minute halves their weight.
-	Admitted int64 `json:"recent_admitted"`
-	Refused  int64 `json:"recent_refused"`
+	Admitted int64  `json:"recent_admitted"`
+	Refused  int64  `json:"recent_refused"`
+	Status   string `json:"status"`
 	// Verdict is the severest along its path, Limits are all of them.
 	Verdict string     `json:"verdict"`
 	Limits  []topLimit `json:"limits"`
+	// Freshness of its limits: not current without an answer of its shard.
+	Freshness freshness.Freshness `json:"freshness"`
 }
 
 // topLimit is a limit on an account's path.
@@ -64,8 +69,10 @@ type liveLag struct {
 	TailEntries    uint64  `json:"tail_entries"`
 	SkippedEntries uint64  `json:"skipped_entries"`
 	CountedSeconds float64 `json:"counted_seconds"`
-	HistoryEntries uint64  `json:"history_entries"`
-	HistoryKnown   bool    `json:"history_known"`
+	// CountedKnown: every shard's owner was heard of late.
+	CountedKnown   bool   `json:"counted_known"`
+	HistoryEntries uint64 `json:"history_entries"`
+	HistoryKnown   bool   `json:"history_known"`
 }
 
 type liveDead struct {
@@ -97,6 +104,9 @@ type liveMessage struct {
 	Lag       liveLag        `json:"lag"`
 	Health    []health.Part  `json:"health"`
 	State     string         `json:"state"`
+	// Freshness by what it is of: calls (with refusals), decisions, counters, alerts,
+	// dead_letters, health.
+	Freshness map[string]freshness.Freshness `json:"freshness"`
 }
 
 // hub hands the newest message to all clients.
@@ -199,7 +209,7 @@ type producer struct {
 
 func (p *producer) message(ctx context.Context, c *console) (recent, reset []byte, err error) {
 	now := time.Now()
-	at := micros(now)
+	at := c.now()
 	v := c.tail.View(at, live.Window, liveTop, liveRefusals)
 	h := c.health(now)
 	m := liveMessage{
@@ -207,15 +217,26 @@ func (p *producer) message(ctx context.Context, c *console) (recent, reset []byt
 		Alerts: c.state.alerts.Newest(liveAlerts), Health: h.Parts, State: h.State,
 		Lag: liveLag{TailEntries: v.Pending, SkippedEntries: v.Skipped, HistoryEntries: h.Historian.Behind, HistoryKnown: h.Historian.Known},
 	}
-	for _, s := range h.Shards {
+	m.Lag.CountedKnown = c.nc.IsConnected()
+	counted := []freshness.Freshness{freshness.Now(now)}
+	for i := range h.Shards {
+		s, silent := &h.Shards[i], ""
 		m.Lag.CountedSeconds = max(m.Lag.CountedSeconds, s.LagSeconds)
+		if s.State == health.StateDown {
+			m.Lag.CountedKnown, silent = false, fmt.Sprintf("the owner of shard %d is silent", s.Shard)
+		}
+		counted = append(counted, shardFreshness(s, silent, now))
+	}
+	m.Freshness = map[string]freshness.Freshness{
+		"calls": c.fresh(&c.state.calls, now), "decisions": c.fresh(&c.state.decisions, now), "counters": freshness.Worst(counted...),
+		"alerts": c.fresh(&c.state.alertsReader, now), "dead_letters": c.fresh(&c.state.deadReader, now), "health": h.Freshness,
 	}
 	m.Decisions.All, m.Decisions.Deny, m.Decisions.Warn = c.state.decisions.Counts(at)
 	m.Dead.Newest, _, m.Dead.Reasons = c.state.dead.Newest(liveLetters)
 	c.state.mu.Lock()
 	m.Dead.Total = c.state.watch.deadTotal
 	c.state.mu.Unlock()
-	m.Top = p.accounts(ctx, c, v, at)
+	m.Top = p.accounts(ctx, c, v, at, h.Shards)
 	if reset, err = json.Marshal(m); err != nil {
 		return nil, nil, err
 	}
@@ -226,7 +247,7 @@ func (p *producer) message(ctx context.Context, c *console) (recent, reset []byt
 
 // accounts returns the busiest accounts with those above them, and how their
 // limits stand.
-func (p *producer) accounts(ctx context.Context, c *console, v tail.View, at usage.Micros) []topAccount {
+func (p *producer) accounts(ctx context.Context, c *console, v tail.View, at usage.Micros, shards []health.Shard) []topAccount {
 	ctx, cancel := context.WithTimeout(ctx, 800*time.Millisecond)
 	defer cancel()
 	var order []string
@@ -237,7 +258,7 @@ func (p *producer) accounts(ctx context.Context, c *console, v tail.View, at usa
 			order = append(order, id)
 		}
 	}
-	b, err := c.book(ctx)
+	b, _, err := c.book(ctx)
 	for _, a := range v.Busiest {
 		busy[a.Account] = a
 		add(a.Account, a.Shard)
@@ -280,38 +301,57 @@ func (p *producer) accounts(ctx context.Context, c *console, v tail.View, at usa
 		}
 	}
 	var mu sync.Mutex
-	found := map[string]ledger.AccountUsage{}
+	found, failed := map[string]ledger.AccountUsage{}, map[uint32]string{}
 	group := errgroup.Group{}
 	group.SetLimit(counters.Parallel)
 	for s, ids := range byShard {
 		group.Go(func() error {
-			// A shard that does not answer leaves its accounts without
-			// limits; the health says so.
 			reply, err := c.counters.Shard(ctx, s, ledger.UsageRequest{Accounts: ids})
-			if err != nil {
-				return nil
-			}
 			mu.Lock()
 			defer mu.Unlock()
-			for _, a := range reply.Accounts {
-				found[a.ID] = a
+			if err != nil {
+				failed[s] = err.Error()
+				return nil
+			}
+			for i := range reply.Accounts {
+				c.settle(&reply.Accounts[i], at)
+				found[reply.Accounts[i].ID] = reply.Accounts[i]
 			}
 			return nil
 		})
 	}
 	_ = group.Wait() // its functions return nil
+	now := time.Now()
 	out := make([]topAccount, 0, len(order))
 	for _, id := range order {
 		u := found[id]
-		t := topAccount{ID: id, Parent: u.Parent, Plan: u.Plan, Admitted: busy[id].Admitted, Refused: busy[id].Refused, Limits: []topLimit{}}
+		t := topAccount{ID: id, Parent: u.Parent, Plan: u.Plan, Admitted: busy[id].Admitted, Refused: busy[id].Refused, Status: statusUnnamed, Limits: []topLimit{}}
 		worst := usage.Allow
 		for _, step := range paths[id] {
-			worst = max(worst, c.state.decisions.Worst(step, at))
-			for _, l := range found[step].Limits {
+			a, counted := found[step]
+			for _, l := range a.Limits {
 				t.Limits = append(t.Limits, topLimit{step, l})
 			}
+			if counted {
+				worst = max(worst, limits.Worst(a.Limits))
+			} else {
+				worst = max(worst, c.state.decisions.Worst(step, at))
+			}
+		}
+		if b != nil {
+			l := c.line(b, id, at)
+			t.Status, t.Parent, t.Plan = l.Status, l.Parent, l.Plan
+		} else if u.Closed {
+			t.Status = statusRemoved
+		}
+		if t.Status == statusRemoved {
+			worst = usage.Deny
 		}
 		t.Verdict = worst.String()
+		t.Freshness = freshness.Now(now)
+		if int(shard[id]) < len(shards) {
+			t.Freshness = shardFreshness(&shards[shard[id]], failed[shard[id]], now)
+		}
 		out = append(out, t)
 	}
 	slices.SortStableFunc(out, func(x, y topAccount) int {

@@ -189,7 +189,7 @@ func TestThePageShowsWhatHappens(t *testing.T) {
 
 	bucket, err := w.js.KeyValue(t.Context(), ledger.AuditBucket)
 	if err == nil {
-		_, err = bucket.Put(t.Context(), ledger.AuditStatusKey, fmt.Appendf(nil, `{"at_unix_micros":%d,"whole":true}`, micros(now.Add(time.Hour))))
+		_, err = bucket.Put(t.Context(), ledger.AuditStatusKey, fmt.Appendf(nil, `{"at_unix_micros":%d,"whole":true}`, usage.At(now.Add(time.Hour))))
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/freshness"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
 )
 
@@ -38,6 +39,8 @@ type Answer struct {
 	CheckedAccounts int64  `json:"checked_accounts"`
 
 	Points []Point `json:"points"`
+	// Freshness: current while the auditor compares everything.
+	Freshness freshness.Freshness `json:"freshness"`
 	// Open findings, all of them; Findings are some, open ones first.
 	Open     int       `json:"open"`
 	Findings []Finding `json:"findings"`
@@ -45,11 +48,15 @@ type Answer struct {
 
 // Point is how two points are compared.
 type Point struct {
-	Pair       string  `json:"pair"`
-	OK         bool    `json:"ok"`
-	LagSeconds float64 `json:"lag_seconds"`
-	Detail     string  `json:"detail"`
-	Open       int     `json:"open"`
+	Pair string `json:"pair"`
+	// State: ok, waiting (it is not compared just now), down (findings hold).
+	State string `json:"state"`
+	// OK: it is being compared, whatever is found.
+	OK         bool         `json:"ok"`
+	LagSeconds float64      `json:"lag_seconds"`
+	At         usage.Micros `json:"at_unix_micros"`
+	Detail     string       `json:"detail"`
+	Open       int          `json:"open"`
 }
 
 // Finding is that two points do not agree about an account and minute.
@@ -93,12 +100,21 @@ const (
 	askTimeout  = 2 * time.Second
 	// silence is after how long an auditor that says nothing is missed.
 	silence = 15 * time.Second
+	// maxLag is how old the oldest that was not compared may be while all is well: a
+	// stretch is cut every ten seconds, and compared when its block is in ClickHouse.
+	maxLag = 45 * time.Second
 )
+
+// historyPair is the comparison with ClickHouse.
+const historyPair = "ledger-history"
 
 // Source reads what the auditor says. It is safe for concurrent use.
 type Source struct {
 	JS  jetstream.JetStream
 	Log zerolog.Logger
+	// HistoryAway says why ClickHouse does not answer the console itself, which may
+	// know before the auditor does; empty: it answers. Nil is allowed.
+	HistoryAway func() string
 
 	mu   sync.Mutex
 	last Answer
@@ -110,7 +126,7 @@ func (s *Source) Read(ctx context.Context, now time.Time) (Answer, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.at.IsZero() && now.Sub(s.at) < askEvery {
-		return Judge(s.last, now), nil
+		return Judge(s.last, now, s.historyAway()), nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
@@ -129,37 +145,91 @@ func (s *Source) Read(ctx context.Context, now time.Time) (Answer, error) {
 		return a, err
 	}
 	s.last, s.at = a, now
-	return Judge(a, now), nil
+	return Judge(a, now, s.historyAway()), nil
 }
 
-// Judge says in a word and a sentence how it stands.
-func Judge(a Answer, now time.Time) Answer {
-	if a.Points == nil {
-		a.Points = []Point{}
+func (s *Source) historyAway() string {
+	if s.HistoryAway == nil {
+		return ""
 	}
+	return s.HistoryAway()
+}
+
+// Judge says in a word and a sentence how it stands. It is green only for what is
+// compared now: not beside a ClickHouse that does not answer (historyAway says why), nor
+// with a pair that lags, nor on the word of an auditor that is silent.
+func Judge(a Answer, now time.Time, historyAway string) Answer {
+	a.Points = append([]Point{}, a.Points...)
 	if a.Findings == nil {
 		a.Findings = []Finding{}
 	}
 	age := now.Sub(a.At.Time())
+	silent := a.At != 0 && age > silence
+	waiting := ""
+	for i := range a.Points {
+		p := &a.Points[i]
+		switch {
+		case silent:
+			p.OK, p.Detail = false, "the auditor has said nothing for "+age.Round(time.Second).String()
+		case p.Pair == historyPair && historyAway != "":
+			p.OK, p.Detail = false, "ClickHouse does not answer: "+historyAway
+		case p.OK && p.LagSeconds > maxLag.Seconds():
+			p.OK, p.Detail = false, "the oldest calls that were not compared are "+time.Duration(p.LagSeconds*float64(time.Second)).Round(time.Second).String()+" old"
+		}
+		p.State = "ok"
+		switch {
+		case p.Open > 0:
+			p.State = "down"
+		case !p.OK:
+			p.State = "waiting"
+		}
+		if !p.OK && waiting == "" {
+			waiting = p.Detail
+		}
+	}
 	switch {
 	case a.At == 0:
 		a.State, a.Detail = "unknown", "no auditor has said anything yet: start one"
+		a.Freshness = freshness.Since(time.Time{}, now, a.Detail)
+		return a
+	case silent:
+		waiting = "the auditor has said nothing for " + age.Round(time.Second).String()
+	case len(a.Points) == 0:
+		waiting = "the auditor has not compared anything yet"
+	}
+	switch {
 	case a.Open > 0:
 		a.State, a.Detail = "down", strconv.Itoa(a.Open)+" findings hold: calls are missing, doubled or changed between two points"
 		if a.Open == 1 {
 			a.Detail = "1 finding holds: calls are missing, doubled or changed between two points"
 		}
-	case age > silence:
-		a.State, a.Detail = "waiting", "the auditor has said nothing for "+age.Round(time.Second).String()
+		if waiting != "" {
+			a.Detail += "; " + waiting
+		}
+	case waiting != "":
+		a.State, a.Detail = "waiting", waiting
 	default:
 		a.State, a.Detail = "ok", "all points agree"
-		for _, p := range a.Points {
-			if !p.OK {
-				a.State, a.Detail = "waiting", p.Detail
-			}
-		}
+	}
+	a.Freshness = freshness.Now(now)
+	if waiting != "" {
+		a.Freshness = freshness.Since(comparedAt(&a), now, waiting)
 	}
 	return a
+}
+
+// comparedAt is up to when everything was compared.
+func comparedAt(a *Answer) time.Time {
+	at := a.At
+	for i := range a.Points {
+		if p := &a.Points[i]; !p.OK && p.At < at {
+			at = p.At
+		}
+	}
+	if at == 0 {
+		return time.Time{}
+	}
+	return at.Time()
 }
 
 // Handler answers GET /v1/audit; ?limit bounds the findings, ?open=true leaves

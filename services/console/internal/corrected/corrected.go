@@ -17,6 +17,7 @@ import (
 	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/freshness"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/health"
 	"github.com/tollkeeper/tollkeeper/services/internal/corrections"
@@ -173,12 +174,13 @@ func problem(err error) front.Problem {
 	return front.Unavailable(err.Error())
 }
 
-// Get answers GET /v1/corrections; without a history it says so.
-func Get(h History) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) { get(w, r, h) }
+// Get answers GET /v1/corrections; without a history it says so. How current the history
+// is says fresh.
+func Get(h History, fresh func(time.Time) freshness.Freshness) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) { get(w, r, h, fresh) }
 }
 
-func get(w http.ResponseWriter, r *http.Request, h History) {
+func get(w http.ResponseWriter, r *http.Request, h History, fresh func(time.Time) freshness.Freshness) {
 	var err error
 	n := defaultPage
 	if s := r.URL.Query().Get("limit"); s != "" {
@@ -204,7 +206,8 @@ func get(w http.ResponseWriter, r *http.Request, h History) {
 	answer := struct {
 		Corrections []history.PastCorrection `json:"corrections"`
 		Next        string                   `json:"next_cursor"`
-	}{Corrections: []history.PastCorrection{}}
+		Freshness   freshness.Freshness      `json:"freshness"`
+	}{Corrections: []history.PastCorrection{}, Freshness: fresh(time.Now())}
 	answer.Corrections = append(answer.Corrections, found...)
 	if len(found) == n {
 		answer.Next = strconv.FormatUint(found[n-1].Sequence, 10)

@@ -16,6 +16,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/freshness"
 )
 
 // Parallel bounds the questions in flight.
@@ -74,6 +75,8 @@ type ShardAnswer struct {
 	PlanVersion string       `json:"plan_version"`
 	StateHash   string       `json:"state_hash"`
 	Accounts    int          `json:"account_count"`
+	// Freshness of its counters.
+	Freshness freshness.Freshness `json:"freshness"`
 }
 
 // Account is an account of a shard.
@@ -90,6 +93,8 @@ type Answer struct {
 	Accounts []Account     `json:"accounts"`
 	Count    int           `json:"account_count"`
 	Shards   []ShardAnswer `json:"shards"`
+	// Freshness of the whole: that of its oldest shard.
+	Freshness freshness.Freshness `json:"freshness"`
 }
 
 // All asks every shard, and sums.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/freshness"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/live"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/views"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
@@ -56,6 +57,8 @@ type Health struct {
 	Historian Historian `json:"historian"`
 	// Components are the parts of this process that say whether they are ready.
 	Components []telemetry.ComponentStatus `json:"components"`
+	// Freshness of what parts and ClickHouse were asked for.
+	Freshness freshness.Freshness `json:"freshness"`
 }
 
 const (
@@ -66,6 +69,8 @@ const (
 	gatewaySeen  = time.Minute
 	// auditStale is long for one that says every second how far it is.
 	auditStale = 15 * time.Second
+	// lookedStale is several rounds of questions.
+	lookedStale = 10 * time.Second
 )
 
 // Peer is what another service says of itself.
@@ -84,6 +89,8 @@ type Audit struct {
 // Seen is what is known at a time.
 type Seen struct {
 	Now time.Time
+	// LookedAt is when parts, ClickHouse and the auditor were asked last; zero: never.
+	LookedAt time.Time
 	// Shards of the ledger; LastEntries of those that had any.
 	Shards      uint32
 	LastEntries map[uint32]uint64
@@ -109,7 +116,13 @@ type Seen struct {
 // Judge puts together what is known.
 func Judge(w Seen, lag *Lag) Health {
 	now := w.Now
-	h := Health{State: StateOK, Components: w.Components}
+	h := Health{State: StateOK, Components: w.Components, Freshness: freshness.Now(now)}
+	switch age := now.Sub(w.LookedAt); {
+	case w.LookedAt.IsZero():
+		h.Freshness = freshness.Since(w.LookedAt, now, "the parts were not asked yet")
+	case age > lookedStale:
+		h.Freshness = freshness.Since(w.LookedAt, now, "the parts were asked "+age.Round(time.Second).String()+" ago")
+	}
 	h.Shards = shardsOf(w, lag)
 	h.Parts = append(h.Parts, gatewayPart(now, w.Gateways), aggregatorPart(h.Shards))
 	if w.HistoryErr == nil && w.HasHistory {

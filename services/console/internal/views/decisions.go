@@ -8,9 +8,12 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/freshness"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/limits"
 )
 
 // Decisions is a copy of the decisions bucket. It implements
@@ -20,7 +23,7 @@ type Decisions struct {
 	byKey   map[string]usage.Decision
 	account map[string][]string // keys of an account's decisions
 	loaded  bool
-	stale   error
+	feed    freshness.Feed
 	bad     int
 }
 
@@ -29,7 +32,8 @@ func (d *Decisions) Reset(all []ledger.Change) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.byKey, d.account = make(map[string]usage.Decision, len(all)), make(map[string][]string, len(all))
-	d.loaded, d.stale, d.bad = true, nil, 0
+	d.loaded, d.bad = true, 0
+	d.feed.Note(nil, time.Now())
 	for _, c := range all {
 		d.apply(c)
 	}
@@ -72,18 +76,17 @@ func (d *Decisions) apply(c ledger.Change) {
 }
 
 // Stale implements ledger.MirrorHandler.
-func (d *Decisions) Stale(reason error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.stale = reason
-}
+func (d *Decisions) Stale(reason error) { d.feed.Note(reason, time.Now()) }
 
-// Status says whether the copy was ever complete, and why it may be behind now.
-func (d *Decisions) Status() (loaded bool, stale error) {
+// Loaded reports whether the copy was ever complete.
+func (d *Decisions) Loaded() bool {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
-	return d.loaded, d.stale
+	return d.loaded
 }
+
+// At is how current the copy is at a time.
+func (d *Decisions) At(now time.Time) freshness.Freshness { return d.feed.At(now) }
 
 // Counts returns how many decisions there are, and how many hold as deny and
 // warn at a time.
@@ -92,7 +95,7 @@ func (d *Decisions) Counts(now usage.Micros) (all, deny, warn int) {
 	defer d.mu.RUnlock()
 	for k := range d.byKey {
 		v := d.byKey[k]
-		switch Effective(&v, now) {
+		switch limits.Effective(&v, now) {
 		case usage.Deny:
 			deny++
 		case usage.Warn:
@@ -102,12 +105,16 @@ func (d *Decisions) Counts(now usage.Micros) (all, deny, warn int) {
 	return len(d.byKey), deny, warn
 }
 
-// Effective is the verdict at a time: what a period said ends with it.
-func Effective(d *usage.Decision, now usage.Micros) usage.Verdict {
-	if d.PeriodEnd != 0 && now >= d.PeriodEnd {
-		return usage.Allow
+// Held returns the decision on an account's limit.
+func (d *Decisions) Held(account, limitID string) (usage.Decision, bool) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	for _, k := range d.account[account] {
+		if v := d.byKey[k]; v.LimitID == limitID {
+			return v, true
+		}
 	}
-	return d.Verdict
+	return usage.Decision{}, false
 }
 
 // Of returns the decisions of an account, by limit.
@@ -130,7 +137,7 @@ func (d *Decisions) Worst(account string, now usage.Micros) usage.Verdict {
 	worst := usage.Allow
 	for _, k := range d.account[account] {
 		v := d.byKey[k]
-		worst = max(worst, Effective(&v, now))
+		worst = max(worst, limits.Effective(&v, now))
 	}
 	return worst
 }
