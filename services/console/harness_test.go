@@ -35,6 +35,7 @@ const testShards = 4
 // services that the console sees.
 type world struct {
 	t        *testing.T
+	server   *embednats.Server
 	url      string
 	nc       *nats.Conn
 	js       jetstream.JetStream
@@ -70,7 +71,7 @@ func newWorld(t *testing.T) *world {
 	if _, err := ledger.Provision(t.Context(), js, ledger.ProvisionOptions{Shards: testShards}); err != nil {
 		t.Fatal(err)
 	}
-	return &world{t: t, url: s.ClientURL(), nc: nc, js: js, producer: ksuid.New(), frames: map[uint32]uint64{}, last: map[uint32]uint64{}, counts: map[string]*ledger.AccountUsage{}, sent: map[string]int{}}
+	return &world{t: t, server: s, url: s.ClientURL(), nc: nc, js: js, producer: ksuid.New(), frames: map[uint32]uint64{}, last: map[uint32]uint64{}, counts: map[string]*ledger.AccountUsage{}, sent: map[string]int{}}
 }
 
 func demoPlans() *plans.Document {
@@ -426,9 +427,22 @@ type fakeHistory struct {
 	err       error
 }
 
-func (f *fakeHistory) Ping(context.Context) error { return f.err }
+// fail lets it fail from now on; nil: it answers.
+func (f *fakeHistory) fail(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.err = err
+}
 
-func (f *fakeHistory) Position(context.Context) (uint64, error) { return f.position, f.err }
+func (f *fakeHistory) failure() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.err
+}
+
+func (f *fakeHistory) Ping(context.Context) error { return f.failure() }
+
+func (f *fakeHistory) Position(context.Context) (uint64, error) { return f.position, f.failure() }
 
 func (f *fakeHistory) Calls(_ context.Context, q history.CallsQuery) ([]history.CallsPoint, error) {
 	f.mu.Lock()
@@ -444,7 +458,7 @@ func (f *fakeHistory) Corrections(_ context.Context, q history.CorrectionsQuery)
 			out = append(out, c)
 		}
 	}
-	return out, f.err
+	return out, f.failure()
 }
 
 func (f *fakeHistory) Decisions(_ context.Context, q history.DecisionsQuery) ([]history.PastDecision, error) {
@@ -454,5 +468,5 @@ func (f *fakeHistory) Decisions(_ context.Context, q history.DecisionsQuery) ([]
 			out = append(out, d)
 		}
 	}
-	return out, f.err
+	return out, f.failure()
 }

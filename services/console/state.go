@@ -258,8 +258,15 @@ func (c *console) historyFreshness(now time.Time) freshness.Freshness {
 	case !ledgerRead.Current:
 		ledgerRead.Reason = "how far the history is behind the ledger is not known: " + ledgerRead.Reason
 		return ledgerRead
-	case calls > w.position && now.Sub(w.positionAt) > historyLate:
-		return freshness.Since(w.positionAt, now, fmt.Sprintf("the history is %d ledger entries behind, and has not moved", calls-w.position))
+	}
+	return behind(w.position, calls, w.positionAt, now)
+}
+
+// behind is how current a history is that has come to a position, when it moved there,
+// beside the newest entry with calls.
+func behind(position, calls uint64, moved, now time.Time) freshness.Freshness {
+	if calls > position && now.Sub(moved) > historyLate {
+		return freshness.Since(moved, now, fmt.Sprintf("the history is %d ledger entries behind, and has not moved", calls-position))
 	}
 	return freshness.Now(now)
 }
