@@ -198,7 +198,7 @@ func (w *world) own(ctx context.Context) {
 	for {
 		w.mu.Lock()
 		for s := range uint32(testShards) {
-			data, err := proto.Marshal(&tollkeeperv1.Beacon{Shard: s, Epoch: 1, LedgerSequence: w.last[s], StreamTimeUnixMicros: time.Now().UnixMicro(), SentAtUnixMicros: time.Now().UnixMicro()})
+			data, err := proto.Marshal(&tollkeeperv1.Beacon{Shard: s, Epoch: 1, LedgerSequence: w.countedTo(s), StreamTimeUnixMicros: time.Now().UnixMicro(), SentAtUnixMicros: time.Now().UnixMicro()})
 			if err == nil {
 				err = w.nc.Publish(ledger.BeaconSubject(s), data)
 			}
@@ -215,17 +215,22 @@ func (w *world) own(ctx context.Context) {
 	}
 }
 
+// countedTo is the newest entry of a shard.
+func (w *world) countedTo(shard uint32) uint64 {
+	counted := w.last[shard]
+	if m, found, err := ledger.LastMessage(context.Background(), w.js, ledger.Stream, ledger.ControlSubject(shard)); err == nil && found {
+		counted = max(counted, m.Sequence)
+	}
+	return counted
+}
+
 func (w *world) reply(shard uint32, q ledger.UsageRequest, index plans.Index) ledger.UsageReply {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	now := time.Now().UTC()
 	minute := now.Truncate(time.Minute)
 	month := time.Date(now.Year(), now.Month(), 1, 0, 0, 0, 0, time.UTC)
-	counted := w.last[shard]
-	if m, found, err := ledger.LastMessage(context.Background(), w.js, ledger.Stream, ledger.ControlSubject(shard)); err == nil && found {
-		counted = max(counted, m.Sequence)
-	}
-	r := ledger.UsageReply{Shard: shard, Epoch: 1, Sequence: counted, StreamTime: usage.At(now), PlanVersion: plans.PlansVersion(demoPlans()), Total: ledger.Totals{Meters: map[usage.Meter]int64{}}}
+	r := ledger.UsageReply{Shard: shard, Epoch: 1, Sequence: w.countedTo(shard), StreamTime: usage.At(now), PlanVersion: plans.PlansVersion(demoPlans()), Total: ledger.Totals{Meters: map[usage.Meter]int64{}}}
 	for id, u := range w.counts {
 		if w.shard(id) != shard {
 			continue
@@ -425,6 +430,8 @@ type fakeHistory struct {
 	corrected []history.PastCorrection
 	position  uint64
 	err       error
+	// hold, if set, delays answers about calls of a span until it returns.
+	hold func(ctx context.Context, span time.Duration)
 }
 
 // fail lets it fail from now on; nil: it answers.
@@ -444,7 +451,10 @@ func (f *fakeHistory) Ping(context.Context) error { return f.failure() }
 
 func (f *fakeHistory) Position(context.Context) (uint64, error) { return f.position, f.failure() }
 
-func (f *fakeHistory) Calls(_ context.Context, q history.CallsQuery) ([]history.CallsPoint, error) {
+func (f *fakeHistory) Calls(ctx context.Context, q history.CallsQuery) ([]history.CallsPoint, error) {
+	if f.hold != nil {
+		f.hold(ctx, q.To.Sub(q.From))
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.asked = q

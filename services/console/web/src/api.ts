@@ -3,6 +3,15 @@
 export type Verdict = 'allow' | 'warn' | 'deny'
 export type State = 'ok' | 'waiting' | 'down' | 'unknown'
 
+/** Freshness is how current an answer is, or a part of one. */
+export interface Freshness {
+  current: boolean
+  /** 0: it never was complete, and age_seconds is -1. */
+  as_of_unix_micros: number
+  age_seconds: number
+  reason?: string
+}
+
 export interface Second {
   t: number
   admitted: number
@@ -18,6 +27,8 @@ export interface LimitUsage {
   amount: number
   used: number
   remaining: number
+  /** With the verdict deny: what a smaller call could still get. */
+  room?: number
   period_start_unix_micros: number
   period_end_unix_micros: number
   verdict: Verdict
@@ -54,9 +65,13 @@ export interface TopAccount {
   plan?: string
   recent_admitted: number
   recent_refused: number
+  status: AccountStatus
   verdict: Verdict
   limits: TopLimit[]
+  freshness: Freshness
 }
+
+export type AccountStatus = 'open' | 'removed' | 'unnamed'
 
 export interface Refusal {
   time_unix_micros: number
@@ -113,9 +128,10 @@ export interface LiveMessage {
   alerts: Alert[]
   dead_letters: { total: number; by_reason: { reason: string; count: number }[]; newest: DeadLetter[] }
   decisions: { deny: number; warn: number; all: number }
-  lag: { tail_entries: number; skipped_entries: number; counted_seconds: number; history_entries: number; history_known: boolean }
+  lag: { tail_entries: number; skipped_entries: number; counted_seconds: number; counted_known: boolean; history_entries: number; history_known: boolean }
   health: Part[]
   state: State
+  freshness: Record<'calls' | 'decisions' | 'counters' | 'alerts' | 'dead_letters' | 'health', Freshness>
 }
 
 export interface Series {
@@ -135,6 +151,7 @@ export interface History {
   steps: number
   group: Group
   series: Series[]
+  freshness: Freshness
 }
 
 export type Pair = 'gateway-ledger' | 'ledger-counters' | 'ledger-history'
@@ -157,7 +174,8 @@ export interface Audit {
   calls: number
   unclaimed_calls: number
   checked_cells: number
-  points: { pair: Pair; ok: boolean; lag_seconds: number; detail: string; open: number }[]
+  freshness: Freshness
+  points: { pair: Pair; state: State; ok: boolean; lag_seconds: number; detail: string; open: number }[]
   open: number
   findings: Finding[]
 }
@@ -181,10 +199,15 @@ export interface Correction {
   reference?: string
 }
 
-export async function getCorrections(account: string, signal: AbortSignal): Promise<Correction[]> {
+export interface Corrections {
+  corrections: Correction[]
+  freshness: Freshness
+}
+
+export async function getCorrections(account: string, signal: AbortSignal): Promise<Corrections> {
   const res = await fetch(`/v1/corrections?limit=20${account ? `&account=${encodeURIComponent(account)}` : ''}`, { headers: headers(), signal })
   if (!res.ok) throw await problemOf(res)
-  return ((await res.json()) as { corrections: Correction[] }).corrections
+  return (await res.json()) as Corrections
 }
 
 /** Problem is an answer that is not the one asked for. */
@@ -218,16 +241,23 @@ export async function getExplanation(id: string): Promise<Explanation> {
 }
 
 /** getLimits are the limits that bind an account: its own, and those of the accounts above it. */
-export async function getLimits(account: string, signal: AbortSignal): Promise<TopLimit[]> {
+export interface AccountLimits {
+  status: AccountStatus
+  limits: TopLimit[]
+  freshness: Freshness
+}
+
+export async function getLimits(account: string, signal: AbortSignal): Promise<AccountLimits> {
   const path = account.split('/').map(encodeURIComponent).join('/')
   const of = await fetch(`/v1/accounts/${path}`, { headers: headers(), signal })
   if (!of.ok) throw await problemOf(of)
-  const steps = ((await of.json()) as { path: string[] }).path
+  const { path: steps, status } = (await of.json()) as { path: string[]; status: AccountStatus }
   const query = new URLSearchParams(steps.map((s) => ['account', s]))
   const res = await fetch(`/v1/usage?${query}`, { headers: headers(), signal })
   if (!res.ok) throw await problemOf(res)
-  const usage = (await res.json()) as { accounts: { id: string; limits: LimitUsage[] }[] }
-  return steps.flatMap((step) => (usage.accounts.find((a) => a.id === step)?.limits ?? []).map((l) => ({ ...l, account: step })))
+  const usage = (await res.json()) as { accounts: { id: string; limits: LimitUsage[] }[]; freshness: Freshness; shards: { ok: boolean }[] }
+  const limits = steps.flatMap((step) => (usage.accounts.find((a) => a.id === step)?.limits ?? []).map((l) => ({ ...l, account: step })))
+  return { status, limits, freshness: usage.freshness }
 }
 
 const tokenKey = 'tollkeeper-token'

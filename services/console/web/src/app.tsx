@@ -39,14 +39,14 @@ export function App() {
           <img src="/favicon.svg" alt="" width="26" height="26" />
           Tollkeeper
         </h1>
-        <Strip parts={m.live?.health ?? []} stale={stale} />
+        <Strip parts={m.live?.health ?? []} stale={stale || m.live?.freshness.health.current === false} />
         <Status connection={m.connection} />
       </header>
       <Notice connection={m.connection} heardAt={m.heardAt} retry={() => stream.current?.now()} />
       <main class={stale && m.live ? 'stale' : ''} data-ready={m.live ? 'yes' : 'no'}>
         <Figures seconds={m.seconds} live={m.live} />
-        <LiveCard seconds={m.seconds} />
-        <CodesCard seconds={m.seconds} />
+        <LiveCard seconds={m.seconds} live={m.live} />
+        <CodesCard seconds={m.seconds} live={m.live} />
         <AccountsCard live={m.live} />
         <RefusalsCard live={m.live} />
         <LimitsCard live={m.live} />

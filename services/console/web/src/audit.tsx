@@ -1,7 +1,7 @@
 // The conservation audit: four points, held against each other.
 
-import { useEffect, useState } from 'preact/hooks'
 import { getAudit, type Audit, type Finding, type Pair, type State } from './api'
+import { useAsked, useStaleness } from './asked'
 import { ago, compact, exact } from './format'
 import { Card, Mark, Nothing } from './parts'
 
@@ -15,50 +15,35 @@ const kinds: Record<Finding['kind'], string> = { gap: 'Missing', double: 'Double
 
 const every = 5
 
-/** stateOf a pair: what holds is worse than what can't be asked. */
-export function stateOf(p: Audit['points'][number]): State {
-  return p.open > 0 ? 'down' : p.ok ? 'ok' : 'waiting'
+/** stateOf a pair: what was said of it while it can't be asked again is not known to hold. */
+export function stateOf(p: Pick<Audit['points'][number], 'state'>, current: boolean): State {
+  return current || p.state !== 'ok' ? p.state : 'unknown'
 }
 
 export function AuditCard() {
-  const [a, setAudit] = useState<Audit>()
-  const [error, setError] = useState('')
-  useEffect(() => {
-    const abort = new AbortController()
-    let timer: ReturnType<typeof setTimeout>
-    const load = async () => {
-      try {
-        setAudit(await getAudit(abort.signal))
-        setError('')
-      } catch (e) {
-        if (abort.signal.aborted) return
-        setError(e instanceof TypeError ? 'The console does not answer.' : e instanceof Error ? e.message : String(e))
-      }
-      timer = setTimeout(() => void load(), every * 1000)
-    }
-    void load()
-    return () => {
-      abort.abort()
-      clearTimeout(timer)
-    }
-  }, [])
-  const note = error || (a ? (a.state === 'ok' ? `${compact(a.checked_cells)} accounts and minutes compared, all agree` : a.detail) : undefined)
+  const asked = useAsked<Audit>('audit', getAudit, { every })
+  const a = asked.answer
+  const stale = useStaleness(asked, (x) => x.freshness)
+  const current = asked.error === ''
+  const note = a && current && a.state === 'ok' ? `${compact(a.checked_cells)} accounts and minutes compared, all agree` : a && current && a.state === 'down' ? a.detail : undefined
   const now = (a?.at_unix_micros ?? 0) / 1e6
   return (
-    <Card area="audit" title="Conservation" note={note}>
+    <Card area="audit" title="Conservation" note={note} stale={stale}>
       <ul class="pairs" aria-label="Points that are compared">
         {(a?.points ?? []).map((p) => (
           <li key={p.pair} title={p.detail}>
-            <Mark state={stateOf(p)} />
+            <Mark state={stateOf(p, current)} />
             <span>
-              {pairs[p.pair]}
-              <span class="under">{p.open > 0 ? `${exact(p.open)} ${p.open === 1 ? 'finding' : 'findings'}` : p.ok ? 'agree' : p.detail}</span>
+              {pairs[p.pair] ?? p.pair}
+              <span class="under">
+                {p.open > 0 ? `${exact(p.open)} ${p.open === 1 ? 'finding' : 'findings'}` : p.state === 'ok' ? (current ? 'agree' : 'agreed then') : p.detail}
+              </span>
             </span>
           </li>
         ))}
       </ul>
       {a && a.findings.length === 0 ? (
-        <Nothing>{a.state === 'unknown' ? 'No auditor has said anything yet.' : 'No call is missing, doubled or changed.'}</Nothing>
+        <Nothing>{a.state === 'unknown' ? 'No auditor has said anything yet.' : current && a.state === 'ok' ? 'No call is missing, doubled or changed.' : 'Nothing was found to be missing, doubled or changed by then.'}</Nothing>
       ) : (
         <div class="scroll" tabIndex={0} role="region" aria-label="Findings of the conservation audit">
           <ul class="lines">
@@ -66,12 +51,12 @@ export function AuditCard() {
               <li key={f.id}>
                 <span class={`tag ${f.resolved_at_unix_micros ? 'tag-ok' : 'tag-down'}`}>
                   <Mark state={f.resolved_at_unix_micros ? 'ok' : 'down'} />
-                  {f.resolved_at_unix_micros ? 'Healed' : kinds[f.kind]}
+                  {f.resolved_at_unix_micros ? 'Healed' : (kinds[f.kind] ?? f.kind)}
                 </span>
                 <span class="line-text">
                   {f.text}
                   <span class="under">
-                    {pairs[f.pair]}, found {ago(now - f.first_seen_unix_micros / 1e6)}
+                    {pairs[f.pair] ?? f.pair}, found {ago(now - f.first_seen_unix_micros / 1e6)}
                   </span>
                 </span>
               </li>

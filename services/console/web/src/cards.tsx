@@ -2,12 +2,18 @@
 
 import { useMemo } from 'preact/hooks'
 import type { Alert, LiveMessage, Refusal, Second, TopAccount, TopLimit } from './api'
+import { asOf } from './asked'
 import { Chart, type Area } from './chart'
 import { ago, clock, codeName, compact, countdown, exact, percent, quantity, rate, unit } from './format'
-import { ShareBar, usable } from './limits'
+import { ShareBar, shareOf } from './limits'
 import { byCode, rates, refusedIn } from './model'
 import { lookOfCode } from './palette'
 import { Card, CopyID, Mark, Nothing, Swatch, VerdictTag } from './parts'
+
+/** age of a part of the live message, which is of now itself. */
+function ageOf(live: LiveMessage | undefined, part: keyof LiveMessage['freshness']): string {
+  return live ? asOf(live.freshness[part], 0, 0) : ''
+}
 
 export function Figures({ seconds, live }: { seconds: Second[]; live?: LiveMessage }) {
   const r = rates(seconds)
@@ -21,18 +27,20 @@ export function Figures({ seconds, live }: { seconds: Second[]; live?: LiveMessa
     </div>
   )
   const lag = live?.lag
+  const calls = live?.freshness.calls.current
+  const unknown = 'not known now'
   return (
     <dl class="figures" aria-label="Right now">
-      {figure('Calls a second', live ? rate(r.calls) : '–', 'mean of 5 s')}
-      {figure('Refused a second', live ? rate(r.refused) : '–', live ? `${percent(r.refused, r.calls)} of calls` : ' ', r.refused > 0 ? 'is-refused' : '')}
-      {figure('Tokens a second', live ? rate(r.tokens) : '–', 'in and out')}
-      {figure('Limits used up', live ? exact(live.decisions.deny) : '–', live ? `${exact(live.decisions.warn)} near their limit` : ' ')}
-      {figure('Counted behind', lag ? (lag.counted_seconds < 0.05 ? '0 s' : `${lag.counted_seconds.toFixed(1)} s`) : '–', lag ? (lag.history_known ? lag.history_entries === 0 ? 'history up to date' : `history ${compact(lag.history_entries)} behind` : 'history unknown') : ' ')}
+      {figure('Calls a second', calls ? rate(r.calls) : '–', live && !calls ? unknown : 'mean of 5 s')}
+      {figure('Refused a second', calls ? rate(r.refused) : '–', calls ? `${percent(r.refused, r.calls)} of calls` : live ? unknown : ' ', calls && r.refused > 0 ? 'is-refused' : '')}
+      {figure('Tokens a second', calls ? rate(r.tokens) : '–', live && !calls ? unknown : 'in and out')}
+      {figure('Limits used up', live?.freshness.decisions.current ? exact(live.decisions.deny) : '–', live ? (live.freshness.decisions.current ? `${exact(live.decisions.warn)} near their limit` : unknown) : ' ')}
+      {figure('Counted behind', lag?.counted_known ? (lag.counted_seconds < 0.05 ? '0 s' : `${lag.counted_seconds.toFixed(1)} s`) : '–', lag ? (lag.history_known ? lag.history_entries === 0 ? 'history up to date' : `history ${compact(lag.history_entries)} behind` : 'history unknown') : ' ')}
     </dl>
   )
 }
 
-export function LiveCard({ seconds }: { seconds: Second[] }) {
+export function LiveCard({ seconds, live }: { seconds: Second[]; live?: LiveMessage }) {
   const { times, areas } = useMemo(() => {
     const codes = byCode(seconds).map((c) => c.code)
     // A fixed order, so that areas don't change places.
@@ -44,9 +52,10 @@ export function LiveCard({ seconds }: { seconds: Second[] }) {
     return { times: seconds.map((s) => s.t), areas }
   }, [seconds])
   const r = rates(seconds)
+  const age = ageOf(live, 'calls')
   const quiet = seconds.length > 0 && seconds.every((s) => s.admitted === 0 && refusedIn(s) === 0)
   return (
-    <Card area="live" title="Live calls" note="a second, last 5 minutes">
+    <Card area="live" title="Live calls" note="a second, last 5 minutes" stale={age}>
       <Chart
         title="Live calls"
         times={times}
@@ -54,8 +63,8 @@ export function LiveCard({ seconds }: { seconds: Second[] }) {
         height={232}
         moment={(t) => clock(t)}
         unit="calls a second"
-        summary={`${rate(r.calls)} calls a second now, ${rate(r.refused)} of them refused.`}
-        note={seconds.length === 0 ? 'Waiting for the ledger…' : quiet ? 'No calls in the last 5 minutes.' : undefined}
+        summary={age || `${rate(r.calls)} calls a second now, ${rate(r.refused)} of them refused.`}
+        note={seconds.length === 0 ? 'Waiting for the ledger…' : quiet && !age ? 'No calls in the last 5 minutes.' : undefined}
         rest="last second"
         restValue="last"
       />
@@ -63,15 +72,16 @@ export function LiveCard({ seconds }: { seconds: Second[] }) {
   )
 }
 
-export function CodesCard({ seconds }: { seconds: Second[] }) {
+export function CodesCard({ seconds, live }: { seconds: Second[]; live?: LiveMessage }) {
+  const age = ageOf(live, 'calls')
   const five = byCode(seconds)
   const minute = new Map(byCode(seconds.slice(-60)).map((c) => [c.code, c.count]))
   const most = five[0]?.count ?? 0
   const all = five.reduce((n, c) => n + c.count, 0)
   return (
-    <Card area="codes" title="Refused by code" note="last 5 minutes">
+    <Card area="codes" title="Refused by code" note="last 5 minutes" stale={age}>
       {five.length === 0 ? (
-        seconds.length > 0 && <Nothing>Nothing was refused.</Nothing>
+        seconds.length > 0 && !age && <Nothing>Nothing was refused.</Nothing>
       ) : (
         <table class="codes">
           <thead>
@@ -118,13 +128,13 @@ export function CodesCard({ seconds }: { seconds: Second[] }) {
 
 /** tightest is the limit that is nearest to its end. */
 export function tightest(limits: TopLimit[]): TopLimit | undefined {
-  return [...limits].sort((a, b) => b.used / b.amount - a.used / a.amount)[0]
+  return [...limits].sort((a, b) => shareOf(b) - shareOf(a))[0]
 }
 
 export function AccountsCard({ live }: { live?: LiveMessage }) {
   const rows = live?.top ?? []
   return (
-    <Card area="accounts" title="Busiest accounts" note="each with the tightest limit that binds it">
+    <Card area="accounts" title="Busiest accounts" note="each with the tightest limit that binds it" stale={ageOf(live, 'counters')}>
       {live && rows.length === 0 ? (
         <Nothing>No account has made a call yet.</Nothing>
       ) : (
@@ -156,17 +166,17 @@ export function AccountsCard({ live }: { live?: LiveMessage }) {
 function AccountRow({ a, now }: { a: TopAccount; now: number }) {
   const l = tightest(a.limits)
   const end = l && l.period_end_unix_micros > 0 ? l.period_end_unix_micros / 1e6 - now : undefined
-  const worst = l && l.verdict !== 'allow' ? l.verdict : a.verdict
+  const unknown = l ? '' : asOf(a.freshness, 0, 0)
   return (
     <tr>
       <th scope="row">
         <span class="account" title={a.id}>
           {a.id}
         </span>
-        <span class="under">{l && l.account !== a.id ? `shares ${l.account}’s limit` : a.plan ? `plan ${a.plan}` : 'no plan'}</span>
+        <span class="under">{a.status === 'removed' ? 'its keys are refused' : l && l.account !== a.id ? `shares ${l.account}’s limit` : a.plan ? `plan ${a.plan}` : 'no plan'}</span>
       </th>
       <td>
-        <VerdictTag verdict={worst} />
+        <VerdictTag verdict={a.verdict} status={a.status} />
       </td>
       <td class="use">
         {l ? (
@@ -178,11 +188,13 @@ function AccountRow({ a, now }: { a: TopAccount; now: number }) {
             </span>
           </>
         ) : (
-          <span class="under">no limit</span>
+          <span class="under" title={unknown}>
+            {unknown ? 'limits not known' : 'no limit'}
+          </span>
         )}
       </td>
-      <td class="num left" data-name="left" title={l ? exact(usable(l)) : ''}>
-        {l ? quantity(l.meter, usable(l)) : '–'}
+      <td class="num left" data-name="left" title={l ? exact(l.remaining) : ''}>
+        {l ? quantity(l.meter, l.remaining) : '–'}
       </td>
       <td class="num" data-name="resets in">
         {end === undefined ? '–' : countdown(end)}
@@ -194,8 +206,8 @@ function AccountRow({ a, now }: { a: TopAccount; now: number }) {
 export function RefusalsCard({ live }: { live?: LiveMessage }) {
   const rows: Refusal[] = live?.refusals ?? []
   return (
-    <Card area="refusals" title="Recent refusals">
-      {live && rows.length === 0 ? (
+    <Card area="refusals" title="Recent refusals" stale={ageOf(live, 'calls')}>
+      {live && rows.length === 0 && live.freshness.calls.current ? (
         <Nothing>No call was refused lately.</Nothing>
       ) : (
         <div class="scroll" tabIndex={0} role="region" aria-label="Recent refusals">
@@ -240,8 +252,8 @@ export function AlertsCard({ live }: { live?: LiveMessage }) {
   const firing = rows.filter((a) => a.transition === 'firing').length
   const now = (live?.at_unix_micros ?? 0) / 1e6
   return (
-    <Card area="alerts" title="Alerts" note={live ? (firing > 0 ? `${firing} firing` : 'none firing') : undefined}>
-      {live && rows.length === 0 ? (
+    <Card area="alerts" title="Alerts" note={live && live.freshness.alerts.current ? (firing > 0 ? `${firing} firing` : 'none firing') : undefined} stale={ageOf(live, 'alerts')}>
+      {live && rows.length === 0 && live.freshness.alerts.current ? (
         <Nothing>No alert so far.</Nothing>
       ) : (
         <ul class="lines">
@@ -268,8 +280,8 @@ export function AlertsCard({ live }: { live?: LiveMessage }) {
 export function DeadLettersCard({ live }: { live?: LiveMessage }) {
   const dead = live?.dead_letters
   return (
-    <Card area="dead" title="Dead letters" note={dead ? (dead.total === 0 ? 'none' : `${exact(dead.total)} kept`) : undefined}>
-      {dead && dead.total === 0 && dead.newest.length === 0 ? (
+    <Card area="dead" title="Dead letters" note={dead ? (dead.total === 0 ? 'none' : `${exact(dead.total)} kept`) : undefined} stale={ageOf(live, 'dead_letters')}>
+      {dead && live.freshness.dead_letters.current && dead.total === 0 && dead.newest.length === 0 ? (
         <Nothing>Everything that arrived could be counted.</Nothing>
       ) : (
         <>

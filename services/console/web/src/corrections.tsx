@@ -1,7 +1,8 @@
 // What was corrected: by whom, when, why, and what it changed.
 
-import { useEffect, useState } from 'preact/hooks'
-import { getCorrections, type Correction } from './api'
+import { useState } from 'preact/hooks'
+import { getCorrections, type Correction, type Corrections } from './api'
+import { useAsked, useStaleness } from './asked'
 import { exact, moment, quantity, unit } from './format'
 import { Card, CopyID, Nothing } from './parts'
 
@@ -16,33 +17,15 @@ export function effectOf(c: Pick<Correction, 'adjustments'>): string {
 
 export function CorrectionsCard() {
   const [account, setAccount] = useState('')
-  const [list, setList] = useState<Correction[]>()
-  const [error, setError] = useState('')
-  useEffect(() => {
-    const abort = new AbortController()
-    let timer: ReturnType<typeof setTimeout>
-    const load = async () => {
-      try {
-        setList(await getCorrections(account.trim(), abort.signal))
-        setError('')
-      } catch (e) {
-        if (abort.signal.aborted) return
-        setError(e instanceof TypeError ? 'The console does not answer.' : e instanceof Error ? e.message : String(e))
-      }
-      timer = setTimeout(() => void load(), every * 1000)
-    }
-    // Who types is waited for.
-    timer = setTimeout(() => void load(), account ? 300 : 0)
-    return () => {
-      abort.abort()
-      clearTimeout(timer)
-    }
-  }, [account])
+  const wanted = account.trim()
+  const asked = useAsked<Corrections>(`of ${wanted}`, (signal) => getCorrections(wanted, signal), { every, first: wanted ? 0.3 : 0 })
+  const list = asked.answer?.corrections
+  const stale = useStaleness(asked, (c) => c.freshness)
   const search = <input type="search" class="filter" placeholder="Account" aria-label="Only of this account" value={account} onInput={(e) => setAccount(e.currentTarget.value)} />
   return (
-    <Card area="corrections" title="Corrections" note={error || undefined} actions={search}>
+    <Card area="corrections" title="Corrections" stale={stale} actions={search}>
       {list && list.length === 0 ? (
-        <Nothing>{account.trim() ? 'No usage of this account was corrected.' : 'No usage was corrected.'}</Nothing>
+        <Nothing>{wanted ? 'No usage of this account was corrected.' : 'No usage was corrected.'}</Nothing>
       ) : (
         <div class="scroll" tabIndex={0} role="region" aria-label="Corrections">
           <ul class="lines">

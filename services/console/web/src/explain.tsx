@@ -1,6 +1,6 @@
 // Why a call was refused: what led to a decision, and whether the ledger gives it again.
 
-import { useState } from 'preact/hooks'
+import { useRef, useState } from 'preact/hooks'
 import { getExplanation, type Explanation } from './api'
 import { clock, exact, moment, unit } from './format'
 import { Card, Mark, Nothing, VerdictTag } from './parts'
@@ -23,16 +23,21 @@ export function ExplainCard() {
   const [id, setID] = useState('')
   const [found, setFound] = useState<Explanation>()
   const [note, setNote] = useState('')
+  const asked = useRef(0)
   const submit = async (event: Event) => {
     event.preventDefault()
     const wanted = id.trim()
     if (!wanted) return
+    const mine = ++asked.current
     setFound(undefined)
     setNote('Replaying the ledger…')
     try {
-      setFound(await getExplanation(wanted))
+      const e = await getExplanation(wanted)
+      if (mine !== asked.current) return // another was asked for since
+      setFound(e)
       setNote('')
     } catch (e) {
+      if (mine !== asked.current) return
       setNote(e instanceof TypeError ? 'The console does not answer.' : e instanceof Error ? e.message : String(e))
     }
   }

@@ -1,6 +1,6 @@
 // Numbers and times as people read them.
 
-const units = ['', 'k', 'M', 'G', 'T', 'P']
+const units = ['', 'k', 'M', 'G', 'T', 'P', 'E']
 
 /** compact writes a number with at most three digits and a unit: 12.3k, 4.56M. */
 export function compact(n: number): string {
@@ -18,7 +18,9 @@ export function compact(n: number): string {
 
 /** exact writes a number whole, in groups of three. */
 export function exact(n: number): string {
-  return new Intl.NumberFormat('en-US', { maximumFractionDigits: 2 }).format(n)
+  const text = new Intl.NumberFormat('en-US', { maximumFractionDigits: 2 }).format(n)
+  // Beyond 2^53 not every whole number can be read here.
+  return Number.isInteger(n) && !Number.isSafeInteger(n) ? `about ${text}` : text
 }
 
 /** rate writes a number a second: one decimal below ten. */

@@ -1,7 +1,8 @@
 // The chart out of ClickHouse.
 
-import { useEffect, useMemo, useState } from 'preact/hooks'
+import { useMemo, useState } from 'preact/hooks'
 import { getHistory, type Group, type History } from './api'
+import { useAsked, useStaleness } from './asked'
 import { Chart, type Area } from './chart'
 import { clock, codeName, compact, moment } from './format'
 import { lookOfCode, lookOfSeries } from './palette'
@@ -28,31 +29,9 @@ export function areasOf(h: History): Area[] {
 export function HistoryCard() {
   const [range, setRange] = useState<Range>('15m')
   const [group, setGroup] = useState<Group>('code')
-  const [answer, setAnswer] = useState<History>()
-  const [error, setError] = useState('')
-
-  useEffect(() => {
-    const abort = new AbortController()
-    let timer: ReturnType<typeof setTimeout>
-    const load = async () => {
-      let pause: number = ranges[range].every
-      try {
-        const h = await getHistory(ranges[range].span, group, abort.signal)
-        setAnswer(h)
-        setError('')
-      } catch (e) {
-        if (abort.signal.aborted) return
-        setError(e instanceof TypeError ? 'The console does not answer.' : e instanceof Error ? e.message : String(e))
-        pause = Math.min(pause, 10)
-      }
-      timer = setTimeout(() => void load(), pause * 1000)
-    }
-    void load()
-    return () => {
-      abort.abort()
-      clearTimeout(timer)
-    }
-  }, [range, group])
+  const asked = useAsked<History>(`${range} ${group}`, (signal) => getHistory(ranges[range].span, group, signal), ranges[range])
+  const { answer, error } = asked
+  const stale = useStaleness(asked, (h) => h.freshness)
 
   const areas = useMemo(() => (answer ? areasOf(answer) : []), [answer])
   const times = useMemo(() => (answer ? Array.from({ length: answer.steps }, (_, i) => answer.from_unix_seconds + i * answer.step_seconds) : []), [answer])
@@ -63,7 +42,8 @@ export function HistoryCard() {
     <Card
       area="history"
       title="History"
-      note={answer && !error ? `${compact(sum)} calls, ${step(answer.step_seconds)} steps` : undefined}
+      note={answer ? `${compact(sum)} calls, ${step(answer.step_seconds)} steps` : undefined}
+      stale={answer ? stale : undefined}
       actions={
         <>
           <Choice label="Split by" value={group} options={[{ value: 'code', name: 'Code' }, { value: 'model', name: 'Model' }, { value: 'account', name: 'Account' }]} onChange={setGroup} />
@@ -78,8 +58,8 @@ export function HistoryCard() {
         height={288}
         moment={long ? moment : (t) => clock(t, (answer?.step_seconds ?? 60) < 60)}
         unit={`calls in ${step(answer?.step_seconds ?? 0)}`}
-        summary={`${compact(sum)} calls in the last ${ranges[range].name}, split by ${group}.`}
-        note={error ? `No history: ${error}` : answer && sum === 0 ? 'No calls in this time.' : answer ? undefined : 'Asking ClickHouse…'}
+        summary={answer ? `${compact(sum)} calls in the last ${ranges[range].name}, split by ${group}. ${stale}` : 'Not known yet.'}
+        note={!answer && error ? `No history: ${error}` : answer && sum === 0 ? 'No calls in this time.' : answer ? undefined : 'Asking ClickHouse…'}
         rest={`last ${ranges[range].name}`}
         restValue="sum"
       />

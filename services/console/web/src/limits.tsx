@@ -1,8 +1,9 @@
 // How limits stand: those that gateways share among the busiest accounts, or all
 // that bind one account.
 
-import { useEffect, useState } from 'preact/hooks'
-import { getLimits, type LiveMessage, type TopLimit } from './api'
+import { useState } from 'preact/hooks'
+import { getLimits, type AccountLimits, type LiveMessage, type TopLimit } from './api'
+import { asOf, useAsked, useStaleness } from './asked'
 import { compact, countdown, exact, quantity, unit } from './format'
 import { Card, Nothing, VerdictTag } from './parts'
 
@@ -12,7 +13,7 @@ const every = 2
 export function shared(live: Pick<LiveMessage, 'top'> | undefined): TopLimit[] {
   const all = new Map<string, TopLimit>()
   for (const a of live?.top ?? []) for (const l of a.limits) if (l.tier !== 'eventual') all.set(`${l.account} ${l.limit_id}`, l)
-  return [...all.values()].sort((a, b) => b.used / b.amount - a.used / a.amount || a.account.localeCompare(b.account))
+  return [...all.values()].sort((a, b) => shareOf(b) - shareOf(a) || a.account.localeCompare(b.account))
 }
 
 export interface Parts {
@@ -22,23 +23,22 @@ export interface Parts {
   free: number
 }
 
-/** partsOf an allowance: who has what of it. Used is what is known by either side, which may be ahead of the counter. */
+/** partsOf an allowance: who has what of it. */
 export function partsOf(l: Pick<TopLimit, 'amount' | 'used' | 'remaining' | 'lease'>): Parts {
   const s = l.lease
   if (!s) return { used: l.used, held: 0, dead: 0, free: l.remaining }
-  return { used: Math.max(l.used, s.settled), held: s.outstanding - s.dead, dead: s.dead, free: s.free }
+  return { used: l.used, held: Math.max(0, s.outstanding - s.dead), dead: s.dead, free: s.free }
 }
 
-/** usable is what may yet be used of an allowance: what is dead may not. */
-export function usable(l: Pick<TopLimit, 'amount' | 'used' | 'remaining' | 'lease'>): number {
-  const p = partsOf(l)
-  return p.free + p.held
+/** shareOf a limit that is used; 0 where that can't be said. */
+export function shareOf(l: Pick<TopLimit, 'amount' | 'used'>): number {
+  return l.amount > 0 ? l.used / l.amount : l.used > 0 ? 1 : 0
 }
 
 /** ShareBar draws them; what is with gateways is hatched, what is dead is dotted. */
 export function ShareBar({ l }: { l: TopLimit }) {
   const p = partsOf(l)
-  const whole = Math.max(l.amount, p.used + p.held + p.dead)
+  const whole = Math.max(l.amount, p.used + p.held + p.dead, 1)
   const width = (n: number) => ({ width: `${(100 * n) / whole}%` })
   const held = l.lease ? `, ${exact(p.held)} with gateways, ${exact(p.dead)} dead` : ''
   return (
@@ -52,39 +52,17 @@ export function ShareBar({ l }: { l: TopLimit }) {
 
 export function LimitsCard({ live }: { live?: LiveMessage }) {
   const [account, setAccount] = useState('')
-  const [found, setFound] = useState<{ of: string; limits: TopLimit[] }>()
-  const [error, setError] = useState('')
   const wanted = account.trim()
-  useEffect(() => {
-    setError('')
-    if (!wanted) return
-    const abort = new AbortController()
-    let timer: ReturnType<typeof setTimeout>
-    const load = async () => {
-      try {
-        setFound({ of: wanted, limits: await getLimits(wanted, abort.signal) })
-        setError('')
-      } catch (e) {
-        if (abort.signal.aborted) return
-        setFound(undefined)
-        setError(e instanceof TypeError ? 'The console does not answer.' : e instanceof Error ? e.message : String(e))
-      }
-      timer = setTimeout(() => void load(), every * 1000)
-    }
-    // Who types is waited for.
-    timer = setTimeout(() => void load(), 300)
-    return () => {
-      abort.abort()
-      clearTimeout(timer)
-    }
-  }, [wanted])
-  const rows = wanted ? (found?.of === wanted ? found.limits : undefined) : live && shared(live)
+  const asked = useAsked<AccountLimits>(wanted, (signal) => getLimits(wanted, signal), { every, first: 0.3 })
+  const stale = useStaleness(asked, (a) => a.freshness)
+  const rows = wanted ? asked.answer?.limits : live && shared(live)
+  const age = wanted ? stale : live && asOf(live.freshness.counters, Date.now(), Date.now())
   const now = (live?.at_unix_micros ?? Date.now() * 1000) / 1e6
   const search = <input type="search" class="filter" placeholder="Account" aria-label="All limits of this account" value={account} onInput={(e) => setAccount(e.currentTarget.value)} />
   return (
-    <Card area="limits" title={wanted ? 'Limits' : 'Exact and leased limits'} note={error || (wanted ? 'all that bind this account' : 'of the busiest accounts')} actions={search}>
+    <Card area="limits" title={wanted ? 'Limits' : 'Exact and leased limits'} note={wanted ? 'all that bind this account' : 'of the busiest accounts'} stale={age} actions={search}>
       {rows && rows.length === 0 ? (
-        <Nothing>{wanted ? 'No limit binds this account.' : 'No busy account has a limit of the tier exact or leased.'}</Nothing>
+        <Nothing>{age ? 'No limit is known.' : wanted ? (asked.answer?.status === 'removed' ? 'The account was removed: its keys are refused.' : 'No limit binds this account.') : 'No busy account has a limit of the tier exact or leased.'}</Nothing>
       ) : rows ? (
         <div class="scroll" tabIndex={0} role="region" aria-label="Limits">
           <table class="limits">
@@ -149,6 +127,7 @@ function LimitRow({ l, now }: { l: TopLimit; now: number }) {
         <span class="under" title={`${exact(p.used)} of ${exact(l.amount)}`}>
           {q(p.used)} of {q(l.amount)} {unit(l.meter)}, {l.window}
           {l.period_end_unix_micros > 0 && `, resets in ${countdown(l.period_end_unix_micros / 1e6 - now)}`}
+          {l.verdict === 'deny' && (l.room ?? 0) > 0 && `; calls of up to ${q(l.room!)} may pass`}
         </span>
       </td>
       <td class="num" data-name="with gateways" title={s ? `${exact(p.held)}; ${exact(s.gateways)} ${s.gateways === 1 ? 'gateway has' : 'gateways have'} a lease, ${exact(s.waiting)} wait for units` : ''}>

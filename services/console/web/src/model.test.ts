@@ -4,6 +4,8 @@ import { backoff, byCode, empty, merge, rates, reduce, stack, windowSeconds } fr
 
 const second = (t: number, admitted = 0, refused: Record<string, number> = {}): Second => ({ t, admitted, refused, input_tokens: admitted * 10, output_tokens: admitted })
 
+const fresh = { current: true, as_of_unix_micros: 1, age_seconds: 0 }
+
 const message = (reset: boolean, seconds: Second[]): LiveMessage => ({
   at_unix_micros: 1,
   ledger_sequence: 1,
@@ -14,9 +16,10 @@ const message = (reset: boolean, seconds: Second[]): LiveMessage => ({
   alerts: [],
   dead_letters: { total: 0, by_reason: [], newest: [] },
   decisions: { deny: 0, warn: 0, all: 0 },
-  lag: { tail_entries: 0, skipped_entries: 0, counted_seconds: 0, history_entries: 0, history_known: true },
+  lag: { tail_entries: 0, skipped_entries: 0, counted_seconds: 0, counted_known: true, history_entries: 0, history_known: true },
   health: [],
   state: 'ok',
+  freshness: { calls: fresh, decisions: fresh, counters: fresh, alerts: fresh, dead_letters: fresh, health: fresh },
 })
 
 describe('the stream', () => {

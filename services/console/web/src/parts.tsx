@@ -2,7 +2,7 @@
 
 import type { ComponentChildren } from 'preact'
 import { useId, useState } from 'preact/hooks'
-import type { State, Verdict } from './api'
+import type { AccountStatus, State, Verdict } from './api'
 import { shortID } from './format'
 import { strokes, type Look } from './palette'
 
@@ -42,9 +42,9 @@ const verdicts: Record<Verdict, { word: string; state: State }> = {
   deny: { word: 'Blocked', state: 'down' },
 }
 
-/** VerdictTag is a verdict in words and shape. */
-export function VerdictTag({ verdict }: { verdict: Verdict }) {
-  const v = verdicts[verdict]
+/** VerdictTag is a verdict in words and shape; an account that was removed has none. */
+export function VerdictTag({ verdict, status = 'open' }: { verdict: Verdict; status?: AccountStatus }) {
+  const v = status === 'removed' ? { word: 'Removed', state: 'down' as State } : (verdicts[verdict] ?? { word: verdict, state: 'unknown' as State })
   return (
     <span class={`tag tag-${v.state}`}>
       <Mark state={v.state} />
@@ -53,16 +53,22 @@ export function VerdictTag({ verdict }: { verdict: Verdict }) {
   )
 }
 
-/** Card is a titled section of the page. */
-export function Card({ title, note, actions, children, area }: { title: string; note?: ComponentChildren; actions?: ComponentChildren; children: ComponentChildren; area: string }) {
+/** Card is a titled section of the page; stale says why and since when what it shows is not of now. */
+export function Card({ title, note, stale, actions, children, area }: { title: string; note?: ComponentChildren; stale?: string; actions?: ComponentChildren; children: ComponentChildren; area: string }) {
   const id = useId()
   return (
-    <section class={`card area-${area}`} aria-labelledby={id}>
+    <section class={`card area-${area}${stale ? ' card-stale' : ''}`} aria-labelledby={id}>
       <header>
         <h2 id={id}>{title}</h2>
         {note && <span class="card-note">{note}</span>}
         {actions && <div class="card-actions">{actions}</div>}
       </header>
+      {stale && (
+        <p class="card-age" role="status">
+          <Mark state="waiting" />
+          {stale}
+        </p>
+      )}
       {children}
     </section>
   )

@@ -5,7 +5,7 @@ import { tightest } from './cards'
 import { effectOf } from './corrections'
 import { factsOf } from './explain'
 import { areasOf } from './history'
-import { partsOf, shared, usable } from './limits'
+import { partsOf, shareOf, shared } from './limits'
 import { lookOfCode, lookOfSeries } from './palette'
 import { Parser } from './stream'
 
@@ -29,9 +29,9 @@ it('shows the limit that is nearest to its end', () => {
 const lease = { settled: 60, outstanding: 30, dead: 12, free: 10, exposure: 0, overdraft: 0, gateways: 3, waiting: 0, grants: 9, recalls: 0, denied_early: 0, denied_final: 0 }
 
 it('shows who has what of a shared allowance', () => {
-  expect(partsOf({ amount: 100, used: 58, remaining: 42, lease })).toEqual({ used: 60, held: 18, dead: 12, free: 10 })
-  expect(usable({ amount: 100, used: 58, remaining: 42, lease })).toBe(28)
+  expect(partsOf({ amount: 100, used: 60, remaining: 28, lease })).toEqual({ used: 60, held: 18, dead: 12, free: 10 })
   expect(partsOf({ amount: 100, used: 58, remaining: 42 })).toEqual({ used: 58, held: 0, dead: 0, free: 42 })
+  expect([shareOf({ amount: 0, used: 0 }), shareOf({ amount: 0, used: 3 }), shareOf({ amount: 4, used: 1 })]).toEqual([0, 1, 0.25])
 })
 
 it('lists the shared limits of the busiest accounts once, nearest to their end first', () => {
@@ -52,7 +52,7 @@ it('tells what led to a decision', () => {
 
 it('draws refused calls of a group together with admitted ones', () => {
   const h: History = {
-    from_unix_seconds: 0, step_seconds: 60, steps: 2, group: 'model',
+    from_unix_seconds: 0, step_seconds: 60, steps: 2, group: 'model', freshness: { current: true, as_of_unix_micros: 1, age_seconds: 0 },
     series: [
       { name: 'large', other: false, admitted: [1, 2], refused: [1, 0], input_tokens: [0, 0], output_tokens: [0, 0] },
       { name: '', other: false, admitted: [1, 0], refused: [0, 0], input_tokens: [0, 0], output_tokens: [0, 0] },
@@ -63,11 +63,11 @@ it('draws refused calls of a group together with admitted ones', () => {
   expect(areasOf({ ...h, group: 'code' }).map((a) => a.name)).toEqual(['large', 'Admitted', 'All others'].map((n) => (n === 'large' ? 'Large' : n)))
 })
 
-it('says of two points that disagree so, whether they can be asked or not', () => {
-  const p = { pair: 'ledger-history' as const, ok: true, lag_seconds: 0, detail: '', open: 0 }
-  expect(stateOf(p)).toBe('ok')
-  expect(stateOf({ ...p, ok: false })).toBe('waiting')
-  expect(stateOf({ ...p, ok: false, open: 1 })).toBe('down')
+it('is not green about what was said by an auditor that cannot be asked now', () => {
+  expect(stateOf({ state: 'ok' }, true)).toBe('ok')
+  expect(stateOf({ state: 'ok' }, false)).toBe('unknown')
+  expect(stateOf({ state: 'waiting' }, true)).toBe('waiting')
+  expect(stateOf({ state: 'down' }, false)).toBe('down')
 })
 
 it('says what a correction changes, with its sign', () => {
