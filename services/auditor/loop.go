@@ -51,7 +51,7 @@ type auditor struct {
 	committed  uint64 // of the history
 	historyErr error
 	historyAt  time.Time // when ClickHouse answered last
-	busy       bool // the checker is at work
+	busy       bool      // the checker is at work
 	healing    []string
 	healAt     time.Time
 	turn       bool
