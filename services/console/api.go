@@ -1,17 +1,12 @@
 package console
 
 import (
-	"context"
-	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"sort"
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/goccy/go-yaml"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -22,33 +17,33 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/health"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/limits"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/plansapi"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/series"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/views"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
-	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 
 // Bounds of what one request may ask for.
 const (
-	defaultPage  = 100
-	maxPage      = 1000
-	askedUsage   = 200
-	plansMaxBody = 16 << 20
+	defaultPage = 100
+	maxPage     = 1000
+	askedUsage  = 200
 )
 
 func (c *console) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/", telemetry.NewHandler(telemetry.HandlerOptions{Gatherer: c.o.Registry, Readiness: c.o.Readiness}))
 	page := front.Page(c.o.Web)
+	plansDoor := &plansapi.Door{Applier: c.applier, Now: c.appliedNow, Changed: c.plansChanged, Log: c.log}
 	mux.Handle("GET /{$}", page)
 	mux.Handle("GET /assets/", page)
 	mux.Handle("GET /favicon.svg", page)
 	mux.HandleFunc("GET /v1/accounts", c.getAccounts)
 	mux.HandleFunc("GET /v1/accounts/{id...}", c.getAccount)
 	mux.HandleFunc("GET /v1/usage", c.getUsage)
-	mux.HandleFunc("GET /v1/plans", c.getPlans)
-	mux.HandleFunc("PUT /v1/plans", c.putPlans)
+	mux.HandleFunc("GET /v1/plans", plansDoor.Get)
+	mux.HandleFunc("PUT /v1/plans", plansDoor.Put)
 	mux.HandleFunc("GET /v1/decisions", c.getDecisions)
 	mux.HandleFunc("GET /v1/decisions/history", c.getDecisionHistory)
 	mux.HandleFunc("GET /v1/decisions/{id}/explain", explained.Handler(c.explainer, c.log))
@@ -144,26 +139,10 @@ func (c *console) settleAll(a *counters.Answer, now time.Time) {
 	parts := []freshness.Freshness{freshness.Now(now)}
 	for i := range a.Shards {
 		s := &a.Shards[i]
-		s.Freshness = shardFreshness(&shards[s.Shard], s.Error, now)
+		s.Freshness = shards[s.Shard].Fresh(s.Error, now)
 		parts = append(parts, s.Freshness)
 	}
 	a.Freshness = freshness.Worst(parts...)
-}
-
-// countedLate is from when on counters are behind: beacons come several times a second.
-const countedLate = 2.0
-
-// shardFreshness is how current the counters of a shard are that has answered, or failed
-// to, with an error.
-func shardFreshness(s *health.Shard, failed string, now time.Time) freshness.Freshness {
-	switch {
-	case failed != "":
-		return freshness.Since(time.Time{}, now, failed)
-	case s.LagSeconds > countedLate:
-		return freshness.Since(now.Add(-time.Duration(s.LagSeconds*float64(time.Second))), now,
-			fmt.Sprintf("shard %d is counted up to entry %d of %d", s.Shard, s.Sequence, s.LastEntry))
-	}
-	return freshness.Now(now)
 }
 
 func (c *console) getAccounts(w http.ResponseWriter, r *http.Request) {
@@ -259,7 +238,7 @@ func (c *console) getAccount(w http.ResponseWriter, r *http.Request) {
 	}
 	for _, step := range answer.Path {
 		for _, d := range c.state.decisions.Of(step) {
-			answer.Decisions = append(answer.Decisions, lineOf(&d, now))
+			answer.Decisions = append(answer.Decisions, views.LineOf(&d, now))
 		}
 	}
 	if l.Status == statusUnnamed && answer.Usage == nil && answer.UsageWhy == "" && len(answer.Decisions) == 0 {
@@ -267,7 +246,7 @@ func (c *console) getAccount(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	at := time.Now()
-	answer.Freshness = freshness.Worst(named, c.fresh(&c.state.decisions, at), shardFreshness(&c.health(at).Shards[l.Shard], answer.UsageWhy, at))
+	answer.Freshness = freshness.Worst(named, c.fresh(&c.state.decisions, at), c.health(at).Shards[l.Shard].Fresh(answer.UsageWhy, at))
 	front.WriteJSON(w, answer)
 }
 
@@ -316,152 +295,7 @@ func (c *console) getUsage(w http.ResponseWriter, r *http.Request) {
 	front.WriteJSON(w, answer)
 }
 
-func (c *console) getPlans(w http.ResponseWriter, r *http.Request) {
-	b, named, err := c.book(r.Context())
-	if err != nil {
-		front.Unavailable("the plans can't be read: " + err.Error()).Write(w)
-		return
-	}
-	w.Header().Set("Vary", "Accept")
-	if strings.Contains(r.Header.Get("Accept"), "yaml") {
-		data, err := yaml.MarshalWithOptions(b.applied.Document, yaml.UseJSONMarshaler())
-		if err != nil {
-			front.Unavailable("the plans can't be written as YAML: " + err.Error()).Write(w)
-			return
-		}
-		w.Header().Set("Content-Type", "application/yaml")
-		w.Header().Set("Cache-Control", "no-store")
-		// An error here is the client's going away.
-		_, _ = w.Write(data)
-		return
-	}
-	list := b.applied.Document.Plans
-	if list == nil {
-		list = []plans.Plan{}
-	}
-	front.WriteJSON(w, struct {
-		Version      string       `json:"version"`
-		PlansVersion string       `json:"plans_version"`
-		Author       string       `json:"author"`
-		AppliedAt    usage.Micros `json:"applied_at_unix_micros"`
-		Unfinished   string       `json:"unfinished,omitempty"`
-		Accounts     int          `json:"account_count"`
-		Plans        []plans.Plan `json:"plans"`
-
-		Freshness freshness.Freshness `json:"freshness"`
-	}{b.applied.Version, b.applied.PlansVersion, b.applied.Author, b.applied.AppliedAt, b.applied.Unfinished, len(b.ids), list, named})
-}
-
-// applyTimeout bounds one applying of plans.
-const applyTimeout = 5 * time.Minute
-
-func (c *console) putPlans(w http.ResponseWriter, r *http.Request) {
-	name := "plans.yaml"
-	switch front.MediaType(r) {
-	case "application/yaml":
-	case "application/json":
-		name = "plans.json"
-	default:
-		front.Problem{Status: http.StatusUnsupportedMediaType, Code: front.CodeMediaType, Detail: "send the plans with Content-Type application/yaml or application/json"}.Write(w)
-		return
-	}
-	dryRun := false
-	switch r.URL.Query().Get("dry_run") {
-	case "", "false":
-	case "true":
-		dryRun = true
-	default:
-		front.BadRequest("dry_run is true or false").Write(w)
-		return
-	}
-	author := r.URL.Query().Get("author")
-	if author == "" {
-		author = "console"
-	}
-	if len(author) > usage.MaxIDBytes {
-		front.BadRequest(fmt.Sprintf("author has at most %d bytes", usage.MaxIDBytes)).Write(w)
-		return
-	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, plansMaxBody))
-	if err != nil {
-		var big *http.MaxBytesError
-		if errors.As(err, &big) {
-			front.Problem{Status: http.StatusRequestEntityTooLarge, Code: front.CodeTooLarge, Detail: fmt.Sprintf("the plans have more than %d bytes: apply them with tollkeeper apply", plansMaxBody)}.Write(w)
-			return
-		}
-		front.BadRequest("the body could not be read").Write(w)
-		return
-	}
-	doc, err := plans.Parse(name, body)
-	if err != nil {
-		plansProblem(err).Write(w)
-		return
-	}
-	// A client that goes away must not leave half of it undone until the next.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), applyTimeout)
-	defer cancel()
-	var diff plans.Diff
-	if dryRun {
-		diff, err = c.applier.Plan(ctx, doc)
-	} else {
-		diff, err = c.applier.Apply(ctx, doc, author)
-	}
-	if err != nil {
-		plansProblem(err).Write(w)
-		return
-	}
-	if !dryRun {
-		c.log.Info().Str("author", author).Str("version", diff.To).Msg("plans applied")
-		c.state.mu.Lock()
-		c.state.bookAt, c.state.tryAt = time.Time{}, time.Time{}
-		c.state.mu.Unlock()
-	}
-	front.WriteJSON(w, struct {
-		DryRun bool `json:"dry_run"`
-		plans.Diff
-		Text string `json:"text"`
-	}{dryRun, diff, diff.String()})
-}
-
-func plansProblem(err error) front.Problem {
-	var bad *plans.Error
-	var busy *plans.BusyError
-	switch {
-	case errors.As(err, &bad):
-		return front.Problem{Status: http.StatusUnprocessableEntity, Code: front.CodeBadPlans, Title: "The plans can't be used", Detail: "nothing was changed; " + bad.Problems[0].String(), Problems: bad.Problems, More: bad.More}
-	case errors.As(err, &busy):
-		return front.Problem{Status: http.StatusConflict, Code: front.CodeBusy, Detail: err.Error()}
-	case errors.Is(err, plans.ErrConflict):
-		return front.Problem{Status: http.StatusConflict, Code: front.CodeConflict, Detail: err.Error()}
-	}
-	return front.Unavailable("the plans may be applied in part, apply them again: " + err.Error())
-}
-
-// decisionLine is a decision.
-type decisionLine struct {
-	ID      string `json:"id"`
-	Account string `json:"account"`
-	LimitID string `json:"limit_id"`
-	Meter   string `json:"meter"`
-	// Verdict as it was decided, Effective as it holds now: what a period said
-	// ends with it.
-	Verdict     string       `json:"verdict"`
-	Effective   string       `json:"effective_verdict"`
-	Code        string       `json:"code,omitempty"`
-	Revision    uint64       `json:"revision"`
-	Shard       uint32       `json:"shard"`
-	Used        int64        `json:"used"`
-	Room        int64        `json:"room,omitempty"`
-	Amount      int64        `json:"amount"`
-	Window      string       `json:"window"`
-	PeriodStart usage.Micros `json:"period_start_unix_micros"`
-	PeriodEnd   usage.Micros `json:"period_end_unix_micros"`
-	PlanVersion string       `json:"plan_version"`
-	DecidedAt   usage.Micros `json:"decided_at_unix_micros"` // Used is as of then
-	Cause       usage.Micros `json:"cause_unix_micros"`
-	ActionURL   string       `json:"action_url,omitempty"`
-	Sequence    uint64       `json:"sequence,omitempty"`
-}
+type decisionLine = views.DecisionLine
 
 func (c *console) getDecisions(w http.ResponseWriter, r *http.Request) {
 	n, err := pageSize(r, defaultPage)
@@ -486,7 +320,7 @@ func (c *console) getDecisions(w http.ResponseWriter, r *http.Request) {
 	now := c.now()
 	account := r.URL.Query().Get("account")
 	page, next := c.state.decisions.Page(cursor, n, func(d *usage.Decision) bool {
-		return (account == "" || d.Account == account) && (verdict == "" || lineOf(d, now).Effective == verdict)
+		return (account == "" || d.Account == account) && (verdict == "" || views.LineOf(d, now).Effective == verdict)
 	})
 	answer := struct {
 		Decisions []decisionLine      `json:"decisions"`
@@ -494,7 +328,7 @@ func (c *console) getDecisions(w http.ResponseWriter, r *http.Request) {
 		Freshness freshness.Freshness `json:"freshness"`
 	}{Decisions: []decisionLine{}, Next: next, Freshness: c.fresh(&c.state.decisions, time.Now())}
 	for i := range page {
-		answer.Decisions = append(answer.Decisions, lineOf(&page[i], now))
+		answer.Decisions = append(answer.Decisions, views.LineOf(&page[i], now))
 	}
 	front.WriteJSON(w, answer)
 }
@@ -539,7 +373,7 @@ func (c *console) getDecisionHistory(w http.ResponseWriter, r *http.Request) {
 	}{Decisions: []decisionLine{}, Freshness: c.historyFreshness(time.Now())}
 	now := c.now()
 	for i := range found {
-		l := lineOf(&found[i].Decision, now)
+		l := views.LineOf(&found[i].Decision, now)
 		l.Sequence = found[i].Sequence
 		answer.Decisions = append(answer.Decisions, l)
 	}
@@ -607,12 +441,4 @@ func (c *console) getCallHistory(w http.ResponseWriter, r *http.Request) {
 
 		Freshness freshness.Freshness `json:"freshness"`
 	}{q.From.Unix(), int64(q.Step / time.Second), steps, q.Group, series.Dense(points, steps), c.historyFreshness(time.Now())})
-}
-
-func lineOf(d *usage.Decision, now usage.Micros) decisionLine {
-	return decisionLine{
-		ID: d.ID, Account: d.Account, LimitID: d.LimitID, Meter: string(d.Meter), Verdict: d.Verdict.String(), Effective: limits.Effective(d, now).String(),
-		Code: string(d.Code), Revision: d.Revision, Shard: d.Shard, Used: d.Used, Room: d.Room, Amount: d.Amount, Window: string(d.Window),
-		PeriodStart: d.PeriodStart, PeriodEnd: d.PeriodEnd, PlanVersion: d.PlanVersion, DecidedAt: d.DecidedAt, Cause: d.Cause, ActionURL: d.ActionURL,
-	}
 }

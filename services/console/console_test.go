@@ -29,6 +29,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/console/internal/counters"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/front"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/health"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/plansapi"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/series"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
@@ -357,7 +358,7 @@ func TestPlansAreAppliedOverHTTP(t *testing.T) {
 	c.do(exchange{method: "PUT", path: "/v1/plans", header: map[string]string{"Content-Type": "text/plain"}, status: 415, body: first})
 	c.do(exchange{method: "PUT", path: "/v1/plans", status: 415, body: first})
 	c.do(exchange{method: "PUT", path: "/v1/plans?dry_run=perhaps", header: yamlHeader, status: 400, body: first})
-	c.do(exchange{method: "PUT", path: "/v1/plans", header: yamlHeader, status: 413, body: strings.Repeat("#", plansMaxBody+1)})
+	c.do(exchange{method: "PUT", path: "/v1/plans", header: yamlHeader, status: 413, body: strings.Repeat("#", plansapi.MaxBody+1)})
 	if v := version(); v != applied {
 		t.Errorf("refused plans changed what holds to %s", v)
 	}

@@ -109,71 +109,6 @@ type liveMessage struct {
 	Freshness map[string]freshness.Freshness `json:"freshness"`
 }
 
-// hub hands the newest message to all clients.
-type hub struct {
-	wake chan struct{} // a client came
-
-	mu      sync.Mutex
-	clients map[chan struct{}]struct{}
-	n       uint64 // number of the newest message
-	recent  []byte // the newest message
-	reset   []byte // the same with all seconds
-}
-
-func (h *hub) join(most int) (chan struct{}, bool) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if len(h.clients) >= most {
-		return nil, false
-	}
-	if h.clients == nil {
-		h.clients = map[chan struct{}]struct{}{}
-	}
-	ch := make(chan struct{}, 1)
-	h.clients[ch] = struct{}{}
-	select {
-	case h.wake <- struct{}{}:
-	default:
-	}
-	return ch, true
-}
-
-func (h *hub) leave(ch chan struct{}) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	delete(h.clients, ch)
-}
-
-func (h *hub) size() int {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return len(h.clients)
-}
-
-func (h *hub) publish(recent, reset []byte) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.n++
-	h.recent, h.reset = recent, reset
-	for ch := range h.clients {
-		select {
-		case ch <- struct{}{}:
-		default: // it has not taken the one before; it will see this one
-		}
-	}
-}
-
-// take returns what brings a client that had message n up to date.
-func (h *hub) take(n uint64) (data []byte, now uint64) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	// Messages overlap, so that missing a few leaves no gap.
-	if n == 0 || h.n-n > liveRecent/2 {
-		return h.reset, h.n
-	}
-	return h.recent, h.n
-}
-
 // produce makes a message a second while somebody listens.
 func (c *console) produce(ctx context.Context) error {
 	tick := time.NewTicker(liveEvery)
@@ -184,9 +119,9 @@ func (c *console) produce(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-		case <-c.state.hub.wake:
+		case <-c.state.hub.Wake():
 		}
-		n := c.state.hub.size()
+		n := c.state.hub.Size()
 		c.metrics.Streams.Set(float64(n))
 		if n == 0 {
 			continue
@@ -196,7 +131,7 @@ func (c *console) produce(ctx context.Context) error {
 			c.log.Error().Err(err).Msg("the live view can't be made")
 			continue
 		}
-		c.state.hub.publish(recent, reset)
+		c.state.hub.Publish(recent, reset)
 	}
 }
 
@@ -225,7 +160,7 @@ func (p *producer) message(ctx context.Context, c *console) (recent, reset []byt
 		if s.State == health.StateDown {
 			m.Lag.CountedKnown, silent = false, fmt.Sprintf("the owner of shard %d is silent", s.Shard)
 		}
-		counted = append(counted, shardFreshness(s, silent, now))
+		counted = append(counted, s.Fresh(silent, now))
 	}
 	m.Freshness = map[string]freshness.Freshness{
 		"calls": c.fresh(&c.state.calls, now), "decisions": c.fresh(&c.state.decisions, now), "counters": freshness.Worst(counted...),
@@ -350,7 +285,7 @@ func (p *producer) accounts(ctx context.Context, c *console, v tail.View, at usa
 		t.Verdict = worst.String()
 		t.Freshness = freshness.Now(now)
 		if int(shard[id]) < len(shards) {
-			t.Freshness = shardFreshness(&shards[shard[id]], failed[shard[id]], now)
+			t.Freshness = shards[shard[id]].Fresh(failed[shard[id]], now)
 		}
 		out = append(out, t)
 	}
@@ -376,12 +311,12 @@ func (p *producer) askTop(ctx context.Context, c *console) {
 
 // handleLive streams messages (server-sent events) until the client goes.
 func (c *console) handleLive(w http.ResponseWriter, r *http.Request) {
-	ch, ok := c.state.hub.join(c.o.MaxStreams)
+	ch, ok := c.state.hub.Join(c.o.MaxStreams)
 	if !ok {
 		front.Problem{Status: http.StatusServiceUnavailable, Code: front.CodeTooMany, Detail: fmt.Sprintf("%d clients follow already: close one, or raise the bound", c.o.MaxStreams)}.Write(w)
 		return
 	}
-	defer c.state.hub.leave(ch)
+	defer c.state.hub.Leave(ch)
 	control := http.NewResponseController(w)
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("Cache-Control", "no-store")
@@ -396,7 +331,7 @@ func (c *console) handleLive(w http.ResponseWriter, r *http.Request) {
 			return
 		case <-ch:
 		}
-		data, n := c.state.hub.take(had)
+		data, n := c.state.hub.Take(had)
 		had = n
 		// Not every writer can have a deadline; the connection's end ends
 		// it as well.

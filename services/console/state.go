@@ -14,6 +14,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/freshness"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/health"
+	"github.com/tollkeeper/tollkeeper/services/console/internal/hub"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/ledgerclock"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/views"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
@@ -39,11 +40,11 @@ type state struct {
 	tryAt  time.Time // when that was last asked for
 	lag    health.Lag
 
-	hub hub
+	hub *hub.Hub
 }
 
 func newState() *state {
-	return &state{hub: hub{wake: make(chan struct{}, 1)}}
+	return &state{hub: hub.New()}
 }
 
 // watched is what is asked for regularly.
@@ -129,6 +130,22 @@ func (c *console) readBook(ctx context.Context, old *book) (*book, error) {
 	s.book, s.bookAt, s.tryAt = b, time.Now(), time.Now()
 	s.mu.Unlock()
 	return b, nil
+}
+
+// appliedNow is the plans that hold, and how current that is.
+func (c *console) appliedNow(ctx context.Context) (plans.Applied, freshness.Freshness, error) {
+	b, f, err := c.book(ctx)
+	if err != nil {
+		return plans.Applied{}, f, err
+	}
+	return b.applied, f, nil
+}
+
+// plansChanged lets the next answer read them.
+func (c *console) plansChanged() {
+	c.state.mu.Lock()
+	defer c.state.mu.Unlock()
+	c.state.bookAt, c.state.tryAt = time.Time{}, time.Time{}
 }
 
 // correctable is the plans that hold, for corrections.
@@ -259,21 +276,8 @@ func (c *console) historyFreshness(now time.Time) freshness.Freshness {
 		ledgerRead.Reason = "how far the history is behind the ledger is not known: " + ledgerRead.Reason
 		return ledgerRead
 	}
-	return behind(w.position, calls, w.positionAt, now)
+	return freshness.Behind(w.position, calls, w.positionAt, now)
 }
-
-// behind is how current a history is that has come to a position, when it moved there,
-// beside the newest entry with calls.
-func behind(position, calls uint64, moved, now time.Time) freshness.Freshness {
-	if calls > position && now.Sub(moved) > historyLate {
-		return freshness.Since(moved, now, fmt.Sprintf("the history is %d ledger entries behind, and has not moved", calls-position))
-	}
-	return freshness.Now(now)
-}
-
-// historyLate is how long a block is on its way at most: the historian's age of a block,
-// its insert, and two looks of ours.
-const historyLate = 10 * time.Second
 
 func askPeer(ctx context.Context, client *http.Client, url string) health.Peer {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)

@@ -116,3 +116,16 @@ func (r *Reader) Look(last, position uint64, err error, now time.Time) {
 	}
 	r.Note(err, now)
 }
+
+// historyLate is how long a block is on its way at most: the historian's age of a block,
+// its insert, and two looks of ours.
+const historyLate = 10 * time.Second
+
+// Behind is how current a history is that has come to a position, when it moved there,
+// beside the newest entry with calls.
+func Behind(position, calls uint64, moved, now time.Time) Freshness {
+	if calls > position && now.Sub(moved) > historyLate {
+		return Since(moved, now, fmt.Sprintf("the history is %d ledger entries behind, and has not moved", calls-position))
+	}
+	return Now(now)
+}

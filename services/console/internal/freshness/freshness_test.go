@@ -79,3 +79,23 @@ func TestAReaderOfAStreamIsHeldAgainstItsNewestEntry(t *testing.T) {
 		}
 	}
 }
+
+// A history that does not get on is told with its age; one that is on its way is current.
+func TestAHistoryThatIsBehindSaysSo(t *testing.T) {
+	t.Parallel()
+	now := time.Unix(10_000, 0)
+	for name, w := range map[string]struct {
+		position, calls uint64
+		moved           time.Duration
+		current         bool
+	}{
+		"up to date":            {50, 50, time.Hour, true},
+		"a block is on its way": {50, 60, time.Second, true},
+		"stuck":                 {50, 60, 30 * time.Second, false},
+	} {
+		got := Behind(w.position, w.calls, now.Add(-w.moved), now)
+		if got.Current != w.current || !w.current && got.Age != w.moved.Seconds() {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
+}

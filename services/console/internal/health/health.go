@@ -224,6 +224,22 @@ func shardsOf(w Seen, lag *Lag) []Shard {
 	return out
 }
 
+// countedLate is from when on counters are behind: beacons come several times a second.
+const countedLate = 2.0
+
+// Fresh is how current the counters of a shard are that has answered, or failed to, with
+// an error.
+func (s *Shard) Fresh(failed string, now time.Time) freshness.Freshness {
+	switch {
+	case failed != "":
+		return freshness.Since(time.Time{}, now, failed)
+	case s.LagSeconds > countedLate:
+		return freshness.Since(now.Add(-time.Duration(s.LagSeconds*float64(time.Second))), now,
+			fmt.Sprintf("shard %d is counted up to entry %d of %d", s.Shard, s.Sequence, s.LastEntry))
+	}
+	return freshness.Now(now)
+}
+
 func aggregatorPart(shards []Shard) Part {
 	silent, late := 0, 0
 	lag := 0.0
