@@ -2,10 +2,7 @@ package alert
 
 import (
 	"cmp"
-	"fmt"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -25,6 +22,20 @@ type Memory struct {
 	Firing   bool         `json:"firing,omitempty"`
 	// Started is the first breach of the episode that is firing.
 	Started usage.Micros `json:"started_at_unix_micros,omitempty"`
+	// Before is how many accounts were refused before the episode: it is not about
+	// them. Peak is how many more were at its height.
+	Before int `json:"refused_before,omitempty"`
+	Peak   int `json:"refused_at_peak,omitempty"`
+	// Settled is since when few accounts begin to be refused while it is firing, else
+	// 0; Trough is how few were refused since then.
+	Settled usage.Micros `json:"settled_since_unix_micros,omitempty"`
+	Trough  int          `json:"refused_at_trough,omitempty"`
+	// Ended is when the newest episode ended, if it was not by a new wave: an account
+	// that is refused again after that begins again.
+	Ended usage.Micros `json:"ended_at_unix_micros,omitempty"`
+	// Blind says that nothing is known of the time before: every account that is refused,
+	// beside Before, counts as beginning, until there was one step without a breach.
+	Blind bool `json:"blind,omitempty"`
 }
 
 // Stats are a detector's numbers at the last evaluated step.
@@ -60,6 +71,10 @@ type Ratio struct {
 	// by the step of their newest call, of their newest 402, of their beginning
 	// to be refused.
 	seen, refused, begin []int32
+	// stuck is a ring over [cur-quiet, cur]: accounts that were not admitted since
+	// their newest 402, by its step. Clients that wait for long between two tries are
+	// refused in between too.
+	stuck []int32
 
 	m     Memory
 	stats Stats
@@ -70,6 +85,7 @@ type account struct {
 	begin         int64 // step in which it began to be refused
 	refusals      int64 // since then
 	code          usage.Code
+	stuck         bool // not admitted since the newest 402
 }
 
 const never = int64(-1) << 62
@@ -83,7 +99,7 @@ func NewRatio(rule Rule, scope string) (*Ratio, error) {
 	ring := func() []int32 { return make([]int32, n+1) }
 	return &Ratio{
 		rule: rule, scope: scope, step: rule.Step.Microseconds(), n: n, quiet: int64(rule.Quiet / rule.Step),
-		accounts: map[string]*account{}, seen: ring(), refused: ring(), begin: ring(),
+		accounts: map[string]*account{}, seen: ring(), refused: ring(), begin: ring(), stuck: make([]int32, int64(rule.Quiet/rule.Step)+1),
 	}, nil
 }
 
@@ -100,15 +116,58 @@ func (r *Ratio) Memory() Memory { return r.m }
 // again from at least Lookback before Memory.EvaluatedTo.
 func (r *Ratio) Restore(m Memory) { r.m = m }
 
-// Adopt takes over what the episode's state says, which another alerter may
-// have changed: since stream time at it is firing (having begun at started) or
-// not.
-func (r *Ratio) Adopt(firing bool, started, at usage.Micros) {
-	if r.m.Firing != firing || r.m.Started != started {
-		r.m.Pending, r.m.Clear = 0, 0
+// Adopt takes over what the episode's state says, which another alerter may have
+// changed: the newest transition of the rule and scope, or nil when there was none.
+func (r *Ratio) Adopt(newest *usage.Alert) {
+	switch {
+	case newest == nil:
+		r.m = Memory{EvaluatedTo: r.m.EvaluatedTo, LastCall: r.m.LastCall, Pending: r.m.Pending, Blind: r.m.Blind}
+		return
+	case newest.Transition == usage.AlertFiring:
+		if !r.m.Firing || r.m.Started != newest.StartedAt {
+			r.fire(newest.StartedAt, newest.RefusedBefore, newest.StillRefused)
+		}
+	case r.m.Firing:
+		r.end(newest)
+		if newest.Reason == usage.ResolvedNewWave {
+			// Its firing was to follow at once.
+			r.m.Blind, r.m.Before = true, newest.RefusedBefore
+		}
 	}
-	r.m.Firing, r.m.Started = firing, started
-	r.m.EvaluatedTo = max(r.m.EvaluatedTo, at)
+	r.m.EvaluatedTo = max(r.m.EvaluatedTo, newest.At)
+}
+
+// fire begins an episode.
+func (r *Ratio) fire(started usage.Micros, before, still int) {
+	r.m.Firing, r.m.Started, r.m.Before, r.m.Peak = true, started, before, max(still-before, 0)
+	r.m.Pending, r.m.Clear, r.m.Settled, r.m.Trough, r.m.Blind = 0, 0, 0, 0, false
+}
+
+// end ends the episode that is firing, as its resolve says.
+func (r *Ratio) end(a *usage.Alert) {
+	r.m.Firing, r.m.Started, r.m.Before, r.m.Peak = false, 0, 0, 0
+	r.m.Pending, r.m.Clear, r.m.Settled, r.m.Trough, r.m.Blind = 0, 0, 0, 0, false
+	if a.Reason != usage.ResolvedNewWave {
+		r.m.Ended = a.At
+		r.recovered()
+	}
+}
+
+// recovered lets the accounts that are not refused any more begin again: their episode
+// is over, and so the next one is news. Outside of episodes an account that is refused
+// every few minutes (a limit by the minute) is no news.
+func (r *Ratio) recovered() {
+	for _, a := range r.accounts {
+		if a.refused != never && !r.stillRefused(a) {
+			a.refused, a.stuck = never, false // the rings do not hold it any more
+		}
+	}
+}
+
+// stillRefused reports whether an account got a 402 within the window, or got one within
+// quiet and was not admitted since.
+func (r *Ratio) stillRefused(a *account) bool {
+	return a.refused >= r.cur+1-r.n || a.stuck && a.refused >= r.cur+1-r.quiet
 }
 
 // Stats returns the numbers at the last evaluated step.
@@ -137,25 +196,28 @@ func (r *Ratio) Advance(stream, now usage.Micros) []usage.Alert {
 	target := int64(stream) / r.step
 	// After a gap without calls all windows are empty and all waits over, so
 	// that the rest of it need not be walked through.
-	settled := r.n + int64(max(r.rule.For, r.rule.ResolveAfter, r.rule.NoTrafficAfter)/r.rule.Step) + 2
+	settled := r.n + r.quiet + int64(max(r.rule.For, r.rule.ResolveAfter, r.rule.NoTrafficAfter)/r.rule.Step) + 2
 	var out []usage.Alert
 	for walked := int64(0); r.cur < target; walked++ {
 		if walked == settled && target-r.cur > 1 {
 			clear(r.seen)
 			clear(r.refused)
 			clear(r.begin)
+			clear(r.stuck)
 			r.cur = target - 1
 		}
 		boundary := r.cur + 1
-		if at := usage.Micros(boundary * r.step); at > r.m.EvaluatedTo {
+		switch at := usage.Micros(boundary * r.step); {
+		case at > r.m.EvaluatedTo:
 			r.m.EvaluatedTo = at
-			if a, ok := r.evaluate(at, lag); ok {
-				out = append(out, a)
-			}
+			out = append(out, r.evaluate(at, lag)...)
+		case at == r.m.Ended:
+			r.recovered() // as it was when this was evaluated, before a restart
 		}
 		r.cur = boundary
 		slot := boundary % (r.n + 1)
 		r.seen[slot], r.refused[slot], r.begin[slot] = 0, 0, 0
+		r.stuck[boundary%(r.quiet+1)] = 0
 	}
 	if r.cur-r.swept >= r.n {
 		r.sweep()
@@ -193,6 +255,9 @@ func (r *Ratio) Observe(id []byte, code usage.Code, at usage.Micros) bool {
 		a.seen = step
 	}
 	if code.Status() != 402 {
+		if code == "" && a.stuck && step > a.refused {
+			r.unstick(a)
+		}
 		return true
 	}
 	if a.refused == never || step-a.refused > r.quiet {
@@ -202,9 +267,19 @@ func (r *Ratio) Observe(id []byte, code usage.Code, at usage.Micros) bool {
 	a.refusals++
 	if step > a.refused {
 		r.move(r.refused, a.refused, step)
-		a.refused = step
+		r.unstick(a)
+		a.refused, a.stuck = step, true
+		r.stuck[step%(r.quiet+1)]++
 	}
 	return true
+}
+
+// unstick takes an account from the ring of those that were not admitted since.
+func (r *Ratio) unstick(a *account) {
+	if a.stuck && a.refused >= r.cur-r.quiet {
+		r.stuck[a.refused%(r.quiet+1)]--
+	}
+	a.stuck = false
 }
 
 // move takes an account from the ring's old step, if it is still there, to new.
@@ -215,90 +290,204 @@ func (r *Ratio) move(ring []int32, old, to int64) {
 	ring[to%(r.n+1)]++
 }
 
-func (r *Ratio) evaluate(at, lag usage.Micros) (usage.Alert, bool) {
-	var active, begun, still int
-	for s := r.cur + 1 - r.n; s <= r.cur; s++ {
-		if s >= 0 {
-			slot := s % (r.n + 1)
-			active += int(r.seen[slot])
-			begun += int(r.begin[slot])
-			still += int(r.refused[slot])
-		}
-	}
-	active, begun, still = active<<r.shift, begun<<r.shift, still<<r.shift
-	r.stats.Active, r.stats.Refused, r.stats.StillRefused, r.stats.Held = active, begun, still, false
+// counts are accounts at a boundary. seen are the active ones and those that are still
+// refused and wait for longer than the window with their next try.
+type counts struct{ active, seen, begun, still int }
 
-	if !r.m.Firing {
-		if active == 0 || begun < r.rule.MinAccounts || float64(begun) < r.rule.Threshold*float64(active) {
-			r.m.Pending = 0
-			return usage.Alert{}, false
-		}
-		if r.m.Pending == 0 {
-			r.m.Pending = at
-		}
-		if at-r.m.Pending < usage.Micros(r.rule.For.Microseconds()) {
-			return usage.Alert{}, false
-		}
-		r.m.Firing, r.m.Started, r.m.Pending, r.m.Clear = true, r.m.Pending, 0, 0
-		return r.alert(usage.AlertFiring, "", at, lag), true
+func (r *Ratio) count() counts {
+	var c counts
+	for s := max(r.cur+1-r.n, 0); s <= r.cur; s++ {
+		slot := s % (r.n + 1)
+		c.active += int(r.seen[slot])
+		c.begun += int(r.begin[slot])
+		c.still += int(r.refused[slot])
 	}
+	c.seen = c.active
+	for s := max(r.cur+1-r.quiet, 0); s < r.cur+1-r.n; s++ {
+		waiting := int(r.stuck[s%(r.quiet+1)])
+		c.still, c.seen = c.still+waiting, c.seen+waiting
+	}
+	return counts{c.active << r.shift, c.seen << r.shift, c.begun << r.shift, c.still << r.shift}
+}
 
-	reason := ""
+// breach says that so many accounts are an incident.
+func (r *Ratio) breach(w wave) bool {
+	return w.n >= r.rule.MinAccounts && float64(w.n) >= r.rule.Threshold*float64(w.of)
+}
+
+// few says that so many accounts are less than the hysteresis leaves of an incident.
+func (r *Ratio) few(n, active int) bool {
 	low := 1 - r.rule.Hysteresis
+	return float64(n) < low*r.rule.Threshold*float64(active) || float64(n) < low*float64(r.rule.MinAccounts)
+}
+
+// leftover is the part of an episode's height that may still be refused at its end:
+// clients that nobody mends. It does not keep an episode open for ever, and the resolve
+// says who they are.
+const leftover = 10
+
+// over says that the accounts that are still refused are none, too few for an incident,
+// or a small part of the episode's height.
+func (r *Ratio) over(still int) bool {
+	n := still - r.m.Before
+	return float64(n) < (1-r.rule.Hysteresis)*float64(r.rule.MinAccounts) || n*leftover <= r.m.Peak
+}
+
+// lasts reports that a breach has lasted for long enough; pending is its beginning.
+func (r *Ratio) lasts(breach bool, at usage.Micros) bool {
+	if !breach {
+		r.m.Pending = 0
+		return false
+	}
+	if r.m.Pending == 0 {
+		r.m.Pending = at
+	}
+	return at-r.m.Pending >= usage.Micros(r.rule.For.Microseconds())
+}
+
+func (r *Ratio) evaluate(at, lag usage.Micros) []usage.Alert {
+	c := r.count()
+	r.stats.Active, r.stats.Refused, r.stats.StillRefused, r.stats.Held = c.active, c.begun, c.still, false
+	if r.m.Firing {
+		return r.firing(c, at, lag)
+	}
+	w := wave{began, c.begun, c.active}
+	if r.m.Blind && c.still-r.m.Before > c.begun {
+		w = wave{found, c.still - r.m.Before, c.seen}
+	}
+	breach := c.active > 0 && r.breach(w)
+	if !breach && c.active > 0 {
+		r.m.Blind, r.m.Before = false, 0
+	}
+	if !r.lasts(breach, at) {
+		return nil
+	}
+	r.fire(r.m.Pending, max(c.still-w.n, 0), c.still)
+	return []usage.Alert{r.fired(w, c, at, lag)}
+}
+
+// wave is what an episode begins with: n accounts of so many.
+type wave struct {
+	kind  waveKind
+	n, of int
+}
+
+type waveKind int
+
+const (
+	began waveKind = iota // they began to be refused
+	again                 // they are more than were refused when the last wave was over
+	found                 // they were refused already when the alerter began to watch
+)
+
+func (r *Ratio) fired(w wave, c counts, at, lag usage.Micros) usage.Alert {
+	who := r.beginning
+	if w.kind != began {
+		who = r.stillRefused
+	}
+	c.begun, c.active = w.n, w.of
+	a := r.alert(usage.AlertFiring, who, c, at, lag)
+	a.Summary = r.firingText(&a, w.kind)
+	return a
+}
+
+func (r *Ratio) resolved(reason string, c counts, at, lag usage.Micros) usage.Alert {
+	a := r.alert(usage.AlertResolved, r.stillRefused, c, at, lag)
+	a.Reason = reason
+	a.Summary = r.resolveText(&a)
+	return a
+}
+
+func (r *Ratio) beginning(a *account) bool { return a.begin >= r.cur+1-r.n }
+
+// firing evaluates a step of an episode.
+func (r *Ratio) firing(c counts, at, lag usage.Micros) []usage.Alert {
+	r.m.Peak = max(r.m.Peak, c.still-r.m.Before)
+	after := func(since usage.Micros, d time.Duration) bool {
+		return since != 0 && at-since >= usage.Micros(d.Microseconds())
+	}
+	reason := ""
+	few := r.few(c.begun, c.active)
+	settled := after(r.m.Settled, r.rule.ResolveAfter)
+	next := wave{began, c.begun, c.active}
+	if !r.breach(next) {
+		next = wave{again, c.still - r.m.Trough, c.seen}
+	}
 	switch {
-	case active == 0:
+	case c.active == 0:
 		// No traffic is not healthy.
-		r.m.Clear = 0
+		r.m.Clear, r.m.Pending = 0, 0
 		if r.m.LastCall == 0 {
 			r.m.LastCall = at
 		}
-		if after := usage.Micros(r.rule.NoTrafficAfter.Microseconds()); after > 0 && at-r.m.LastCall >= after {
+		if r.rule.NoTrafficAfter > 0 && after(r.m.LastCall, r.rule.NoTrafficAfter) {
 			reason = usage.ResolvedNoTraffic
 		}
-	case float64(begun) < low*r.rule.Threshold*float64(active), float64(begun) < low*float64(r.rule.MinAccounts):
+	case settled && r.lasts(r.breach(next), at):
+		return r.newWave(next, c, at, lag)
+	case few && r.over(c.still):
 		if r.m.Clear == 0 {
 			r.m.Clear = at
 		}
-		if at-r.m.Clear >= usage.Micros(r.rule.ResolveAfter.Microseconds()) {
+		if after(r.m.Clear, r.rule.ResolveAfter) {
 			reason = usage.ResolvedRecovered
 		}
 	default:
 		r.m.Clear = 0
 	}
+	switch {
+	case c.active == 0 || settled:
+	case !few:
+		r.m.Settled = 0
+	case r.m.Settled == 0:
+		r.m.Settled, r.m.Trough = at, c.still
+	}
+	r.m.Trough = min(r.m.Trough, c.still)
 	if reason == "" {
-		return usage.Alert{}, false
+		return nil
 	}
 	if lag > usage.Micros(r.rule.MaxLag.Microseconds()) {
 		// What is read now is old: it may be breached again by now.
 		r.stats.Held = true
-		return usage.Alert{}, false
+		return nil
 	}
-	a := r.alert(usage.AlertResolved, reason, at, lag)
-	r.m.Firing, r.m.Started, r.m.Pending, r.m.Clear = false, 0, 0, 0
-	return a, true
+	a := r.resolved(reason, c, at, lag)
+	r.end(&a)
+	return []usage.Alert{a}
 }
 
-func (r *Ratio) alert(t usage.AlertTransition, reason string, at, lag usage.Micros) usage.Alert {
+// newWave ends the episode whose wave is over, although accounts of it are still
+// refused, and begins another: whoever has heard of the first has to hear of the second
+// too. What was refused before the first is no part of the second either, but what is
+// left of the first is, so that it does not end while those are refused.
+func (r *Ratio) newWave(w wave, c counts, at, lag usage.Micros) []usage.Alert {
+	started, before := r.m.Pending, r.m.Before
+	over := r.resolved(usage.ResolvedNewWave, c, at, lag)
+	r.end(&over)
+	r.fire(started, before, c.still)
+	return []usage.Alert{over, r.fired(w, c, at, lag)}
+}
+
+func (r *Ratio) alert(t usage.AlertTransition, who func(*account) bool, c counts, at, lag usage.Micros) usage.Alert {
 	a := usage.Alert{
 		Transition: t, Rule: r.rule.Name, Scope: r.scope, Severity: r.rule.Severity,
 		StartedAt: r.m.Started, At: at, Threshold: r.rule.Threshold, WindowSeconds: int64(r.rule.Window / time.Second),
-		Refused: r.stats.Refused, Active: r.stats.Active, StillRefused: r.stats.StillRefused,
-		Reason: reason, LagSeconds: float64(lag) / 1e6, Estimated: r.shift > 0,
+		Refused: c.begun, Active: c.active, StillRefused: c.still, RefusedBefore: r.m.Before, PeakRefused: r.m.Peak,
+		LagSeconds: float64(lag) / 1e6, Estimated: r.shift > 0,
 	}
 	if a.Active > 0 {
 		a.Value = float64(a.Refused) / float64(a.Active)
 	}
-	a.Accounts, a.Codes = r.top()
-	a.Summary = r.summary(&a)
+	a.Accounts, a.Codes = r.top(who)
 	return a
 }
 
-// top names the accounts that began to be refused within the window.
-func (r *Ratio) top() ([]usage.AlertAccount, []usage.AlertCode) {
+// top names the accounts that an alert is about.
+func (r *Ratio) top(who func(*account) bool) ([]usage.AlertAccount, []usage.AlertCode) {
 	accounts, codes := []usage.AlertAccount{}, []usage.AlertCode{}
 	byCode := map[usage.Code]int{}
 	for id, a := range r.accounts {
-		if a.begin >= r.cur+1-r.n {
+		if who(a) {
 			accounts = append(accounts, usage.AlertAccount{Account: id, Code: a.code, Refusals: a.refusals})
 			byCode[a.code]++
 		}
@@ -314,43 +503,6 @@ func (r *Ratio) top() ([]usage.AlertAccount, []usage.AlertCode) {
 	})
 	return slices.Clone(accounts[:min(len(accounts), r.rule.Top)]), codes[:min(len(codes), r.rule.Top)]
 }
-
-func (r *Ratio) summary(a *usage.Alert) string {
-	var b strings.Builder
-	about := ""
-	if a.Estimated {
-		about = "about "
-	}
-	switch {
-	case a.Transition == usage.AlertFiring:
-		fmt.Fprintf(&b, "%s%d of %d active accounts (%s) began to be refused with 402 within %s, the threshold is %s", about, a.Refused, a.Active, percent(a.Value), span(r.rule.Window), percent(a.Threshold))
-		for i, c := range a.Codes[:min(len(a.Codes), 3)] {
-			b.WriteString([]string{"; codes: ", ", ", ", "}[i])
-			fmt.Fprintf(&b, "%s %d", c.Code, c.Accounts)
-		}
-	case a.Reason == usage.ResolvedNoTraffic:
-		fmt.Fprintf(&b, "no calls for %s: nobody can say whether accounts are still refused", span(r.rule.NoTrafficAfter))
-	default:
-		fmt.Fprintf(&b, "%s%d of %d active accounts (%s) began to be refused with 402 within %s; %d still get 402s", about, a.Refused, a.Active, percent(a.Value), span(r.rule.Window), a.StillRefused)
-	}
-	if a.LagSeconds > r.rule.MaxLag.Seconds() {
-		fmt.Fprintf(&b, "; the pipeline is %.0f s behind", a.LagSeconds)
-	}
-	return b.String()
-}
-
-// span writes 1m0s as 1m.
-func span(d time.Duration) string {
-	s := d.String()
-	for _, none := range []string{"m0s", "h0m"} {
-		if strings.HasSuffix(s, none) {
-			s = s[:len(s)-2]
-		}
-	}
-	return s
-}
-
-func percent(v float64) string { return strconv.FormatFloat(v*100, 'f', 0, 64) + "%" }
 
 // sweep forgets the accounts that can't matter any more.
 func (r *Ratio) sweep() {
@@ -394,6 +546,7 @@ func (r *Ratio) drop(a *account) {
 			at.ring[at.step%(r.n+1)]--
 		}
 	}
+	r.unstick(a)
 }
 
 // sampled says whether an account belongs to the sample: it depends on the

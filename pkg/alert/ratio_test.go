@@ -74,9 +74,12 @@ func TestASpikeFiresOnceAndResolvesOnce(t *testing.T) {
 	if want := "35 of 100 active accounts (35%) began to be refused with 402 within 10s, the threshold is 20%; codes: QUOTA_EXCEEDED 30, PAYMENT_FAILED 5"; fire.Summary != want {
 		t.Errorf("summary %q", fire.Summary)
 	}
-	// The beginnings leave the window at 31 although the retries go on to 40.
-	if resolve.Transition != usage.AlertResolved || resolve.StartedAt != fire.StartedAt || resolve.At != day+36*second || resolve.Reason != usage.ResolvedRecovered || resolve.StillRefused != 30 {
+	// The beginnings leave the window at 31, but the retries go on to 40.
+	if resolve.Transition != usage.AlertResolved || resolve.StartedAt != fire.StartedAt || resolve.At != day+55*second || resolve.Reason != usage.ResolvedRecovered || resolve.StillRefused != 0 || resolve.PeakRefused != 35 {
 		t.Errorf("resolved %+v", resolve)
+	}
+	if want := "no account of this alert gets 402s any more, of 35"; resolve.Summary != want {
+		t.Errorf("summary %q", resolve.Summary)
 	}
 }
 
@@ -175,7 +178,7 @@ func TestALagHoldsResolvedBackAndSaysSo(t *testing.T) {
 	t.Parallel()
 	d := firing(t, plain())
 	s := usage.Micros(5)
-	for ; s < 40; s++ {
+	for ; s < 45; s++ { // the accounts do not call again: they are refused until quiet is over
 		at := day + s*second
 		if got := d.Advance(at, at+31*second); got != nil {
 			t.Fatalf("second %d, 31 s behind: %+v", s, got)
@@ -330,21 +333,31 @@ func (m *model) at(boundary usage.Micros) (active, begun, still int) {
 	window, quiet := usage.Micros(m.r.Window.Microseconds()), usage.Micros(m.r.Quiet.Microseconds())
 	in := func(t usage.Micros) bool { return t >= boundary-window && t < boundary }
 	act, beg, ref := map[string]bool{}, map[string]usage.Micros{}, map[string]usage.Micros{}
-	refusedIn := map[string]bool{}
+	refusedIn, stuck := map[string]bool{}, map[string]bool{}
 	for _, e := range m.log {
 		step := e.time / second * second
 		if in(step) {
 			act[e.account] = true
 		}
 		if e.code.Status() != 402 {
+			if last, ok := ref[e.account]; e.code == "" && ok && step > last {
+				stuck[e.account] = false
+			}
 			continue
 		}
 		if last, ok := ref[e.account]; !ok || step-last > quiet {
 			beg[e.account] = step
 		}
-		ref[e.account] = max(ref[e.account], step)
+		if last, ok := ref[e.account]; !ok || step > last {
+			ref[e.account], stuck[e.account] = step, true
+		}
 		if in(step) {
 			refusedIn[e.account] = true
+		}
+	}
+	for account, is := range stuck {
+		if is && ref[account] >= boundary-quiet {
+			refusedIn[account] = true
 		}
 	}
 	for _, b := range beg {
@@ -387,11 +400,11 @@ func TestTransitionsAlternateAndKeepTheirWaits(t *testing.T) {
 			}
 			switch a.Transition {
 			case usage.AlertFiring:
-				if a.At-a.StartedAt < usage.Micros(r.For.Microseconds()) || a.Refused < r.MinAccounts || a.Value < r.Threshold || a.StartedAt <= last.At && last.At != 0 {
+				if a.At-a.StartedAt < usage.Micros(r.For.Microseconds()) || a.Refused < r.MinAccounts || a.Value < r.Threshold || a.StartedAt <= last.At && last.At != 0 && last.Reason != usage.ResolvedNewWave {
 					t.Fatalf("%+v follows %+v", a, last)
 				}
 			case usage.AlertResolved:
-				if a.StartedAt != last.StartedAt || a.At <= last.At || a.Reason == usage.ResolvedRecovered && a.At-last.At < usage.Micros(r.ResolveAfter.Microseconds()) {
+				if a.StartedAt != last.StartedAt || a.At <= last.At || a.Reason == usage.ResolvedRecovered && a.StillRefused-a.RefusedBefore >= r.MinAccounts && 10*(a.StillRefused-a.RefusedBefore) > a.PeakRefused || a.Reason == usage.ResolvedRecovered && a.At-last.At < usage.Micros(r.ResolveAfter.Microseconds()) {
 					t.Fatalf("%+v follows %+v", a, last)
 				}
 				if a.Active == 0 != (a.Reason == usage.ResolvedNoTraffic) {
@@ -448,7 +461,7 @@ func TestAdoptedStateOfAnotherAlerterIsGoneOnFrom(t *testing.T) {
 	t.Parallel()
 	d := newRatio(t, plain())
 	feed(d, 0, 10, "", day)
-	d.Adopt(true, day-5*second, day)
+	d.Adopt(&usage.Alert{Transition: usage.AlertFiring, StartedAt: day - 5*second, At: day})
 	var got []usage.Alert
 	for s := usage.Micros(1); s < 20; s++ {
 		got = append(got, feed(d, 0, 10, "", day+s*second)...)
@@ -457,7 +470,7 @@ func TestAdoptedStateOfAnotherAlerterIsGoneOnFrom(t *testing.T) {
 		t.Fatalf("%+v", got)
 	}
 	d = firing(t, plain())
-	d.Adopt(false, 0, day+8*second)
+	d.Adopt(&usage.Alert{Transition: usage.AlertResolved, StartedAt: day + 1*second, At: day + 8*second, Reason: usage.ResolvedRecovered})
 	if got := feed(d, 0, 10, "", day+9*second); got != nil {
 		t.Fatalf("resolved by another: %+v", got)
 	}

@@ -11,8 +11,12 @@ const (
 
 // Why an episode resolved.
 const (
-	// ResolvedRecovered: there was traffic, and few accounts began to be refused.
+	// ResolvedRecovered: there was traffic, few accounts began to be refused, and of
+	// those that did few are still refused.
 	ResolvedRecovered = "recovered"
+	// ResolvedNewWave: it is not over, but another wave has begun, which is an episode
+	// of its own. Its firing follows at once.
+	ResolvedNewWave = "new_wave"
 	// ResolvedNoTraffic: nothing was called for long; nobody can say whether it
 	// is well.
 	ResolvedNoTraffic = "no_traffic"
@@ -48,15 +52,20 @@ type Alert struct {
 	Threshold float64 `json:"threshold"`
 	// Refused accounts began to get 402s within the window, Active accounts
 	// made calls within it, StillRefused got a 402 within it, whenever they
-	// began.
+	// began, or were not admitted since their newest one. RefusedBefore of them were
+	// refused before the episode, which is not about them; PeakRefused is how many
+	// others were at its height so far.
 	Refused       int   `json:"refused_accounts"`
 	Active        int   `json:"active_accounts"`
 	StillRefused  int   `json:"still_refused_accounts"`
+	RefusedBefore int   `json:"refused_before_accounts,omitempty"`
+	PeakRefused   int   `json:"peak_refused_accounts,omitempty"`
 	WindowSeconds int64 `json:"window_seconds"`
-	// Reason of a resolve: ResolvedRecovered or ResolvedNoTraffic.
+	// Reason of a resolve: ResolvedRecovered, ResolvedNewWave or ResolvedNoTraffic.
 	Reason string `json:"reason,omitempty"`
-	// Accounts that began to be refused, most refused calls first, and codes by
-	// number of such accounts; at most MaxAlertTop each.
+	// Accounts that began to be refused, or in a resolve those that still are, most
+	// refused calls first, and codes by number of such accounts; at most MaxAlertTop
+	// each.
 	Accounts []AlertAccount `json:"accounts"`
 	Codes    []AlertCode    `json:"codes"`
 	// LagSeconds is how far the ledger's reader was behind when it decided.

@@ -55,6 +55,7 @@ func TestASpikeReachesAWebhookOnceThoughItFailsAtFirst(t *testing.T) {
 	}
 	t.Logf("spike → webhook's 2xx: %s, of which %s are the rule's own wait, and three attempts failed", firing.at.Sub(tr.spikeBegan()).Round(time.Millisecond), quick().For+quick().Step)
 
+	tr.spike(0)
 	resolved := h.next()
 	if r := resolved.body; r.Type != "alert.resolved" || r.N != 2 || r.EpisodeID != a.EpisodeID || resolved.id != a.EpisodeID+":resolved" || r.Reason != usage.ResolvedRecovered || r.StartedAt != a.StartedAt {
 		t.Errorf("then: %s %+v", resolved.id, r)
@@ -75,7 +76,8 @@ func TestStoppedBetweenFiringAndDeliveryItIsDeliveredOnceAfterTheRestart(t *test
 	})
 	o := quickOptions(b.url, h.webhook(t))
 	first := start(t, o)
-	b.traffic().spike(10)
+	tr := b.traffic()
+	tr.spike(10)
 	h.next()
 	first.stop()
 	for len(h.calls) > 0 {
@@ -88,6 +90,7 @@ func TestStoppedBetweenFiringAndDeliveryItIsDeliveredOnceAfterTheRestart(t *test
 	if firing.body.Transition != usage.AlertFiring {
 		t.Errorf("first: %+v", firing.body)
 	}
+	tr.spike(0)
 	resolved := h.accepted()
 	if resolved.body.Transition != usage.AlertResolved || resolved.body.EpisodeID != firing.body.EpisodeID {
 		t.Errorf("then: %+v", resolved.body)
@@ -170,7 +173,8 @@ func TestKilledBetweenFiringAndDeliveryItIsDeliveredOnceAfterTheRestart(t *testi
 		return err == nil
 	})
 	eventually(t, "the child reads", func() bool { return saved(b) })
-	b.traffic().spike(10)
+	tr := b.traffic()
+	tr.spike(10)
 	<-killed
 	second := spawn()
 	defer func() {
@@ -178,6 +182,7 @@ func TestKilledBetweenFiringAndDeliveryItIsDeliveredOnceAfterTheRestart(t *testi
 		_ = second.Wait()
 	}()
 	firing := h.accepted()
+	tr.spike(0)
 	resolved := h.accepted()
 	if firing.body.Transition != usage.AlertFiring || resolved.body.Transition != usage.AlertResolved || firing.body.EpisodeID != resolved.body.EpisodeID {
 		t.Errorf("%+v then %+v", firing.body, resolved.body)
@@ -219,6 +224,7 @@ func TestWhileNATSIsAwayNothingResolvesAndNothingIsLost(t *testing.T) {
 	})
 	tr.resume()
 	firing := h.accepted()
+	tr.spike(0)
 	resolved := h.accepted()
 	if firing.body.Transition != usage.AlertFiring || resolved.body.Transition != usage.AlertResolved || firing.body.EpisodeID != resolved.body.EpisodeID {
 		t.Errorf("%+v then %+v", firing.body, resolved.body)
@@ -234,10 +240,12 @@ func TestTwoAlertersMakeOneEpisodeAndOneDelivery(t *testing.T) {
 	h := newHook(t, nil)
 	start(t, quickOptions(b.url, h.webhook(t)))
 	start(t, quickOptions(b.url, h.webhook(t)))
-	b.traffic().spike(10)
+	tr := b.traffic()
+	tr.spike(10)
 	if c := h.accepted(); c.body.Transition != usage.AlertFiring {
 		t.Errorf("first %+v", c.body)
 	}
+	tr.spike(0)
 	if c := h.accepted(); c.body.Transition != usage.AlertResolved {
 		t.Errorf("then %+v", c.body)
 	}
@@ -312,8 +320,9 @@ func TestARestartWhileFiringNeitherFiresAgainNorForgetsTheResolve(t *testing.T) 
 	firing := h.accepted()
 	first.stop()
 	// Others begin to be refused meanwhile: still the same episode.
-	tr.spike(15)
+	b.publish(names(10, 15), usage.CreditsDepleted)
 	start(t, o)
+	tr.spike(0)
 	if c := h.accepted(); c.body.Transition != usage.AlertResolved || c.body.EpisodeID != firing.body.EpisodeID {
 		t.Errorf("after the restart: %+v", c.body)
 	}
@@ -342,6 +351,35 @@ func TestASpikeWhileTheAlerterWasAwayFiresWhenItIsBack(t *testing.T) {
 	}
 	h.accepted()
 	b.storedOnce()
+}
+
+func TestANewWaveIsDeliveredThoughTheFirstIsStillRefused(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	h := newHook(t, nil)
+	o := quickOptions(b.url, h.webhook(t))
+	o.Registerer = newRegistry()
+	start(t, o)
+	tr := b.traffic()
+	tr.spike(6)
+	first := h.accepted()
+	// The window (2 s) and the wave's end (0.5 s) pass while the six are refused.
+	eventually(t, "the first wave is over", func() bool {
+		return gauge(t, o.Registerer, "tollkeeper_alerter_accounts", "refused") == 0 && time.Since(first.at) > 3*time.Second
+	})
+	tr.spike(12)
+	over, second := h.accepted(), h.accepted()
+	if over.body.Transition != usage.AlertResolved || over.body.Reason != usage.ResolvedNewWave || over.body.EpisodeID != first.body.EpisodeID {
+		t.Errorf("the first ended as %+v", over.body)
+	}
+	if second.body.Transition != usage.AlertFiring || second.body.EpisodeID == first.body.EpisodeID || second.body.StillRefused != 12 {
+		t.Errorf("the second began as %+v", second.body)
+	}
+	tr.spike(0)
+	if c := h.accepted(); c.body.Reason != usage.ResolvedRecovered || c.body.EpisodeID != second.body.EpisodeID {
+		t.Errorf("and ended as %+v", c.body)
+	}
+	h.none()
 }
 
 func TestWithoutTrafficAnEpisodeResolvesWithThatReason(t *testing.T) {

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 )
@@ -160,6 +161,11 @@ func TestARealAlertmanagerPagesTheSpikeOnceAndItsResolveOnce(t *testing.T) {
 	}
 	t.Logf("spike → page through Alertmanager: %s, of which %s are the rule's own wait", firing.at.Sub(tr.spikeBegan()).Round(time.Millisecond), quick().For+quick().Step)
 
+	if a.Annotations["description"] == a.Annotations["summary"] || strings.Contains(a.Annotations["description"], a.Annotations["summary"]) {
+		t.Errorf("the description repeats the summary: %q", a.Annotations["description"])
+	}
+
+	tr.spike(0)
 	resolved := nextPage(t, pages)
 	if resolved.Status != "resolved" || len(resolved.Alerts) != 1 || resolved.Alerts[0].Labels["episode"] != a.Labels["episode"] {
 		t.Fatalf("second page: %+v", resolved)
@@ -199,10 +205,12 @@ func TestAnAlertmanagerThatIsAwayHoldsUpNoOtherAndIsToldLater(t *testing.T) {
 	o := quickOptions(b.url)
 	o.Alertmanagers = []string{other.URL + "/prefix/", base}
 	s := start(t, o)
-	b.traffic().spike(10)
+	tr := b.traffic()
+	tr.spike(10)
 	if p := nextPage(t, pages); p.Status != "firing" {
 		t.Errorf("%+v", p)
 	}
+	tr.spike(0)
 	if p := nextPage(t, pages); p.Status != "resolved" {
 		t.Errorf("%+v", p)
 	}

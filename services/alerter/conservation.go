@@ -44,12 +44,12 @@ func (s *audited) alert(pair string) (usage.Alert, bool) {
 		}
 		a := usage.Alert{
 			Transition: usage.AlertResolved, Rule: usage.RuleConservation, Scope: pair, Severity: "page", At: s.At, Value: float64(p.Open), Threshold: 1,
-			Accounts: []usage.AlertAccount{}, Codes: []usage.AlertCode{}, Reason: usage.ResolvedRecovered, Summary: "all that was found to be missing, doubled or changed has healed",
+			Accounts: []usage.AlertAccount{}, Codes: []usage.AlertCode{}, Reason: usage.ResolvedRecovered, Summary: "every finding of " + pair + " has healed: nothing is missing, doubled or changed any more",
 		}
 		if p.Open == 0 {
 			return a, true
 		}
-		a.Transition, a.Reason, a.StartedAt = usage.AlertFiring, "", s.At
+		a.Transition, a.Reason, a.StartedAt, a.Summary = usage.AlertFiring, "", s.At, ""
 		// The newest come first: the first of all is what it began with.
 		for _, f := range s.Findings {
 			if f.Pair != pair || f.ResolvedAt != 0 {
@@ -60,7 +60,10 @@ func (s *audited) alert(pair string) (usage.Alert, bool) {
 				a.Accounts = append(a.Accounts, usage.AlertAccount{Account: f.Account})
 			}
 		}
-		if p.Open > 1 {
+		switch {
+		case a.Summary == "": // the status names only the newest findings
+			a.Summary = fmt.Sprintf("%d findings of %s do not heal", p.Open, pair)
+		case p.Open > 1:
 			a.Summary += fmt.Sprintf("; and %d more findings", p.Open-1)
 		}
 		return a, true
@@ -132,7 +135,7 @@ func (e *evaluator) conserve(ctx context.Context) error {
 		}
 		if made {
 			e.metrics.transition(&state.Alert)
-			e.metrics.open(a.Rule, state.firing())
+			e.metrics.open(a.Rule, pair, state.firing())
 			e.log.Warn().Str("episode", state.Alert.EpisodeID).Str("transition", string(state.Alert.Transition)).Str("scope", pair).Msg(a.Summary)
 		}
 	}

@@ -29,8 +29,9 @@ type detector interface {
 	Observe(account []byte, code usage.Code, at usage.Micros) bool
 	// Advance takes stream time forward and returns the transitions due.
 	Advance(stream, now usage.Micros) []usage.Alert
-	// Adopt takes over the state of an episode that another alerter changed.
-	Adopt(firing bool, started, at usage.Micros)
+	// Adopt takes over the newest transition, which another alerter may have made;
+	// nil: there was none.
+	Adopt(newest *usage.Alert)
 	Restore(alert.Memory)
 	Memory() alert.Memory
 	Stats() alert.Stats
@@ -136,11 +137,11 @@ func (e *evaluator) prepare(ctx context.Context) (uint64, error) {
 		m, saved := pos.Detectors[detectorKey(d)]
 		switch {
 		case !saved:
-			m = alert.Memory{EvaluatedTo: now}
+			m = alert.Memory{EvaluatedTo: now, Blind: true}
 		case m.EvaluatedTo < oldest:
 			e.log.Warn().Time("stopped", m.EvaluatedTo.Time()).Str("rule", d.Rule()).
 				Msgf("the alerter stood still for longer than %s: what began and ended before is not evaluated", maxCatchUp)
-			m.EvaluatedTo, m.Pending, m.Clear = oldest, 0, 0
+			m.EvaluatedTo, m.Pending, m.Clear, m.Settled, m.Blind = oldest, 0, 0, 0, !m.Firing
 			stale = true
 		}
 		begin = min(begin, m.EvaluatedTo)
@@ -195,15 +196,12 @@ func (e *evaluator) seek(ctx context.Context, stream jetstream.Stream, t time.Ti
 func (e *evaluator) adopt(i int, s episodeState) {
 	d := e.detectors[i]
 	e.known[i] = s
-	switch {
-	case s.firing():
-		d.Adopt(true, s.Alert.StartedAt, s.Alert.At)
-	case s.revision != 0:
-		d.Adopt(false, 0, s.Alert.At)
-	default:
-		d.Adopt(false, 0, 0)
+	if s.revision == 0 {
+		d.Adopt(nil)
+	} else {
+		d.Adopt(&s.Alert)
 	}
-	e.metrics.open(d.Rule(), s.firing())
+	e.metrics.open(d.Rule(), d.Scope(), s.firing())
 }
 
 // handle folds one entry of the ledger.
@@ -289,11 +287,18 @@ func (e *evaluator) advance(ctx context.Context, stream usage.Micros) error {
 	now := e.ledgerNow()
 	e.lag(now)
 	for i, d := range e.detectors {
-		for _, a := range d.Advance(e.stream, now) {
-			if err := e.commit(ctx, i, a); err != nil {
+		var s episodeState
+		due := d.Advance(e.stream, now)
+		for _, a := range due {
+			var err error
+			if s, err = e.commit(ctx, i, a); err != nil {
 				e.aborted = true // ctx is done
 				return err
 			}
+		}
+		if len(due) > 0 {
+			// All of them are stored, or others of another alerter are.
+			e.adopt(i, s)
 		}
 	}
 	return nil
@@ -316,7 +321,7 @@ func (e *evaluator) lag(now usage.Micros) time.Duration {
 
 // commit makes a transition durable, trying until ctx is done: nothing that
 // comes later in the ledger may be evaluated before.
-func (e *evaluator) commit(ctx context.Context, i int, a usage.Alert) error {
+func (e *evaluator) commit(ctx context.Context, i int, a usage.Alert) (episodeState, error) {
 	a.RunbookURL, a.DashboardURL = e.links.Runbook, e.links.Dashboard
 	made, pauses := false, newPauses()
 	for try := 0; ; try++ {
@@ -326,25 +331,21 @@ func (e *evaluator) commit(ctx context.Context, i int, a usage.Alert) error {
 		made = made || mine
 		if err == nil {
 			if made && s.Alert.StartedAt == a.StartedAt && s.Alert.Transition == a.Transition {
-				e.known[i] = s
 				e.metrics.transition(&s.Alert)
 				e.log.Warn().Str("episode", s.Alert.EpisodeID).Str("transition", string(s.Alert.Transition)).Str("rule", a.Rule).
 					Str("scope", a.Scope).Float64("value", a.Value).Float64("lag_s", a.LagSeconds).Msg(a.Summary)
-				e.metrics.open(a.Rule, s.firing())
-				return nil
 			}
-			e.adopt(i, s)
-			return nil
+			return s, nil
 		}
 		if ctx.Err() != nil {
-			return ctx.Err()
+			return s, ctx.Err()
 		}
 		if !errors.Is(err, errConflict) {
 			e.ready.NotReady("a transition of an episode can't be stored: " + err.Error())
 			e.log.Error().Err(err).Int("try", try+1).Msg("a transition of an episode can't be stored: trying again")
 		}
 		if err := sleep(ctx, pauses.NextBackOff()); err != nil {
-			return err
+			return s, err
 		}
 	}
 }

@@ -406,8 +406,8 @@ func counter(t *testing.T, c prometheus.Metric) float64 {
 	return m.GetCounter().GetValue()
 }
 
-// gauge returns the sum of a gauge's series.
-func gauge(t *testing.T, r *prometheus.Registry, name string) float64 {
+// gauge returns the sum of a gauge's series, of those with all of these label values.
+func gauge(t *testing.T, r *prometheus.Registry, name string, labels ...string) float64 {
 	t.Helper()
 	families, err := r.Gather()
 	if err != nil {
@@ -417,6 +417,11 @@ func gauge(t *testing.T, r *prometheus.Registry, name string) float64 {
 	for _, f := range families {
 		if f.GetName() == name {
 			for _, m := range f.GetMetric() {
+				if slices.ContainsFunc(labels, func(v string) bool {
+					return !slices.ContainsFunc(m.GetLabel(), func(l *dto.LabelPair) bool { return l.GetValue() == v })
+				}) {
+					continue
+				}
 				sum += m.GetGauge().GetValue()
 			}
 		}

@@ -141,8 +141,9 @@ func (j *journal) commit(ctx context.Context, a usage.Alert) (s episodeState, ma
 	switch {
 	case a.Transition == usage.AlertFiring:
 		// What began before the newest transition belongs to that episode,
-		// whoever saw it begin.
-		if s.firing() || s.revision != 0 && (s.Alert.EpisodeID == a.EpisodeID || a.At <= s.Alert.At) {
+		// whoever saw it begin; but a new wave begins with the end of the one before.
+		before := a.At < s.Alert.At || a.At == s.Alert.At && s.Alert.Reason != usage.ResolvedNewWave
+		if s.firing() || s.revision != 0 && (s.Alert.EpisodeID == a.EpisodeID || before) {
 			return s, false, nil
 		}
 		a.N = 1

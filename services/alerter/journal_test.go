@@ -91,7 +91,10 @@ func life(rule string) []usage.Alert {
 			usage.Alert{Transition: usage.AlertFiring, Rule: rule, Scope: "global", StartedAt: start, At: start + 5_000_000, Summary: fmt.Sprintf("firing %d", i)},
 			usage.Alert{Transition: usage.AlertResolved, Rule: rule, Scope: "global", StartedAt: start, At: start + 50_000_000, Summary: fmt.Sprintf("resolved %d", i)})
 	}
-	return all
+	// A new wave: its firing is of the same moment as the resolve.
+	end := &all[len(all)-1]
+	end.Reason = usage.ResolvedNewWave
+	return append(all, usage.Alert{Transition: usage.AlertFiring, Rule: rule, Scope: "global", StartedAt: end.At - 1_000_000, At: end.At, Summary: "firing 2"})
 }
 
 // appended returns what ALERTS holds of a rule, without ids.
@@ -102,7 +105,7 @@ func appended(t *testing.T, b *bed, rule string) []string {
 		t.Fatal(err)
 	}
 	var all []string
-	for _, episode := range []usage.Alert{life(rule)[0], life(rule)[2]} {
+	for _, episode := range []usage.Alert{life(rule)[0], life(rule)[2], life(rule)[4]} {
 		c, err := stream.CreateConsumer(t.Context(), jetstream.ConsumerConfig{FilterSubject: alertSubject(episodeID(rule, "global", episode.StartedAt)), AckPolicy: jetstream.AckNonePolicy})
 		if err != nil {
 			t.Fatal(err)
@@ -136,7 +139,7 @@ func TestACrashBetweenAnyTwoStepsNeitherLosesNorDoublesATransition(t *testing.T)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := "[1 firing 0 2 resolved 0 1 firing 1 2 resolved 1]"
+	want := "[1 firing 0 2 resolved 0 1 firing 1 2 resolved 1 1 firing 2]"
 	crashes := 0
 	for _, after := range []bool{false, true} {
 		for step := 0; ; step++ {

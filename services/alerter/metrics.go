@@ -28,7 +28,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "tollkeeper_alerter_" + name, Help: help}, labels)
 	}
 	m := &metrics{
-		episodes:    gauges("open_episodes", "Episodes that are firing.", "rule"),
+		episodes:    gauges("open_episodes", "Episodes that are firing.", "rule", "scope"),
 		transitions: counters("transitions_total", "Transitions that this alerter made durable.", "rule", "transition"),
 		lag:         prometheus.NewGauge(prometheus.GaugeOpts{Name: "tollkeeper_alerter_lag_seconds", Help: "How far the evaluation is behind the clock."}),
 		heartbeat: prometheus.NewGauge(prometheus.GaugeOpts{Name: "tollkeeper_alerter_heartbeat_timestamp_seconds",
@@ -50,12 +50,12 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	return m, nil
 }
 
-func (m *metrics) open(rule string, firing bool) {
+func (m *metrics) open(rule, scope string, firing bool) {
 	v := 0.0
 	if firing {
 		v = 1
 	}
-	m.episodes.WithLabelValues(rule).Set(v)
+	m.episodes.WithLabelValues(rule, scope).Set(v)
 }
 
 func (m *metrics) transition(a *usage.Alert) {

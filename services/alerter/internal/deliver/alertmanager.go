@@ -134,13 +134,18 @@ func (m *alertmanager) postable(a *usage.Alert) postableAlert {
 	return p
 }
 
+// describe adds to the summary, which receivers show beside it, and repeats none of it.
 func describe(a *usage.Alert) string {
 	if a.Rule == usage.RuleConservation {
-		return a.Summary + "\nGET /v1/audit of the console has all findings."
+		return "GET /v1/audit of the console has all findings."
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s: %s (scope %s, since %s).", a.Rule, a.Summary, a.Scope, a.StartedAt.Time().Format(time.RFC3339))
-	if s := accounts(a); s != "" {
+	fmt.Fprintf(&b, "Rule %s, scope %s, since %s.", a.Rule, a.Scope, a.StartedAt.Time().Format(time.RFC3339))
+	switch s := accounts(a); {
+	case s == "":
+	case a.Transition == usage.AlertResolved:
+		fmt.Fprintf(&b, " Still refused: %s.", s)
+	default:
 		fmt.Fprintf(&b, " Top accounts: %s.", s)
 	}
 	fmt.Fprintf(&b, " Data up to %s, %.1f s behind.", a.At.Time().Format(time.RFC3339), a.LagSeconds)
