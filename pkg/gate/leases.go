@@ -43,6 +43,10 @@ type Cost struct {
 	// Lifetime bounds how long the call takes. What it reserved stays held until it
 	// is settled, also after that.
 	Lifetime time.Duration
+	// Voidable calls may turn out not to have reached anybody: what limits on calls
+	// take is held, and not used, until the call is sent (Ticket.Sending), settled or
+	// voided.
+	Voidable bool
 }
 
 // defaultLifetime of a call whose Cost does not say.
@@ -72,12 +76,35 @@ func (k *Ticket) Stamp(c *usage.Call) {
 // taken to be used whole, one call excepted. Further calls do nothing.
 func (k *Ticket) Settle(q *usage.Quantities) { k.settle(q, false) }
 
-// Void gives the whole reservation back: the call did not take place. Where only
-// calls are limited there is none, and one call is spent.
-func (k *Ticket) Void() {
-	if k.hold != nil {
-		k.hold.Void()
-		k.hold = nil
+// Void gives the whole reservation back: the call did not take place. It reports
+// whether nothing of leases is used: where only calls are limited one call is spent,
+// unless it was Voidable and not sent.
+func (k *Ticket) Void() bool {
+	if k.hold == nil {
+		return !k.Leased()
+	}
+	voided := k.hold.Void()
+	k.hold = nil
+	return voided
+}
+
+// Sending says of the call of a Voidable ticket that it is on its way. Its methods are
+// safe for concurrent use, also with those of the ticket. The zero Sending does nothing.
+type Sending struct{ hold *wallet.Hold }
+
+// Sending returns what is to hear of it when the call is sent. It is the zero Sending
+// where the reservation is more than calls: what they cost is known at their end.
+func (k *Ticket) Sending() Sending {
+	if k.hold == nil || !k.hold.OfCalls() {
+		return Sending{}
+	}
+	return Sending{k.hold}
+}
+
+// Sent says that somebody may serve the call from now on: it is spent.
+func (s Sending) Sent() {
+	if s.hold != nil {
+		s.hold.Settle(nil)
 	}
 }
 
@@ -131,7 +158,7 @@ func (g *Gate) Take(ctx context.Context, a *Account, req Request, cost *Cost) (V
 		return Verdict{Allowed: true}, Ticket{}
 	}
 	w := g.wallet.Load()
-	if w != nil && (cost == nil || !cost.ofCalls()) {
+	if w != nil && (cost == nil || !cost.Voidable && !cost.ofCalls()) {
 		now := w.Clock()
 		if taken, low := t.TakeOne(a, &req, now, false); taken {
 			if low {
@@ -155,7 +182,7 @@ func (g *Gate) take(ctx context.Context, t *table.Table, w *wallet.Wallet, a *Ac
 	if cost != nil {
 		bounds = &cost.Bounds
 	}
-	reserve := false
+	reserve := cost != nil && cost.Voidable
 	for i, draws := 0, a.Leased(); i < len(draws); i++ {
 		d := &draws[i]
 		if !d.Concerns(req) {

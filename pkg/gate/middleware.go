@@ -46,6 +46,9 @@ type MiddlewareOptions struct {
 	// Lifetime bounds how long calls take, for what is reserved for them; ten
 	// minutes when 0.
 	Lifetime time.Duration
+	// Voidable says that the handler tells of calls that reached nobody
+	// (Report.Unserved), and of all others when they are sent (Report.Sent).
+	Voidable bool
 	// Time is the event time of a request when it is not the clock's; nil means
 	// the clock. Calls whose units came from leases have the ledger's time.
 	Time func(r *http.Request, now time.Time) time.Time
@@ -88,8 +91,36 @@ func (g *Gate) Middleware(o MiddlewareOptions, next http.Handler) http.Handler {
 type Report struct {
 	quantities usage.Quantities
 	unknown    bool
+	uncounted  bool
+	unserved   bool
 	account    string
 	keyID      string
+	sending    Sending
+}
+
+// Sent says that somebody may serve the call from now on, whatever becomes of it. Unlike
+// the other methods it may be called from any goroutine.
+func (r *Report) Sent() {
+	if r != nil {
+		r.sending.Sent()
+	}
+}
+
+// Unserved says that the call reached nobody: it is recorded and uses nothing. What it
+// took of leases goes back, unless it was Sent.
+func (r *Report) Unserved() {
+	if r != nil {
+		r.unserved = true
+	}
+}
+
+// Uncounted says that the call is not to be counted, although somebody may have served
+// it: it is recorded and uses nothing. One whose units were taken from leases is counted
+// all the same, for no more is to be admitted than there is.
+func (r *Report) Uncounted() {
+	if r != nil {
+		r.uncounted = true
+	}
 }
 
 // Unknown says that nobody knows what the call has used, whatever is answered and
@@ -236,11 +267,11 @@ func (x *exchange) request(r *http.Request, model string) Request {
 // wants to know it; nil: one call.
 func (x *exchange) bound(r *http.Request, req Request) (*Cost, error) {
 	meters := x.g.Measured(x.caller.Account, req)
-	if len(meters) == 0 {
+	if len(meters) == 0 && (!x.o.Voidable || len(x.caller.Account.Leased()) == 0) {
 		return nil, nil
 	}
-	cost := &Cost{Lifetime: x.o.Lifetime}
-	if x.o.Bound == nil {
+	cost := &Cost{Lifetime: x.o.Lifetime, Voidable: x.o.Voidable}
+	if x.o.Bound == nil || len(meters) == 0 {
 		return cost, nil
 	}
 	var err error
@@ -284,7 +315,7 @@ func (x *exchange) begin(r *http.Request, id, model string) {
 // pass serves an admitted call and records it.
 func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	x.g.metrics.outcomes[admitted].Inc()
-	report := &Report{account: x.call.Account, keyID: x.call.KeyID}
+	report := &Report{account: x.call.Account, keyID: x.call.KeyID, sending: x.ticket.Sending()}
 	r = r.WithContext(context.WithValue(r.Context(), reportKey{}, report))
 	r.Header.Set(RequestIDHeader, x.call.RequestID)
 	out := answer.New(w, RequestIDHeader, x.call.RequestID, r.Method == http.MethodHead)
@@ -318,6 +349,11 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 // unknown. An answer that tells of a failure and reports nothing has used nothing.
 func (x *exchange) release(report *Report) {
 	q := &x.call.Quantities
+	if report.unserved && x.ticket.Void() || report.uncounted && !x.ticket.Leased() {
+		x.call.Quantities = usage.Quantities{}
+		x.call.Quantities.SetBuiltIn(usage.CallsIndex, 0)
+		return
+	}
 	switch {
 	case report.unknown:
 		x.ticket.Settle(&usage.Quantities{})

@@ -116,7 +116,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 		if p.transports[timeout] == nil {
 			p.transports[timeout] = newTransport(timeout)
 		}
-		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model, p.bodies), Bound: boundOf(c, p.bodies), Lifetime: timeout}
+		m := gate.MiddlewareOptions{Route: c.Name, Region: o.region, Profile: c.Profile, Key: gate.KeyFromHeaders(keyHeaders...), Model: modelOf(&c.Model, p.bodies), Bound: boundOf(c, p.bodies), Lifetime: timeout, Voidable: true}
 		unused := unusedOf(c)
 		m.Unused = func(r *http.Request, model string) usage.MeterSet {
 			if r.Header.Get("Upgrade") != "" {
@@ -267,7 +267,7 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 	ours := headers.NewOurs(dropped, guarded)
 	metersHeader := textproto.CanonicalMIMEHeaderKey(c.MetersHeader)
 	rp := &httputil.ReverseProxy{
-		Transport:  once.Transport{Next: transport},
+		Transport:  once.Transport{Next: transport, Sent: func(r *http.Request) { gate.ReportFrom(r.Context()).Sent() }},
 		BufferPool: &p.buffer,
 		ErrorLog:   stdlog.New(debugLog{p.logger}, "", 0),
 		Rewrite: func(r *httputil.ProxyRequest) {
@@ -307,6 +307,9 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 		},
 		ModifyResponse: func(resp *http.Response) error {
 			// The client's answer carries the id that the event carries.
+			if resp.StatusCode >= 500 && !c.Counts(routes.ServerErrors) {
+				gate.ReportFrom(resp.Request.Context()).Uncounted()
+			}
 			resp.Header.Del(gate.RequestIDHeader)
 			delete(resp.Trailer, gate.RequestIDHeader)
 			delete(resp.Trailer, metersHeader)
@@ -318,7 +321,7 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 			}
 			return nil
 		},
-		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { p.failed(w, r, err, c.Profile) },
+		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { p.failed(w, r, err, c) },
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		rp.ServeHTTP(w, r)
@@ -376,22 +379,30 @@ func (p *proxy) readMeters(resp *http.Response, header string) {
 }
 
 // failed answers for an upstream that did not.
-func (p *proxy) failed(w http.ResponseWriter, r *http.Request, err error, profile refusal.Profile) {
-	var timeout net.Error
-	f := refusal.Refusal{Code: refusal.BadGateway, RequestID: r.Header.Get(gate.RequestIDHeader)}
+func (p *proxy) failed(w http.ResponseWriter, r *http.Request, err error, c *RouteConfig) {
+	report := gate.ReportFrom(r.Context())
+	gone := r.Context().Err() != nil && errors.Is(err, context.Canceled)
+	sent := (*once.SentError)(nil)
 	switch {
-	case r.Context().Err() != nil && errors.Is(err, context.Canceled):
+	case !errors.As(err, &sent):
+		report.Unserved()
+	case !gone && !c.Counts(routes.Unanswered):
+		report.Unknown()
+		report.Uncounted()
+	default:
+		report.Unknown()
+	}
+	if gone {
 		// Nobody reads it; the status is for the event.
 		w.WriteHeader(gate.StatusClientGone)
 		return
-	case errors.As(err, &timeout) && timeout.Timeout():
+	}
+	f := refusal.Refusal{Code: refusal.BadGateway, RequestID: r.Header.Get(gate.RequestIDHeader)}
+	if timeout := (net.Error)(nil); errors.As(err, &timeout) && timeout.Timeout() {
 		f.Code = refusal.GatewayTimeout
 	}
-	if sent := (*once.SentError)(nil); errors.As(err, &sent) {
-		gate.ReportFrom(r.Context()).Unknown()
-	}
 	p.seldom(zerolog.WarnLevel).Err(err).Str("request_id", f.RequestID).Msg("an upstream did not answer")
-	p.answer(w, r, &f, profile)
+	p.answer(w, r, &f, c.Profile)
 }
 
 // seldom is a log line, or where there was one in this second, none: a line a call

@@ -2,6 +2,7 @@ package wallet
 
 import (
 	"context"
+	"sync/atomic"
 	"time"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
@@ -78,11 +79,15 @@ type Hold struct {
 	hold    *lease.Hold
 	parts   []Part
 	pockets []*pocket
+	over    atomic.Bool // settled or voided, or about to be
 }
 
 // Settle says what the call did cost, part by part: the bound where nothing is
 // said (-1).
 func (h *Hold) Settle(actual []int64) {
+	if h.over.Swap(true) {
+		return
+	}
 	how, above := h.hold.Settle(actual, h.d.w.tell())
 	h.d.w.metrics.above.Add(float64(above))
 	h.d.resolved(h.pockets, how)
@@ -91,9 +96,27 @@ func (h *Hold) Settle(actual []int64) {
 // Parts that are reserved; the caller must not change them.
 func (h *Hold) Parts() []Part { return h.parts }
 
-// Void gives everything back: the call cost nothing.
-func (h *Hold) Void() {
-	h.d.resolved(h.pockets, h.hold.Void(h.d.w.tell()))
+// OfCalls reports that only calls are reserved.
+func (h *Hold) OfCalls() bool { return ofCalls(h.parts) }
+
+func ofCalls(parts []Part) bool {
+	for i := range parts {
+		if parts[i].Limit.Meter != usage.Calls {
+			return false
+		}
+	}
+	return true
+}
+
+// Void gives everything back: the call cost nothing. It reports whether that was so:
+// false when it was settled before.
+func (h *Hold) Void() bool {
+	if h.over.Swap(true) {
+		return false
+	}
+	how := h.hold.Void(h.d.w.tell())
+	h.d.resolved(h.pockets, how)
+	return how == lease.Voided || how == lease.Late
 }
 
 // waiter is a call that waits for units.
@@ -212,8 +235,8 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 		r := Result{Standing: DeniedEarly, At: at, Decision: p.decision, Start: usage.Micros(p.start)}
 		if x.grace == 0 {
 			x.grace = now + d.w.grace
-			if x.reserve {
-				x.grace = x.until
+			if x.reserve && !ofCalls(x.parts) {
+				x.grace = x.until // calls are held for as long as it takes to send them
 			}
 		}
 		if now >= x.grace || len(p.queue) >= maxGrace || p.purse.Hopeless(x.parts[at].Units) {

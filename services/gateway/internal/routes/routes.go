@@ -83,6 +83,13 @@ type RouteConfig struct {
 	// call counts as overdue after it.
 	Timeout Duration `yaml:"timeout"`
 
+	// Uncounted are failures of the upstream that count no call: Unanswered (a timeout,
+	// a connection that breaks before the answer) and ServerErrors (an answer of 500
+	// or more). Unanswered when it is nil. A call that reached nobody counts none
+	// anyway; one that limits of the tiers exact and leased concern counts where the
+	// upstream may have served it.
+	Uncounted []string `yaml:"uncounted"`
+
 	// What follows is for accounts with limits of the tiers exact and leased that
 	// count something else than calls: there a call is admitted only if what it can
 	// cost is bounded. Tokens are, by the request: its input by its size, its output
@@ -128,6 +135,20 @@ const (
 	UsageJSON = "json"
 	UsageNone = "none"
 )
+
+// Failures that Uncounted names.
+const (
+	Unanswered   = "unanswered"
+	ServerErrors = "5xx"
+)
+
+// Counts reports whether a call that fails so is counted.
+func (r *RouteConfig) Counts(failure string) bool {
+	if r.Uncounted == nil {
+		return failure != Unanswered
+	}
+	return !slices.Contains(r.Uncounted, failure)
+}
 
 // Duration is written as in "30s".
 type Duration time.Duration
@@ -332,6 +353,11 @@ func (c *Config) problems() []problem {
 		}
 		if r.InputOverhead < 0 || r.InputOverhead > usage.MaxQuantity {
 			add(at+".input_overhead", "%d tokens: 0 to %d are possible", r.InputOverhead, usage.MaxQuantity)
+		}
+		for _, f := range r.Uncounted {
+			if f != Unanswered && f != ServerErrors {
+				add(at+".uncounted", "%q: choose of %s and %s", f, Unanswered, ServerErrors)
+			}
 		}
 		if r.Timeout < 0 {
 			add(at+".timeout", "it is negative")
