@@ -8,6 +8,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/ticket"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/table"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/wallet"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -52,81 +53,12 @@ type Cost struct {
 // defaultLifetime of a call whose Cost does not say.
 const defaultLifetime = 10 * time.Minute
 
-// Ticket is what an admitted call has taken of leases. The zero Ticket is that of a
-// call which no lease concerns. Its methods are for one goroutine at a time.
-type Ticket struct {
-	time usage.Micros
-	hold *wallet.Hold
-}
-
-// Leased reports whether units were taken from leases.
-func (k *Ticket) Leased() bool { return k.time != 0 }
-
-// Stamp makes the call's event say that its units came from leases: its time is
-// then the ledger's when they were taken, so that the call is counted in the
-// windows that they belong to.
-func (k *Ticket) Stamp(c *usage.Call) {
-	if k.time != 0 {
-		c.Time = k.time
-		c.Flags |= usage.FromLease
-	}
-}
-
-// Settle gives back what of the reservation was not used. What q does not know is
-// taken to be used whole, one call excepted. Further calls do nothing.
-func (k *Ticket) Settle(q *usage.Quantities) { k.settle(q, false) }
-
-// Void gives the whole reservation back: the call did not take place. It reports
-// whether nothing of leases is used: where only calls are limited one call is spent,
-// unless it was Voidable and not sent.
-func (k *Ticket) Void() bool {
-	if k.hold == nil {
-		return !k.Leased()
-	}
-	voided := k.hold.Void()
-	k.hold = nil
-	return voided
-}
-
-// Sending says of the call of a Voidable ticket that it is on its way. Its methods are
-// safe for concurrent use, also with those of the ticket. The zero Sending does nothing.
-type Sending struct{ hold *wallet.Hold }
-
-// Sending returns what is to hear of it when the call is sent. It is the zero Sending
-// where the reservation is more than calls: what they cost is known at their end.
-func (k *Ticket) Sending() Sending {
-	if k.hold == nil || !k.hold.OfCalls() {
-		return Sending{}
-	}
-	return Sending{k.hold}
-}
-
-// Sent says that somebody may serve the call from now on: it is spent.
-func (s Sending) Sent() {
-	if s.hold != nil {
-		s.hold.Settle(nil)
-	}
-}
-
-func (k *Ticket) settle(q *usage.Quantities, nothing bool) {
-	if k.hold == nil {
-		return
-	}
-	parts := k.hold.Parts()
-	actual := make([]int64, len(parts))
-	for i := range parts {
-		switch v, known := q.Get(parts[i].Limit.Meter); {
-		case known:
-			actual[i] = v
-		case parts[i].Limit.Meter == usage.Calls:
-			actual[i] = 1
-		case !nothing:
-			actual[i] = -1
-		}
-	}
-	k.hold.Settle(actual)
-	k.hold = nil
-}
+type (
+	// Ticket is what an admitted call has taken of leases.
+	Ticket = ticket.Ticket
+	// Sending hears that the call of a Voidable ticket is on its way.
+	Sending = ticket.Sending
+)
 
 // Measured returns the meters, besides calls, that Take needs bounds of for such a
 // call: limits of the tiers exact and leased count them. It is empty for almost all
@@ -164,7 +96,7 @@ func (g *Gate) Take(ctx context.Context, a *Account, req Request, cost *Cost) (V
 			if low {
 				w.Low(a.Leased())
 			}
-			return Verdict{Allowed: true}, Ticket{time: usage.Micros(now)}
+			return Verdict{Allowed: true}, ticket.New(usage.Micros(now), nil)
 		}
 	}
 	return g.take(ctx, t, w, a, req, cost)
@@ -215,7 +147,7 @@ func (g *Gate) take(ctx context.Context, t *table.Table, w *wallet.Wallet, a *Ac
 				if low {
 					w.Low(a.Leased())
 				}
-				return v, Ticket{time: usage.Micros(now)}
+				return v, ticket.New(usage.Micros(now), nil)
 			}
 		}
 		lifetime := defaultLifetime
@@ -224,7 +156,7 @@ func (g *Gate) take(ctx context.Context, t *table.Table, w *wallet.Wallet, a *Ac
 		}
 		switch r := w.Take(ctx, parts, reserve, lifetime); r.Standing {
 		case wallet.Taken:
-			k = Ticket{time: r.Time, hold: r.Hold}
+			k = ticket.New(r.Time, r.Hold)
 		case wallet.Denied, wallet.DeniedEarly:
 			v = parts[r.At].Denied(r.Decision, r.Start, parts[r.At].Units)
 		default:

@@ -358,7 +358,7 @@ func (x *exchange) release(report *Report) {
 	case report.unknown:
 		x.ticket.Settle(&usage.Quantities{})
 	case x.call.Status >= 400 && x.call.Status != StatusClientGone && q.Len() <= 1:
-		x.ticket.settle(q, true)
+		x.ticket.SettleKnown(q, true)
 	default:
 		x.ticket.Settle(q)
 	}
