@@ -28,6 +28,7 @@ const (
 	closed                             // it has no verdicts
 	dirty                              // its hash is not in the sum
 	corrected                          // its sums were, or those below it
+	retires                            // it has retired counters
 )
 
 // sums are what was reported, meter by meter.

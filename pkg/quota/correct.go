@@ -143,6 +143,9 @@ func (s *Shard) correct(c *Correction) {
 					late = s.adjustLimit(touch{uint32(p), k}, l, at, q.Value) || late
 				}
 			}
+			if a.flags&retires != 0 {
+				late = s.correctRetired(uint32(p), meter, c, at, q.Value) || late
+			}
 		}
 	}
 	if late {

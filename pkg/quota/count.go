@@ -355,8 +355,13 @@ func (s *Shard) countEntry(d int) {
 	}
 	s.total.admitted, s.total.refused = s.add(s.total.admitted, admitted), s.add(s.total.refused, refused)
 	for p := int32(leaf); ; {
-		if admitted > 0 && s.plans.defs[a.plan].n > 0 {
-			s.countLimits(uint32(p), a, d)
+		if admitted > 0 {
+			if s.plans.defs[a.plan].n > 0 {
+				s.countLimits(uint32(p), a, d)
+			}
+			if a.flags&retires != 0 {
+				s.countRetired(uint32(p), d)
+			}
 		}
 		if p = a.parent; p < 0 {
 			return

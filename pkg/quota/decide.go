@@ -122,7 +122,10 @@ func (s *Shard) rebuildTimers() {
 			t := touch{uint32(i), k}
 			l, c, _ := s.limitOf(t)
 			if c.verdict > uint8(usage.Allow) && !s.endless(l) {
-				s.setTimer(t, l.kind.End(int64(c.published)))
+				// What was decided of a window that is over is decided again in this entry.
+				if end := l.kind.End(int64(c.published)); end > s.now {
+					s.setTimer(t, end)
+				}
 			}
 		}
 	}
@@ -231,8 +234,8 @@ func (s *Shard) endless(l *limit) bool {
 	return l.kind == window.Lifetime || l.Amount == 0 && s.core.Version >= deniesForGood
 }
 
-// denyForGood replaces the denials of limits of 0 that gateways believe to end with
-// their window.
+// denyForGood replaces the denials of limits of 0, of which gateways believe to end with
+// their window what does not, when the rules of that change.
 func (s *Shard) denyForGood() {
 	for i := range s.accounts {
 		def := s.plans.defs[s.accounts[i].plan]

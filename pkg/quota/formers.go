@@ -33,18 +33,14 @@ func (s *Shard) successor(old *limit, limits []limit) int {
 	if s.core.Version < carriesLeases {
 		return -1
 	}
-	return slices.IndexFunc(limits, func(l limit) bool { return l.leased && sameCount(old, &l) })
+	return slices.IndexFunc(limits, func(l limit) bool { return l.leased && s.goesOn(old, &l) })
 }
 
 // succeed begins an allowance anew under its limit's new name. The counter is still
 // where it was.
 func (s *Shard) succeed(x *allowance, o uint32, old, l *limit) {
 	x.escrow.Retire()
-	x.formers = append(x.formers, &former{name: old.fullID, escrow: x.escrow})
-	if len(x.formers) > maxFormers {
-		x.forgotten = saturated(x.forgotten, x.formers[0].escrow.Loose())
-		x.formers = slices.Delete(x.formers, 0, 1)
-	}
+	x.remember(&former{name: old.fullID, escrow: x.escrow})
 	for _, f := range x.formers {
 		f.entry.Terms = &l.terms
 	}
@@ -81,17 +77,34 @@ func (s *Shard) formerOf(i uint32, m *LeaseAsk) (*allowance, *former) {
 		if m.WindowStart != l.kind.Start(number) || number != int64(int32(number)) {
 			continue
 		}
-		x := s.allowances[allowanceKey{i, k, int32(number)}]
-		if x == nil {
-			continue
+		if x := s.allowances[allowanceKey{i, k, int32(number)}]; x != nil {
+			if f := x.formerOf(m); f != nil {
+				return x, f
+			}
 		}
-		for _, f := range x.formers {
-			if f.name == m.LimitID && f.escrow.Holds(m.Gateway) {
+	}
+	list := s.retired[i]
+	for at := range list {
+		kind := list[at].limit.kind
+		for _, x := range list[at].allowances {
+			if m.WindowStart != kind.Start(int64(x.key.window)) {
+				continue
+			}
+			if f := x.formerOf(m); f != nil {
 				return x, f
 			}
 		}
 	}
 	return nil, nil
+}
+
+func (x *allowance) formerOf(m *LeaseAsk) *former {
+	for _, f := range x.formers {
+		if f.name == m.LimitID && f.escrow.Holds(m.Gateway) {
+			return f
+		}
+	}
+	return nil
 }
 
 // says takes in what a gateway has used and gives back; it gets nothing more.

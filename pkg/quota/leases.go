@@ -44,6 +44,9 @@ type allowance struct {
 	// first; forgotten is what they may hold under still earlier ones.
 	formers   []*former
 	forgotten int64
+	// parked is the limit that it was of, if the account has none that is leased and
+	// counts the same any more: see retired.
+	parked *limit
 
 	// What this entry brings to it:
 	stirred bool
@@ -129,17 +132,26 @@ func termsOf(l *limit, number int32) lease.Terms {
 }
 
 func (s *Shard) addAllowance(key allowanceKey, l *limit, e *lease.Escrow) *allowance {
+	x := s.newAllowance(key, l, e)
+	s.allowances[key] = x
+	return x
+}
+
+func (s *Shard) newAllowance(key allowanceKey, l *limit, e *lease.Escrow) *allowance {
 	x := &allowance{key: key, escrow: e, end: maxMicros}
 	if l.kind != window.Lifetime {
 		x.end = l.kind.End(int64(key.window))
 	}
 	x.due = x.next()
-	s.allowances[key] = x
 	heap.Push(&s.leaseTimes, x)
 	return x
 }
 
 func (s *Shard) dropAllowance(x *allowance) {
+	if x.parked != nil {
+		s.dropParked(x)
+		return
+	}
 	delete(s.allowances, x.key)
 	heap.Remove(&s.leaseTimes, x.at)
 }
@@ -269,7 +281,6 @@ func (s *Shard) answer(a LeaseAnswer) { s.effects.Answers = append(s.effects.Ans
 // countLeased tells the allowance of the present window what a dictionary
 // entry's calls used of it.
 func (s *Shard) countLeased(p, k uint32, d int, used int64) {
-	f := &s.f
 	def := s.plans.defs[s.accounts[p].plan]
 	l := &s.plans.limits[def.first+k]
 	w := &s.windows[l.kind]
@@ -277,6 +288,14 @@ func (s *Shard) countLeased(p, k uint32, d int, used int64) {
 	if x == nil {
 		return
 	}
+	s.countAllowance(x, l, d, used)
+}
+
+// countAllowance tells an allowance of the present window what a dictionary entry's
+// calls used of it.
+func (s *Shard) countAllowance(x *allowance, l *limit, d int, used int64) {
+	f := &s.f
+	w := &s.windows[l.kind]
 	s.stir(x)
 	leased := int64(0)
 	if f.b.Flags.Values != nil && f.b.Producer != (dedup.Producer{}) {
@@ -310,10 +329,10 @@ func (s *Shard) endLeases(g lease.Gateway, complete bool, marks *LeaseMarks) {
 		return
 	}
 	keep := marked(marks)
-	for _, x := range s.allowances {
+	s.everyAllowance(func(x *allowance) {
 		l := s.limitAt(x)
 		if marks == nil && l.meter != uint32(usage.CallsIndex) {
-			continue
+			return
 		}
 		account := s.name(x.key.account)
 		if x.escrow.Holds(g) {
@@ -328,7 +347,7 @@ func (s *Shard) endLeases(g lease.Gateway, complete bool, marks *LeaseMarks) {
 				s.stir(x)
 			}
 		}
-	}
+	})
 }
 
 // usedAtMost has marks by account and limit.
@@ -389,11 +408,11 @@ func (s *Shard) settle(x *allowance) {
 		s.answerOf(x, l.fullID, l, a)
 	}
 	s.soil(x.key.account)
-	if x.key.window == s.windows[l.kind].number {
+	if x.parked == nil && x.key.window == s.windows[l.kind].number {
 		s.touch(x.key.account, x.key.limit, false)
 	}
 	x.entry, x.counted[0], x.stirred, x.refusing = lease.Entry{}, lease.Counted{}, false, false
-	if x.end <= s.now {
+	if x.end <= s.now || x.parked != nil && len(x.formers) == 0 && x.forgotten == 0 {
 		s.dropAllowance(x)
 		return
 	}
@@ -402,6 +421,9 @@ func (s *Shard) settle(x *allowance) {
 }
 
 func (s *Shard) limitAt(x *allowance) *limit {
+	if x.parked != nil {
+		return x.parked
+	}
 	return &s.plans.limits[s.plans.defs[s.accounts[x.key.account].plan].first+x.key.limit]
 }
 
@@ -414,13 +436,19 @@ func (s *Shard) answerOf(x *allowance, name string, l *limit, a lease.Answer) {
 	s.answer(full)
 }
 
-// moveAllowances has an account's allowances follow its limits. One whose limit
-// is gone, counts something else or is not leased any more is over, and its
-// gateways are told.
+// moveAllowances has an account's allowances follow its limits. Of one whose limit
+// is gone, counts something else or is not leased any more gateways are told that it is
+// over; what they hold of it is kept.
 func (s *Shard) moveAllowances(i uint32, old, limits []limit) {
-	if len(s.allowances) == 0 {
-		return
+	if len(s.allowances) > 0 {
+		s.followLimits(i, old, limits)
 	}
+	if s.accounts[i].flags&retires != 0 {
+		s.unpark(i, limits)
+	}
+}
+
+func (s *Shard) followLimits(i uint32, old, limits []limit) {
 	var moved []*allowance
 	for o := range old {
 		if !old[o].leased {
@@ -432,15 +460,14 @@ func (s *Shard) moveAllowances(i uint32, old, limits []limit) {
 			if x == nil {
 				continue
 			}
-			k := slices.IndexFunc(limits, func(l limit) bool { return l.leased && l.fullID == old[o].fullID && sameCount(&old[o], &l) })
+			k := slices.IndexFunc(limits, func(l limit) bool { return l.leased && l.fullID == old[o].fullID && s.goesOn(&old[o], &l) })
 			if k < 0 {
 				s.endNamed(x, old[o].fullID, &old[o], x.escrow)
-				if k = s.successor(&old[o], limits); k < 0 {
-					for _, f := range x.formers {
-						s.endNamed(x, f.name, &old[o], f.escrow)
-					}
-					s.dropAllowance(x)
-					x.stirred = false
+				if k = s.successor(&old[o], limits); k >= 0 && s.succeeded(old, &limits[k], moved, uint32(k), number) {
+					k = -1 // another goes on there, which takes up what is parked here
+				}
+				if k < 0 {
+					s.leave(x, &old[o])
 					continue
 				}
 				s.succeed(x, uint32(o), &old[o], &limits[k])
@@ -467,6 +494,26 @@ func (s *Shard) moveAllowances(i uint32, old, limits []limit) {
 	for _, x := range moved {
 		s.allowances[x.key] = x
 	}
+}
+
+// succeeded says whether the allowance of a window goes to a limit from elsewhere: from
+// the limit of its own name, or from one that has moved there.
+func (s *Shard) succeeded(old []limit, l *limit, moved []*allowance, k uint32, number int32) bool {
+	return slices.ContainsFunc(moved, func(x *allowance) bool { return x.key.limit == k && x.key.window == number }) ||
+		slices.ContainsFunc(old, func(from limit) bool { return from.leased && from.fullID == l.fullID && s.goesOn(&from, l) })
+}
+
+// leave is the end of an allowance that no limit goes on with.
+func (s *Shard) leave(x *allowance, l *limit) {
+	if s.core.Version >= keepsCounters {
+		s.park(x, l)
+		return
+	}
+	for _, f := range x.formers {
+		s.endNamed(x, f.name, l, f.escrow)
+	}
+	s.dropAllowance(x)
+	x.stirred = false
 }
 
 // settled is what is spent of a limit in the present window: what was counted,
@@ -544,7 +591,7 @@ func (s *Shard) explain(all []LeaseAnswer) {
 func (s *Shard) Resume() []LeaseAnswer {
 	kept := s.effects.Answers
 	s.effects.Answers = nil
-	for _, x := range s.allowances {
+	s.everyAllowance(func(x *allowance) {
 		l := s.limitAt(x)
 		for _, a := range x.escrow.Resume() {
 			s.answerOf(x, l.fullID, l, a)
@@ -552,7 +599,7 @@ func (s *Shard) Resume() []LeaseAnswer {
 		for _, f := range x.formers {
 			s.endNamed(x, f.name, l, f.escrow)
 		}
-	}
+	})
 	s.finishAnswers()
 	all := s.effects.Answers
 	s.effects.Answers = kept

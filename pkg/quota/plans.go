@@ -153,39 +153,45 @@ func (s *Shard) compile(plans []usage.Plan) (limits []limit, defs []planDef) {
 		p := &plans[i]
 		defs[s.plans.number(p.ID)] = planDef{first: uint32(len(limits)), n: uint32(len(p.Limits))}
 		for k := range p.Limits {
-			l := limit{Limit: p.Limits[k], fullID: p.ID + "/" + p.Limits[k].ID, warnAt: math.MaxInt64}
-			l.kind, _ = window.Parse(l.Window) // checked before
-			l.meter = s.meter(l.Meter)
-			l.plain = l.Filter.Empty()
-			l.leased, l.terms = l.Tier.Leased(), leaseTerms(&l.Limit)
-			if l.WarnPercent > 0 {
-				// used*100 >= amount*percent, without leaving 64 bits: the
-				// least such use is the product's hundredth, rounded up.
-				hi, lo := bits.Mul64(uint64(l.Amount), uint64(l.WarnPercent))
-				q, r := bits.Div64(hi, lo, 100)
-				if r > 0 {
-					q++
-				}
-				l.warnAt = int64(q)
-			}
-			l.next[usage.Allow] = min(l.warnAt, l.Amount)
-			l.next[0] = l.next[usage.Allow] // a new counter
-			l.next[usage.Warn] = l.Amount
-			l.next[usage.Deny] = math.MaxInt64
-			limits = append(limits, l)
+			limits = append(limits, s.ready(p.ID, &p.Limits[k]))
 		}
 	}
 	return limits, defs
 }
 
-// sameCount says whether a counter of limit a goes on under limit b.
+// ready makes a limit that was checked ready for counting.
+func (s *Shard) ready(plan string, of *usage.Limit) limit {
+	l := limit{Limit: *of, fullID: plan + "/" + of.ID, warnAt: math.MaxInt64}
+	l.kind, _ = window.Parse(l.Window)
+	l.meter = s.meter(l.Meter)
+	l.plain = l.Filter.Empty()
+	l.leased, l.terms = l.Tier.Leased(), leaseTerms(&l.Limit)
+	if l.WarnPercent > 0 {
+		// used*100 >= amount*percent, without leaving 64 bits: the
+		// least such use is the product's hundredth, rounded up.
+		hi, lo := bits.Mul64(uint64(l.Amount), uint64(l.WarnPercent))
+		q, r := bits.Div64(hi, lo, 100)
+		if r > 0 {
+			q++
+		}
+		l.warnAt = int64(q)
+	}
+	l.next[usage.Allow] = min(l.warnAt, l.Amount)
+	l.next[0] = l.next[usage.Allow] // a new counter
+	l.next[usage.Warn] = l.Amount
+	l.next[usage.Deny] = math.MaxInt64
+	return l
+}
+
+// sameCount says whether a counter of limit a goes on under limit b, by the rules before
+// keepsCounters.
 func sameCount(a, b *limit) bool {
 	return a.ID == b.ID && a.meter == b.meter && a.kind == b.kind && slices.Equal(a.Filter.Models, b.Filter.Models) &&
 		slices.Equal(a.Filter.Routes, b.Filter.Routes) && slices.Equal(a.Filter.Methods, b.Filter.Methods)
 }
 
-// setPlans replaces the plans. A counter goes on when its limit keeps id,
-// meter, window and filter.
+// setPlans replaces the plans. A counter goes on where a limit counts the same meter,
+// window and calls.
 func (s *Shard) setPlans(set *PlanSet) {
 	old := s.plans
 	limits, defs := s.compile(set.Plans)
@@ -206,7 +212,7 @@ func (s *Shard) setPlans(set *PlanSet) {
 }
 
 // changePlan moves an account to another plan of the present set. What was
-// used counts on where the new plan has the same limit: changing plans is no
+// used counts on, also while no limit has its counter: changing plans is no
 // free refill.
 func (s *Shard) changePlan(i, plan uint32) {
 	a := &s.accounts[i]
@@ -215,22 +221,34 @@ func (s *Shard) changePlan(i, plan uint32) {
 	s.moveCounters(i, s.plans.limits[before.first:before.first+before.n], s.plans.limits[now.first:now.first+now.n], s.plans.version)
 }
 
+// precursor is the limit of an account whose counter another of its limits goes on
+// with: of its own id, or any that counts the same; -1: there is none.
+func (s *Shard) precursor(old []limit, l *limit) int {
+	if o := slices.IndexFunc(old, func(from limit) bool { return from.ID == l.ID && s.goesOn(&from, l) }); o >= 0 {
+		return o
+	}
+	return slices.IndexFunc(old, func(from limit) bool { return s.goesOn(&from, l) })
+}
+
 // moveCounters gives an account the counters of its new limits. A limit that is
 // gone while it warned or denied is lifted by a decision of its own.
 func (s *Shard) moveCounters(i uint32, old, limits []limit, oldVersion string) {
 	s.moveAllowances(i, old, limits)
 	first := s.accounts[i].first
 	sameVersion := oldVersion == s.plans.version
-	if !sameBlock(old, limits) {
+	if !s.sameBlock(old, limits) {
 		fresh := s.block(uint32(len(limits)))
 		for k := range limits {
 			c := &s.counters[fresh+uint32(k)]
 			c.number = s.windows[limits[k].kind].number
+			if o := s.precursor(old, &limits[k]); o >= 0 {
+				from := &s.counters[first+uint32(o)]
+				c.cur, c.prev, c.number = from.cur, from.prev, from.number
+			} else {
+				s.takeUp(i, &limits[k], c)
+			}
 			for o := range old {
 				from := &s.counters[first+uint32(o)]
-				if sameCount(&old[o], &limits[k]) {
-					c.cur, c.prev, c.number = from.cur, from.prev, from.number
-				}
 				if old[o].fullID == limits[k].fullID {
 					// The same limit to those outside: its last decision stands
 					// until the next.
@@ -245,9 +263,15 @@ func (s *Shard) moveCounters(i uint32, old, limits []limit, oldVersion string) {
 			if c.verdict > uint8(usage.Allow) {
 				s.lift(i, c, &old[o], oldVersion)
 			}
+			if s.core.Version >= keepsCounters && !slices.ContainsFunc(limits, func(l limit) bool { return sameKey(&old[o], &l) }) {
+				s.retire(i, &old[o], c)
+			}
 		}
 		s.release(first, uint32(len(old)))
 		s.accounts[i].first = fresh
+	}
+	if s.accounts[i].flags&retires != 0 {
+		s.dropTaken(i, limits)
 	}
 	for k := range limits {
 		// What gateways were told while it warns or denies must stay true.
@@ -257,12 +281,12 @@ func (s *Shard) moveCounters(i uint32, old, limits []limit, oldVersion string) {
 }
 
 // sameBlock says whether every counter stays where it is.
-func sameBlock(old, limits []limit) bool {
+func (s *Shard) sameBlock(old, limits []limit) bool {
 	if len(old) != len(limits) {
 		return false
 	}
 	for k := range old {
-		if old[k].fullID != limits[k].fullID || !sameCount(&old[k], &limits[k]) {
+		if old[k].fullID != limits[k].fullID || !s.goesOn(&old[k], &limits[k]) {
 			return false
 		}
 	}

@@ -39,13 +39,16 @@ const (
 //	      and leased there; what gateways hold of the old ones is forgotten.
 //	2     where the other plan has the same limit, what they hold is not handed out
 //	      again before it was counted or has come back.
-//	3     the denial of a limit of 0 has no end.
+//	3     a limit that an account loses goes on counting until its window ends, and what
+//	      it counted and gateways hold of it is there when a limit that counts the same
+//	      comes, whatever its name; the denial of a limit of 0 has no end.
 const CoreVersion = 3
 
-// The first versions by which what is out outlives a change of plan, and by which
-// the denial of a limit of 0 has no end.
+// The first versions by which what is out outlives a change of plan, by which counters
+// do, and by which the denial of a limit of 0 has no end.
 const (
 	carriesLeases = 2
+	keepsCounters = 3
 	deniesForGood = 3
 )
 
@@ -286,10 +289,16 @@ type Shard struct {
 
 	allowances map[allowanceKey]*allowance
 	leaseTimes allowanceHeap
-	stirred    []*allowance // to be applied in this entry
-	adjusted   map[adjustmentKey]int64
-	core       Core
-	newer      *NewerError // nothing is folded any more; not state: the entry is met again
+	// Counters that no limit of their account has, by account: see retired. How many
+	// there are of each kind of window, and the window of which those that ended are
+	// forgotten; neither is state.
+	retired     map[uint32][]retired
+	retirements [window.NumKinds]int
+	purged      [window.NumKinds]int32
+	stirred     []*allowance // to be applied in this entry
+	adjusted    map[adjustmentKey]int64
+	core        Core
+	newer       *NewerError // nothing is folded any more; not state: the entry is met again
 
 	timers  []timerBucket
 	queued  int
@@ -328,6 +337,7 @@ func (s *Shard) init() {
 	s.meterIDs = make(map[usage.Meter]uint32)
 	s.allowances = make(map[allowanceKey]*allowance)
 	s.adjusted = make(map[adjustmentKey]int64)
+	s.retired = make(map[uint32][]retired)
 	for _, m := range usage.BuiltInMeters() {
 		s.meter(m)
 	}
@@ -394,6 +404,9 @@ func (s *Shard) Apply(e Entry) *Effects {
 	}
 	s.fire()
 	s.fireLeases()
+	if len(s.retired) > 0 {
+		s.purge()
+	}
 	for len(s.pending) > 0 && s.pending[0].EffectiveAt <= s.now {
 		set := s.pending[0]
 		s.pending = append(s.pending[:0], s.pending[1:]...)
@@ -520,7 +533,7 @@ func (s *Shard) control(c *Control) {
 	case c.Core != nil:
 		before := s.core.Version
 		s.core = *c.Core
-		if before < deniesForGood && s.core.Version >= deniesForGood {
+		if (before < deniesForGood) != (s.core.Version < deniesForGood) {
 			s.denyForGood()
 		}
 		s.dedup.SetHorizon(c.Core.Horizon, s.now)

@@ -11,7 +11,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
-const snapshotMagic = "TKQ4"
+const snapshotMagic = "TKQ5"
 
 // AppendBinary appends the whole state: counters, plans, identities that were
 // seen, position. Accounts stand in the order in which the log named them, so
@@ -130,6 +130,9 @@ func (s *Shard) appendAccount(out []byte, i uint32) []byte {
 		out = s.appendAdjusted(out, adjustmentKey{i, 0, ofOwn})
 		out = s.appendAdjusted(out, adjustmentKey{i, 0, ofBelow})
 	}
+	if a.flags&retires != 0 {
+		out = s.appendRetired(out, i)
+	}
 	return out
 }
 
@@ -174,25 +177,29 @@ func appendPlanSet(out []byte, p *PlanSet) []byte {
 		out = appendString(out, p.Plans[i].ID)
 		out = binary.AppendUvarint(out, uint64(len(p.Plans[i].Limits)))
 		for k := range p.Plans[i].Limits {
-			l := &p.Plans[i].Limits[k]
-			out = appendString(out, l.ID)
-			out = appendString(out, string(l.Meter))
-			out = appendStrings(out, l.Filter.Models)
-			out = appendStrings(out, l.Filter.Routes)
-			out = appendStrings(out, l.Filter.Methods)
-			out = appendString(out, string(l.Window))
-			out = binary.AppendVarint(out, l.Amount)
-			out = appendString(out, string(l.Tier))
-			out = binary.AppendUvarint(out, uint64(l.WarnPercent))
-			out = appendString(out, string(l.Code))
-			out = appendString(out, l.ActionURL)
-			if l.Tier.Leased() {
-				out = binary.AppendVarint(out, int64(l.Lease.Term))
-				out = binary.AppendVarint(out, int64(l.Lease.Patience))
-				out = binary.AppendVarint(out, int64(l.Lease.ReleaseAfter))
-				out = binary.AppendVarint(out, l.Lease.MaxExposure)
-			}
+			out = appendLimit(out, &p.Plans[i].Limits[k])
 		}
+	}
+	return out
+}
+
+func appendLimit(out []byte, l *usage.Limit) []byte {
+	out = appendString(out, l.ID)
+	out = appendString(out, string(l.Meter))
+	out = appendStrings(out, l.Filter.Models)
+	out = appendStrings(out, l.Filter.Routes)
+	out = appendStrings(out, l.Filter.Methods)
+	out = appendString(out, string(l.Window))
+	out = binary.AppendVarint(out, l.Amount)
+	out = appendString(out, string(l.Tier))
+	out = binary.AppendUvarint(out, uint64(l.WarnPercent))
+	out = appendString(out, string(l.Code))
+	out = appendString(out, l.ActionURL)
+	if l.Tier.Leased() {
+		out = binary.AppendVarint(out, int64(l.Lease.Term))
+		out = binary.AppendVarint(out, int64(l.Lease.Patience))
+		out = binary.AppendVarint(out, int64(l.Lease.ReleaseAfter))
+		out = binary.AppendVarint(out, l.Lease.MaxExposure)
 	}
 	return out
 }
@@ -264,8 +271,9 @@ func Read(data []byte) (*Shard, error) {
 		return nil, errSnapshot
 	}
 	s.accounts = make([]account, 0, n)
+	shared := map[string]*limit{} // of what is retired
 	for range n {
-		if !s.readAccount(&r, n) {
+		if !s.readAccount(&r, n, shared) {
 			return nil, errSnapshot
 		}
 	}
@@ -304,7 +312,7 @@ func (s *Shard) pathsEnd() bool {
 	return true
 }
 
-func (s *Shard) readAccount(r *reader, accounts int) bool {
+func (s *Shard) readAccount(r *reader, accounts int, shared map[string]*limit) bool {
 	id := r.bytes()
 	if len(id) == 0 || len(id) > usage.MaxIDBytes {
 		return false
@@ -312,7 +320,7 @@ func (s *Shard) readAccount(r *reader, accounts int) bool {
 	i := uint32(len(s.accounts))
 	a := account{id: uint32(len(s.ids)), idLen: uint16(len(id))}
 	s.ids = append(s.ids, id...)
-	if a.flags = accountFlags(r.byte()); a.flags&^(known|closed|corrected) != 0 {
+	if a.flags = accountFlags(r.byte()); a.flags&^(known|closed|corrected|retires) != 0 {
 		return false
 	}
 	if a.flags&known == 0 {
@@ -360,6 +368,9 @@ func (s *Shard) readAccount(r *reader, accounts int) bool {
 	}
 	s.accounts = append(s.accounts, a)
 	s.soil(i)
+	if a.flags&retires != 0 && !s.readRetired(r, i, shared) {
+		return false
+	}
 	return !r.bad
 }
 
@@ -476,18 +487,22 @@ func (r *reader) planSet() PlanSet {
 	for n := r.count(); n > 0 && !r.bad; n-- {
 		plan := usage.Plan{ID: r.string()}
 		for k := r.count(); k > 0 && !r.bad; k-- {
-			l := usage.Limit{
-				ID: r.string(), Meter: usage.Meter(r.string()),
-				Filter: usage.Filter{Models: r.strings(), Routes: r.strings(), Methods: r.strings()},
-				Window: usage.WindowKind(r.string()), Amount: r.varint(), Tier: usage.Tier(r.string()),
-				WarnPercent: uint32(r.uvarint()), Code: usage.Code(r.string()), ActionURL: r.string(),
-			}
-			if l.Tier.Leased() {
-				l.Lease = usage.LeaseTerms{Term: usage.Micros(r.varint()), Patience: usage.Micros(r.varint()), ReleaseAfter: usage.Micros(r.varint()), MaxExposure: r.varint()}
-			}
-			plan.Limits = append(plan.Limits, l)
+			plan.Limits = append(plan.Limits, r.limit())
 		}
 		p.Plans = append(p.Plans, plan)
 	}
 	return p
+}
+
+func (r *reader) limit() usage.Limit {
+	l := usage.Limit{
+		ID: r.string(), Meter: usage.Meter(r.string()),
+		Filter: usage.Filter{Models: r.strings(), Routes: r.strings(), Methods: r.strings()},
+		Window: usage.WindowKind(r.string()), Amount: r.varint(), Tier: usage.Tier(r.string()),
+		WarnPercent: uint32(r.uvarint()), Code: usage.Code(r.string()), ActionURL: r.string(),
+	}
+	if l.Tier.Leased() {
+		l.Lease = usage.LeaseTerms{Term: usage.Micros(r.varint()), Patience: usage.Micros(r.varint()), ReleaseAfter: usage.Micros(r.varint()), MaxExposure: r.varint()}
+	}
+	return l
 }

@@ -24,7 +24,7 @@ var large = map[string]struct {
 	"pkg/gate/wallet":                   {1600, "a purse on its way between calls, ledger, journal and shelf, under the lock of its shard: the parts would hand that lock to each other"},
 	"pkg/lease":                         {2100, "two state machines and the words between them: apart, each would be tested against a description of the other"},
 	"pkg/ledger":                        {4120, "the wire is known in one place; half of it is one codec, a writer and a distrustful reader of the same columns, which a package of its own would have to export all over again"},
-	"pkg/quota":                         {3800, "one state machine: counting, deciding, leases, corrections, snapshot and queries share a state without pointers; packages for them would export its innards to each other and to nobody else"},
+	"pkg/quota":                         {4400, "one state machine: counting, deciding, leases, retired counters, corrections, snapshot and queries share a state without pointers; packages for them would export its innards to each other and to nobody else"},
 	"services/aggregator":               {1800, "the owner of a shard is one loop over one state: it reads, folds, publishes, keeps and hands over; what is pure or only asks NATS has rooms of its own"},
 	"services/internal/embedclickhouse": {2300, "installing, configuring and supervising one foreign process"},
 	"services/internal/soak":            {1700, "one file a scenario; what they share has rooms of its own below"},

@@ -69,8 +69,8 @@ func (x *Explainer) replay(ctx context.Context, id ksuid.KSUID, below trace.Posi
 	}
 	// All that fed the counter stands from here on.
 	all := uint64(1)
-	if d.PeriodEnd != 0 {
-		if all, err = sequenceAt(ctx, stream, state, d.PeriodStart.Time()); err != nil {
+	if start, end := trace.Window(&d.Decision); end != 0 {
+		if all, err = sequenceAt(ctx, stream, state, start.Time()); err != nil {
 			return nil, err
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/segmentio/ksuid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
@@ -276,6 +277,9 @@ func randomShard(t *testing.T, seed uint64) *shardLog {
 		if len(set) > 0 {
 			l.accounts(set...)
 		}
+	}
+	if seed%3 != 0 { // else by the rules before the ledger said any
+		l.control(&tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_CoreVersion{CoreVersion: &tollkeeperv1.CoreVersion{Version: quota.CoreVersion, ForeignHorizonMicros: int64(dedup.DefaultHorizon)}}})
 	}
 	newPlans()
 	newAccounts()

@@ -16,6 +16,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/pkg/window"
 	"github.com/tollkeeper/tollkeeper/services/internal/fold"
 )
 
@@ -127,18 +128,30 @@ type Trace struct {
 	// Decoder holds the last entry.
 	Decoder fold.Decoder
 
-	o        Options
-	probe    *probe
-	tracking bool
-	rows     ring
-	under    map[string]bool
-	flags    []bool // by entry of the account dictionary
-	scratch  []row
+	o          Options
+	start, end usage.Micros // of the target's window; 0 for lifetime
+	probe      *probe
+	tracking   bool
+	rows       ring
+	under      map[string]bool
+	flags      []bool // by entry of the account dictionary
+	scratch    []row
 }
 
 // New returns a trace before its first entry.
 func New(o Options) *Trace {
-	return &Trace{o: o, rows: ring{most: o.Most}, under: map[string]bool{}, Decoder: fold.Decoder{Frame: ledger.Frame{CostsIn: o.Currency}}}
+	t := &Trace{o: o, rows: ring{most: o.Most}, under: map[string]bool{}, Decoder: fold.Decoder{Frame: ledger.Frame{CostsIn: o.Currency}}}
+	t.start, t.end = Window(o.Target)
+	return t
+}
+
+// Window is what a decision counts in: its period, or, of a denial that has no end
+// though its limit has windows, that of its time; 0 and 0 for lifetime.
+func Window(d *usage.Decision) (start, end usage.Micros) {
+	if d.PeriodEnd != 0 {
+		return d.PeriodStart, d.PeriodEnd
+	}
+	return window.Bounds(d.Window, d.DecidedAt)
 }
 
 // Rows returns the calls that fed the counter, oldest first, and whether there
@@ -159,7 +172,7 @@ func (t *Trace) Apply(m *ledger.Message) error {
 	}
 	t.Entries++
 	last := m.Sequence == t.o.Target.Revision
-	if !t.tracking && (last || t.o.Target.PeriodEnd == 0 || max(e.Time, state.Now()) >= t.o.Target.PeriodStart) {
+	if !t.tracking && (last || t.end == 0 || max(e.Time, state.Now()) >= t.start) {
 		t.begin(e, last)
 	}
 	version := state.PlanVersion()
@@ -224,7 +237,7 @@ func (t *Trace) Apply(m *ledger.Message) error {
 // begin takes note of where the counter stands when its window begins, or the
 // replay does within it.
 func (t *Trace) begin(e quota.Entry, last bool) {
-	rolled := t.o.State.Now() < t.o.Target.PeriodStart
+	rolled := t.o.State.Now() < t.start
 	t.tracking, t.PeriodNew = true, rolled && last
 	t.Fed.Since = e.Sequence
 	if !t.o.Snapshot || rolled {
@@ -235,10 +248,20 @@ func (t *Trace) begin(e quota.Entry, last bool) {
 	}
 }
 
-// lookup returns the counter's value; false when the account has no such limit.
-// A limit of another plan that has the same name and counts the same is the
-// same counter: it goes on when the account changes plans.
+// lookup returns the counter's value; false when nothing counts that. What counts the
+// same is the same counter, whatever the limit is called and while there is none.
 func (t *Trace) lookup() (int64, bool) {
+	d := t.o.Target
+	if t.o.State.Core().Version < 3 {
+		return t.lookupByName()
+	}
+	used, begin, ok := t.o.State.Counted(d.Account, d.LimitID, d.Meter, d.Window, &d.Filter)
+	return used, ok && begin == t.start
+}
+
+// lookupByName is lookup by the rules before version 3: a limit of another plan that has
+// the same name and counts the same is the same counter.
+func (t *Trace) lookupByName() (int64, bool) {
 	u, ok := t.o.State.Account(t.o.Target.Account)
 	if !ok {
 		return 0, false
@@ -257,7 +280,7 @@ func (t *Trace) lookup() (int64, bool) {
 			match = l
 		}
 	}
-	if match == nil || match.PeriodStart != t.o.Target.PeriodStart {
+	if match == nil || match.PeriodStart != t.start {
 		return 0, false
 	}
 	return match.Used, true
@@ -338,7 +361,7 @@ func (t *Trace) correction(at usage.Micros) int64 {
 		when = at
 	}
 	f := &d.Filter
-	if d.PeriodEnd != 0 && when < d.PeriodStart || !t.isUnder(c.GetAccount()) || !f.Match(c.GetModel(), c.GetRoute(), c.GetMethod()) {
+	if t.end != 0 && when < t.start || !t.isUnder(c.GetAccount()) || !f.Match(c.GetModel(), c.GetRoute(), c.GetMethod()) {
 		return 0
 	}
 	for _, q := range c.GetAdjustments() {
@@ -380,7 +403,7 @@ func (t *Trace) counted(b *quota.Batch, f *ledger.Frame, at usage.Micros, repeat
 		if !t.flags[f.Account.ID(i)] || !f.Admitted(i) || repeated != nil && repeated[i] {
 			continue
 		}
-		if d.PeriodEnd != 0 && min(usage.Micros(f.Time.At(i)), at) < d.PeriodStart {
+		if t.end != 0 && min(usage.Micros(f.Time.At(i)), at) < t.start {
 			continue
 		}
 		if !d.Filter.Empty() && !matches(&d.Filter, f, i) {
