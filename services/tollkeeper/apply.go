@@ -2,18 +2,19 @@ package tollkeeper
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"strings"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/schollz/progressbar/v3"
 
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/session"
 )
 
 // ApplyOptions of an apply.
@@ -27,9 +28,10 @@ type ApplyOptions struct {
 	// returns true.
 	Confirm func() bool
 	Out     io.Writer
+	// Wait is how long NATS may not answer; session.DefaultWait when 0.
+	Wait time.Duration
 	// Stall is after how long without any progress it is given up; 0 is never.
-	// Connecting and reading what holds may each take as long; Confirm may take
-	// any time.
+	// Reading what holds may take as long; Confirm may take any time.
 	Stall time.Duration
 	// Progress is a terminal that shows how far it is when it takes long; nil
 	// shows nothing.
@@ -72,7 +74,8 @@ func (p *applyProgress) end() {
 }
 
 // Apply shows what a plans file would change and applies it. A file with a
-// problem changes nothing; its error (*plans.Error) names file, line and reason.
+// problem changes nothing; its error (*plans.Error) names file, line and reason. After
+// any other error but a *PartialError nothing was changed either, and the error says so.
 func Apply(ctx context.Context, o ApplyOptions) error {
 	data, err := os.ReadFile(o.File)
 	if err != nil {
@@ -82,15 +85,15 @@ func Apply(ctx context.Context, o ApplyOptions) error {
 	if err != nil {
 		return err
 	}
-	nc, js, err := connectToApply(ctx, o)
+	conn, err := session.Open(ctx, session.Options{NATS: o.NATS, Wait: o.Wait})
 	if err != nil {
-		return err
+		return unchanged(err)
 	}
-	defer nc.Close()
-	applier := &plans.Applier{JS: js, NC: nc, Stall: o.Stall}
-	diff, err := planToApply(ctx, applier, doc, o.Stall)
+	defer conn.Close()
+	applier := &plans.Applier{JS: conn.JS, NC: conn.NC, Stall: o.Stall}
+	diff, err := planToApply(conn.Context(), applier, doc, o.Stall)
 	if err != nil {
-		return err
+		return unchanged(conn.Err(err))
 	}
 	if diff.Empty() {
 		_, err := fmt.Fprintln(o.Out, "nothing would change: the file is what holds")
@@ -108,43 +111,66 @@ func Apply(ctx context.Context, o ApplyOptions) error {
 		defer p.end()
 		applier.Progress = p.show
 	}
-	if diff, err = applier.Apply(ctx, doc, o.Author); err != nil {
-		return err
+	if o.Stall > 0 {
+		// One answer may take as long as all of it may make no progress.
+		if applier.JS, err = jetstream.New(conn.NC, jetstream.WithDefaultTimeout(o.Stall)); err != nil {
+			return unchanged(fmt.Errorf("jetstream: %w", err))
+		}
+	}
+	begun := false
+	applier.Began = func() { begun = true }
+	if diff, err = applier.Apply(conn.Context(), doc, o.Author); err != nil {
+		if err = conn.Lost(err); begun {
+			return &PartialError{Stall: o.Stall, Err: err}
+		}
+		return unchanged(err)
 	}
 	_, err = fmt.Fprintf(o.Out, "applied: version %s\n", diff.To)
 	return err
 }
 
-// bounded is ctx for one step that must be done within d; 0 is no bound.
-func bounded(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
-	if d <= 0 {
-		return context.WithCancel(ctx)
+// unchanged says of an error that nothing was changed; problems of the file say it
+// themselves, since they name what to change in it.
+func unchanged(err error) error {
+	var problem *plans.Error
+	if errors.As(err, &problem) {
+		return err
 	}
-	return context.WithTimeout(ctx, d)
+	return fmt.Errorf("nothing was changed: %w", err)
 }
 
-func connectToApply(ctx context.Context, o ApplyOptions) (*nats.Conn, jetstream.JetStream, error) {
-	ctx, cancel := bounded(ctx, o.Stall)
-	defer cancel()
-	nc, err := natsconn.Connect(ctx, o.NATS)
-	if err != nil {
-		return nil, nil, err
-	}
-	var opts []jetstream.JetStreamOpt
-	if o.Stall > 0 {
-		// One answer may take as long as all of it may make no progress.
-		opts = append(opts, jetstream.WithDefaultTimeout(o.Stall))
-	}
-	js, err := jetstream.New(nc, opts...)
-	if err != nil {
-		nc.Close()
-		return nil, nil, fmt.Errorf("jetstream: %w", err)
-	}
-	return nc, js, nil
+// PartialError says that an apply failed after it may have changed something.
+type PartialError struct {
+	Stall time.Duration
+	Err   error
 }
 
+// Error says what to do.
+func (e *PartialError) Error() string {
+	var stalled *plans.StalledError
+	if errors.As(e.Err, &stalled) || errors.Is(e.Err, context.DeadlineExceeded) {
+		return fmt.Sprintf("no progress within %s (--timeout), and perhaps applied in part: apply it again, which completes what was begun; give it longer with --timeout if NATS is slow: %v", e.Stall, e.Err)
+	}
+	return fmt.Sprintf("perhaps applied in part: apply it again, which completes what was begun: %v", e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *PartialError) Unwrap() error { return e.Err }
+
+// planToApply gives up after stall, by a cause instead of a deadline: each request to
+// NATS keeps the session's, which is shorter.
 func planToApply(ctx context.Context, applier *plans.Applier, doc *plans.Document, stall time.Duration) (plans.Diff, error) {
-	ctx, cancel := bounded(ctx, stall)
-	defer cancel()
-	return applier.Plan(ctx, doc)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if stall > 0 {
+		late := time.AfterFunc(stall, func() {
+			cancel(fmt.Errorf("reading what holds took longer than %s: give it longer with --timeout", stall))
+		})
+		defer late.Stop()
+	}
+	diff, err := applier.Plan(ctx, doc)
+	if err != nil && ctx.Err() != nil {
+		return diff, context.Cause(ctx)
+	}
+	return diff, err
 }

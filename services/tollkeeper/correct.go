@@ -3,6 +3,7 @@ package tollkeeper
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -10,17 +11,17 @@ import (
 	"strings"
 	"time"
 
-	"github.com/nats-io/nats.go/jetstream"
-
-	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/internal/corrections"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/session"
 )
 
 // CorrectOptions of a correction.
 type CorrectOptions struct {
 	Act  corrections.Act
 	NATS natsconn.Options
+	// Wait is how long NATS may not answer; session.DefaultWait when 0.
+	Wait time.Duration
 	// Horizon of acts, as the aggregator has it; 0 means a day.
 	Horizon time.Duration
 	// JSON writes one object for machines.
@@ -31,21 +32,24 @@ type CorrectOptions struct {
 // Correct makes a correction and says what came of it. Refusals are of type
 // *corrections.Error; nothing was changed then.
 func Correct(ctx context.Context, o CorrectOptions) error {
-	nc, err := natsconn.Connect(ctx, o.NATS)
+	conn, err := session.Open(ctx, session.Options{NATS: o.NATS, Wait: o.Wait})
 	if err != nil {
-		return err
+		return fmt.Errorf("nothing was corrected: %w", err)
 	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		return fmt.Errorf("jetstream: %w", err)
+	defer conn.Close()
+	s := &corrections.Submitter{JS: conn.JS, NC: conn.NC, Shards: conn.Geometry.Shards, Horizon: o.Horizon}
+	r, err := s.Submit(conn.Context(), o.Act)
+	var (
+		refused *corrections.Error
+		unclear *corrections.UnclearError
+	)
+	switch {
+	case errors.As(err, &refused), err == nil:
+	case errors.As(err, &unclear):
+		unclear.Err = conn.Err(unclear.Err)
+	default:
+		err = fmt.Errorf("nothing was corrected: %w", conn.Err(err))
 	}
-	geometry, err := ledger.ReadGeometry(ctx, js)
-	if err != nil {
-		return err
-	}
-	s := &corrections.Submitter{JS: js, NC: nc, Shards: geometry.Shards, Horizon: o.Horizon}
-	r, err := s.Submit(ctx, o.Act)
 	if err != nil {
 		return err
 	}

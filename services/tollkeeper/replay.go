@@ -32,6 +32,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/modelserver"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/replay"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/session"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/trace"
 )
 
@@ -88,15 +89,12 @@ func Replay(ctx context.Context, o ReplayOptions) (*replay.Report, error) {
 	}
 	r := &replayRun{o: o, id: strings.ToLower(ksuid.New().String()[19:])}
 	o.NATS.Name = "tollkeeper replay"
-	nc, err := natsconn.Connect(ctx, o.NATS)
+	conn, err := session.Open(ctx, session.Options{NATS: o.NATS})
 	if err != nil {
 		return nil, err
 	}
-	defer nc.Close()
-	r.nc = nc
-	if r.js, err = jetstream.New(nc); err != nil {
-		return nil, fmt.Errorf("jetstream: %w", err)
-	}
+	defer conn.Close()
+	r.nc, r.js = conn.NC, conn.JS
 	if err := r.awaitLedger(ctx); err != nil {
 		return nil, err
 	}

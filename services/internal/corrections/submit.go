@@ -126,7 +126,7 @@ func (s *Submitter) Submit(ctx context.Context, a Act) (Result, error) {
 			err = l.read(ctx, a.ID, a.ID.Time().Add(-clockSlack))
 		}
 		if err != nil {
-			return Result{}, fmt.Errorf("the correction %s may or may not have been made: submit it again with this id: %w", a.ID, err)
+			return Result{}, &UnclearError{ID: a.ID, Err: err}
 		}
 	}
 	if l.found != nil {
@@ -142,6 +142,20 @@ func (s *Submitter) Submit(ctx context.Context, a Act) (Result, error) {
 	s.awaitCounted(ctx, &out)
 	return out, nil
 }
+
+// UnclearError says that a correction may or may not have been made.
+type UnclearError struct {
+	ID  ksuid.KSUID
+	Err error
+}
+
+// Error says what to do.
+func (e *UnclearError) Error() string {
+	return fmt.Sprintf("the correction %s may or may not have been made: submit it again with this id: %v", e.ID, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *UnclearError) Unwrap() error { return e.Err }
 
 func (s *Submitter) plans(ctx context.Context) (*plans.Applied, plans.Index, error) {
 	if s.Plans != nil {

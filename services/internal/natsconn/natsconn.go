@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -84,7 +85,14 @@ func Connect(ctx context.Context, o Options) (*nats.Conn, error) {
 	}
 	c.away(zerolog.DebugLevel, "connecting to NATS at "+target)
 	for try := 0; ; try++ {
-		nc, err := nats.Connect(o.URL, opts...)
+		tried := opts
+		if end, ok := ctx.Deadline(); ok {
+			// A server that says nothing holds a try up for all of its time.
+			if left := max(time.Until(end), time.Millisecond); left < c.timeout() {
+				tried = append(slices.Clone(opts), nats.Timeout(left))
+			}
+		}
+		nc, err := nats.Connect(o.URL, tried...)
 		if err == nil {
 			if ctx.Err() != nil {
 				// Its own handlers must not report the end of a
@@ -196,11 +204,32 @@ func (c *changes) mute() {
 }
 
 func (c *changes) gaveUp(ctx context.Context, last error) error {
-	if last == nil {
-		return fmt.Errorf("connect to NATS at %s: %w", c.target, ctx.Err())
+	e := &TimeoutError{Target: c.target, Err: ctx.Err()}
+	if last != nil {
+		e.Last = scrub(last, c.o)
 	}
-	return fmt.Errorf("connect to NATS at %s: %w (last answer: %s)", c.target, ctx.Err(), scrub(last, c.o))
+	return e
 }
+
+// TimeoutError says that the waiting was over before NATS accepted a connection.
+type TimeoutError struct {
+	Target string
+	// Last is why the last try failed, without secrets; empty when that is not known.
+	Last string
+	Err  error // the context's
+}
+
+// Error is a sentence without secrets.
+func (e *TimeoutError) Error() string {
+	s := fmt.Sprintf("connect to NATS at %s: %v", e.Target, e.Err)
+	if e.Last != "" {
+		s += fmt.Sprintf(" (last answer: %s)", e.Last)
+	}
+	return s
+}
+
+// Unwrap returns the context's error.
+func (e *TimeoutError) Unwrap() error { return e.Err }
 
 // Error is a refused connection. Its text has no secrets; its cause, for
 // errors.Is, is not meant to be printed.
@@ -215,15 +244,18 @@ func (e *Error) Error() string { return e.text }
 // Unwrap returns the cause, such as nats.ErrAuthorization.
 func (e *Error) Unwrap() error { return e.cause }
 
+func (c *changes) timeout() time.Duration {
+	if c.o.Timeout > 0 {
+		return c.o.Timeout
+	}
+	return DefaultTimeout
+}
+
 func (c *changes) options() ([]nats.Option, error) {
 	o := c.o
-	timeout := o.Timeout
-	if timeout <= 0 {
-		timeout = DefaultTimeout
-	}
 	opts := []nats.Option{
 		nats.Name(o.Name),
-		nats.Timeout(timeout),
+		nats.Timeout(c.timeout()),
 		nats.MaxReconnects(-1),
 		nats.ReconnectBufSize(-1),
 		nats.CustomReconnectDelay(func(tries int) time.Duration { return delay(tries, rand.Float64()) }),

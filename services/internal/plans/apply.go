@@ -59,6 +59,10 @@ type Applier struct {
 	// records of an act are acknowledged; total is 0 when that is not known: it
 	// reads, or another who does the same act gets on. It may be nil.
 	Progress func(done, total int)
+	// Began hears, at least once, that what comes next may change what holds, of this
+	// act or of another that has to be completed first; it may be nil. Where it heard
+	// nothing, an Apply that failed has changed nothing.
+	Began func()
 
 	// step is called between the steps of an act; tests let it fail.
 	step func(name string) error
@@ -363,6 +367,7 @@ func (a *Applier) begin(ctx context.Context, s *store, now Applied, doc *Documen
 	if err := a.at("document"); err != nil {
 		return "", false, err
 	}
+	a.began()
 	if _, err := s.put(ctx, pendingKey, m, rev); err != nil {
 		if err := errors.Join(err, s.discard(ctx, m.DocumentID)); !errors.Is(err, ErrConflict) {
 			return "", false, err
@@ -371,6 +376,12 @@ func (a *Applier) begin(ctx context.Context, s *store, now Applied, doc *Documen
 		return id, false, err
 	}
 	return m.Act.ID, true, a.at("intent")
+}
+
+func (a *Applier) began() {
+	if a.Began != nil {
+		a.Began()
+	}
 }
 
 // closedAfter returns the roots of all accounts that were removed so far.
@@ -414,6 +425,7 @@ func (a *Applier) complete(ctx context.Context, s *store, g ledger.Geometry, id 
 			}
 			return errStale
 		}
+		a.began()
 		c := &claim{a: a, store: s, m: pending, rev: rev}
 		if err := a.perform(ctx, c, entries(pending.Act, before.Document, next.Document, g.Shards), before.Document, next.Document); err != nil {
 			return err

@@ -418,6 +418,41 @@ func dieAt(n int) func(string) error {
 	}
 }
 
+// Whoever hears nothing may say that nothing was changed.
+func TestAnApplyThatMayHaveChangedSomethingHasSaidSo(t *testing.T) {
+	t.Parallel()
+	b := newBus(t)
+	n := b.steps(t)
+	silent, heard := 0, 0
+	for at := range n {
+		b.reset(t)
+		if _, err := b.applier().Apply(t.Context(), first(), "ada"); err != nil {
+			t.Fatal(err)
+		}
+		before, err := b.applier().Current(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		began := false
+		dies := b.applier()
+		dies.step, dies.Began = dieAt(at), func() { began = true }
+		if _, err := dies.Apply(t.Context(), second(), "bob"); !errors.Is(err, errCrash) {
+			t.Fatalf("step %d: %v", at, err)
+		}
+		if began {
+			heard++
+			continue
+		}
+		silent++
+		if now, err := b.applier().Current(t.Context()); err != nil || now.Version != before.Version || now.Unfinished != "" {
+			t.Errorf("step %d: nothing was said, and %+v became %+v (%v)", at, before, now, err)
+		}
+	}
+	if silent == 0 || heard < 10 {
+		t.Errorf("%d times nothing was said, %d times something", silent, heard)
+	}
+}
+
 func TestACrashBetweenAnyTwoStepsIsRepairedByApplyingAgain(t *testing.T) {
 	t.Parallel()
 	b := newBus(t)

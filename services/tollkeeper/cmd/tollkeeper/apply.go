@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/user"
@@ -13,7 +12,6 @@ import (
 	"github.com/mattn/go-isatty"
 
 	"github.com/tollkeeper/tollkeeper/services/internal/config"
-	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper"
 )
 
@@ -25,7 +23,8 @@ type applyCmd struct {
 	Timeout    time.Duration          `default:"1m" help:"How long it may go on without any progress; all of it may take longer."`
 	NATSURL    string                 `name:"nats-url" env:"TOLLKEEPER_NATS_URL" help:"NATS of the Tollkeeper; the one that runs in the data directory when empty."`
 	NATS       config.NATSCredentials `embed:""`
-	DataDir    string                 `name:"data-dir" env:"TOLLKEEPER_DATA_DIR" default:".tollkeeper" type:"path" help:"Data directory of the Tollkeeper that runs here."`
+	natsWait   `embed:""`
+	DataDir    string `name:"data-dir" env:"TOLLKEEPER_DATA_DIR" default:".tollkeeper" type:"path" help:"Data directory of the Tollkeeper that runs here."`
 	commandLog `embed:""`
 }
 
@@ -51,21 +50,12 @@ func (c *applyCmd) Run(ctx context.Context) error {
 		}
 	}
 	o := tollkeeper.ApplyOptions{
-		File: c.File, NATS: c.NATS.Options(c.NATSURL, "apply", log), Author: c.Author, Out: os.Stdout, Confirm: c.confirm, Stall: c.Timeout,
+		File: c.File, NATS: c.NATS.Options(c.NATSURL, "apply", log), Author: c.Author, Out: os.Stdout, Confirm: c.confirm, Wait: c.NATSWait, Stall: c.Timeout,
 	}
 	if isatty.IsTerminal(os.Stderr.Fd()) {
 		o.Progress = os.Stderr
 	}
-	return c.explain(tollkeeper.Apply(ctx, o))
-}
-
-// explain says what to do when it took too long.
-func (c *applyCmd) explain(err error) error {
-	var stalled *plans.StalledError
-	if errors.As(err, &stalled) || errors.Is(err, context.DeadlineExceeded) {
-		return fmt.Errorf("no progress within %s (--timeout), and perhaps applied in part: apply it again, which completes what was begun; give it longer with --timeout if NATS is slow: %w", c.Timeout, err)
-	}
-	return err
+	return tollkeeper.Apply(ctx, o)
 }
 
 func (c *applyCmd) confirm() bool {

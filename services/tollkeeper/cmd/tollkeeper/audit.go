@@ -19,7 +19,8 @@ type auditCmd struct {
 	Horizon    time.Duration          `name:"foreign-horizon" env:"TOLLKEEPER_FOREIGN_HORIZON" default:"24h" help:"How long the aggregator remembered events of foreign producers before the ledger began to say so itself."`
 	NATSURL    string                 `name:"nats-url" env:"TOLLKEEPER_NATS_URL" help:"NATS of the Tollkeeper; the one that runs in the data directory when empty."`
 	NATS       config.NATSCredentials `embed:""`
-	DataDir    string                 `name:"data-dir" env:"TOLLKEEPER_DATA_DIR" default:".tollkeeper" type:"path" help:"Data directory of the Tollkeeper that runs here."`
+	natsWait   `embed:""`
+	DataDir    string `name:"data-dir" env:"TOLLKEEPER_DATA_DIR" default:".tollkeeper" type:"path" help:"Data directory of the Tollkeeper that runs here."`
 	commandLog `embed:""`
 }
 
@@ -41,9 +42,9 @@ func (c *auditCmd) Run(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 	defer cancel()
 	err = statehash.Print(ctx, statehash.Options{
-		NATS: c.NATS.Options(c.NATSURL, "audit", log), Only: c.Shard, Horizon: c.Horizon, JSON: c.JSON, Out: os.Stdout, Progress: os.Stderr,
+		NATS: c.NATS.Options(c.NATSURL, "audit", log), Wait: c.NATSWait, Only: c.Shard, Horizon: c.Horizon, JSON: c.JSON, Out: os.Stdout, Progress: os.Stderr,
 	})
-	if errors.Is(err, context.DeadlineExceeded) {
+	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return fmt.Errorf("not done within %s: give it longer with --timeout: %w", c.Timeout, err)
 	}
 	return err

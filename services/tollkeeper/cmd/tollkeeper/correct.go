@@ -34,7 +34,8 @@ type correctCmd struct {
 	Horizon    time.Duration          `name:"foreign-horizon" env:"TOLLKEEPER_FOREIGN_HORIZON" default:"24h" help:"How long the aggregator remembers acts and events of foreign producers."`
 	NATSURL    string                 `name:"nats-url" env:"TOLLKEEPER_NATS_URL" help:"NATS of the Tollkeeper; the one that runs in the data directory when empty."`
 	NATS       config.NATSCredentials `embed:""`
-	DataDir    string                 `name:"data-dir" env:"TOLLKEEPER_DATA_DIR" default:".tollkeeper" type:"path" help:"Data directory of the Tollkeeper that runs here."`
+	natsWait   `embed:""`
+	DataDir    string `name:"data-dir" env:"TOLLKEEPER_DATA_DIR" default:".tollkeeper" type:"path" help:"Data directory of the Tollkeeper that runs here."`
 	commandLog `embed:""`
 }
 
@@ -73,8 +74,8 @@ func (c *correctCmd) Run(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 	defer cancel()
-	err = tollkeeper.Correct(ctx, tollkeeper.CorrectOptions{Act: act, NATS: c.NATS.Options(c.NATSURL, "correct", log), Horizon: c.Horizon, JSON: c.JSON, Out: os.Stdout})
-	if errors.Is(err, context.DeadlineExceeded) {
+	err = tollkeeper.Correct(ctx, tollkeeper.CorrectOptions{Act: act, NATS: c.NATS.Options(c.NATSURL, "correct", log), Wait: c.NATSWait, Horizon: c.Horizon, JSON: c.JSON, Out: os.Stdout})
+	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return fmt.Errorf("not done within %s: %w", c.Timeout, err)
 	}
 	return err

@@ -20,7 +20,8 @@ type explainCmd struct {
 	Horizon    time.Duration          `name:"foreign-horizon" env:"TOLLKEEPER_FOREIGN_HORIZON" default:"24h" help:"How long the aggregator remembers events of foreign producers."`
 	NATSURL    string                 `name:"nats-url" env:"TOLLKEEPER_NATS_URL" help:"NATS of the Tollkeeper; the one that runs in the data directory when empty."`
 	NATS       config.NATSCredentials `embed:""`
-	DataDir    string                 `name:"data-dir" env:"TOLLKEEPER_DATA_DIR" default:".tollkeeper" type:"path" help:"Data directory of the Tollkeeper that runs here."`
+	natsWait   `embed:""`
+	DataDir    string `name:"data-dir" env:"TOLLKEEPER_DATA_DIR" default:".tollkeeper" type:"path" help:"Data directory of the Tollkeeper that runs here."`
 	commandLog `embed:""`
 }
 
@@ -42,9 +43,9 @@ func (c *explainCmd) Run(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 	defer cancel()
 	err = explanation.Print(ctx, explanation.Options{
-		ID: c.ID, NATS: c.NATS.Options(c.NATSURL, "explain", log), Calls: c.Calls, Horizon: c.Horizon, JSON: c.JSON, Out: os.Stdout, Progress: os.Stderr,
+		ID: c.ID, NATS: c.NATS.Options(c.NATSURL, "explain", log), Wait: c.NATSWait, Calls: c.Calls, Horizon: c.Horizon, JSON: c.JSON, Out: os.Stdout, Progress: os.Stderr,
 	})
-	if errors.Is(err, context.DeadlineExceeded) {
+	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return fmt.Errorf("not done within %s: give it longer with --timeout: %w", c.Timeout, err)
 	}
 	return err

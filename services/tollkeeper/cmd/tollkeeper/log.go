@@ -1,6 +1,8 @@
 package main
 
 import (
+	"time"
+
 	"github.com/rs/zerolog"
 
 	"github.com/tollkeeper/tollkeeper/services/internal/config"
@@ -12,6 +14,11 @@ type commandLog struct {
 	Verbose   bool   `short:"v" help:"Log also what goes well, such as connections."`
 	LogLevel  string `name:"log-level" env:"TOLLKEEPER_LOG_LEVEL" default:"warn" help:"trace, debug, info, warn or error."`
 	LogFormat string `name:"log-format" env:"TOLLKEEPER_LOG_FORMAT" default:"auto" help:"auto, console or json."`
+}
+
+// natsWait bounds how long such a command waits for NATS.
+type natsWait struct {
+	NATSWait time.Duration `name:"nats-wait" env:"TOLLKEEPER_NATS_WAIT" default:"5s" help:"How long NATS may not answer, at the start and later, before the command gives up."`
 }
 
 // Logger returns the logger of a command, which writes to standard error.

@@ -19,6 +19,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/explain"
 	"github.com/tollkeeper/tollkeeper/services/internal/explain/trace"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/session"
 )
 
 // MaxCalls bounds the calls of one explanation.
@@ -32,6 +33,8 @@ type Options struct {
 	// ID of the decision, as in the decision_id of a refusal.
 	ID   string
 	NATS natsconn.Options
+	// Wait is how long NATS may not answer; session.DefaultWait when 0.
+	Wait time.Duration
 	// Calls is how many of the calls that fed the counter are shown, newest first;
 	// at most MaxCalls.
 	Calls int
@@ -50,15 +53,15 @@ func Print(ctx context.Context, o Options) error {
 	if o.Calls < 0 || o.Calls > MaxCalls {
 		return fmt.Errorf("%d calls: 0 to %d can be shown", o.Calls, MaxCalls)
 	}
-	nc, err := natsconn.Connect(ctx, o.NATS)
+	conn, err := session.Open(ctx, session.Options{NATS: o.NATS, Wait: o.Wait})
 	if err != nil {
 		return err
 	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		return fmt.Errorf("jetstream: %w", err)
-	}
+	defer conn.Close()
+	return conn.Err(write(conn.Context(), conn.JS, o))
+}
+
+func write(ctx context.Context, js jetstream.JetStream, o Options) error {
 	x := explain.New(explain.Options{JS: js, Horizon: o.Horizon})
 	q := explain.Query{ID: o.ID, Limit: min(max(o.Calls, 1), explain.MaxPage)}
 	if o.Progress != nil {

@@ -11,10 +11,8 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/nats-io/nats.go/jetstream"
-
-	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/session"
 )
 
 // ErrDiffers says that somebody came to another state than the ledger gives.
@@ -23,6 +21,8 @@ var ErrDiffers = errors.New("the ledger gives another state than was counted")
 // Options of an audit.
 type Options struct {
 	NATS natsconn.Options
+	// Wait is how long NATS may not answer; session.DefaultWait when 0.
+	Wait time.Duration
 	// Only these shards; none: all of them.
 	Only []uint32
 	// Horizon of foreign events before the ledger says one; 0 means a day.
@@ -43,26 +43,23 @@ type Report struct {
 // Print audits and writes what it found. It returns ErrDiffers, after everything
 // is written, when a state differs.
 func Print(ctx context.Context, o Options) error {
-	nc, err := natsconn.Connect(ctx, o.NATS)
+	conn, err := session.Open(ctx, session.Options{NATS: o.NATS, Wait: o.Wait})
 	if err != nil {
 		return err
 	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		return fmt.Errorf("jetstream: %w", err)
-	}
-	geometry, err := ledger.ReadGeometry(ctx, js)
-	if err != nil {
-		return err
-	}
+	defer conn.Close()
+	return conn.Err(write(conn.Context(), conn, o))
+}
+
+func write(ctx context.Context, conn *session.Session, o Options) error {
+	geometry := conn.Geometry
 	only := o.Only
 	if len(only) == 0 {
 		for s := range geometry.Shards {
 			only = append(only, s)
 		}
 	}
-	a := &Auditor{JS: js, NC: nc, Shards: geometry.Shards, Currency: geometry.Currency, Horizon: o.Horizon}
+	a := &Auditor{JS: conn.JS, NC: conn.NC, Shards: geometry.Shards, Currency: geometry.Currency, Horizon: o.Horizon}
 	if o.Progress != nil {
 		a.Progress = progress(o.Progress, time.Now, geometry.Shards)
 	}
@@ -80,6 +77,7 @@ func Print(ctx context.Context, o Options) error {
 		r.Same = r.Same && one.Same()
 		r.Shards = append(r.Shards, one)
 	}
+	var err error
 	if o.JSON {
 		w := json.NewEncoder(o.Out)
 		w.SetIndent("", "  ")
