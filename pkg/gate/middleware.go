@@ -11,6 +11,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/answer"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/ids"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/patience"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -422,9 +423,9 @@ func (x *exchange) write(w http.ResponseWriter, r *http.Request, f *refusal.Refu
 func (x *exchange) settle(ctx context.Context) error {
 	x.call.Duration = max(x.g.now().Sub(x.began).Microseconds(), 0)
 	// A client that hangs up does not get its call for free.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
-	defer cancel()
-	err := x.g.SettleShard(ctx, x.shard, &x.call)
+	wait := patience.New(ctx, settleTimeout)
+	defer wait.Stop()
+	err := x.g.SettleShard(wait, x.shard, &x.call)
 	if err != nil && x.g.logs.Allow(x.g.now()) {
 		x.g.o.Logger.Error().Err(err).Str("account", x.call.Account).Str("request_id", x.call.RequestID).
 			Msg("a call could not be metered (tollkeeper_gate_unsettled_total counts all of them)")

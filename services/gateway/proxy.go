@@ -26,6 +26,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/apis"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/headers"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/inmemory"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/models"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/once"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
@@ -284,6 +285,7 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 			}
 			h := r.Out.Header
 			ours.Drop(h)
+			inmemory.Send(r.Out, r.In)
 			ours.Trailers(r.Out, r.In)
 			if headers.Switches(h) {
 				h.Del("Upgrade")

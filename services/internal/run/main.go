@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"github.com/tollkeeper/tollkeeper/services/internal/heapfloor"
 )
 
 // ExitError is an error that chooses the exit code of its process.
@@ -27,9 +29,10 @@ func (e *ExitError) Unwrap() error { return e.Err }
 // Main runs fn and ends the process. The first SIGINT or SIGTERM cancels fn's
 // context; a second one ends the process at once with 128 + the signal's number.
 // Exit codes: 0 when fn returned nil (or the cancellation it was asked for), the
-// code of an ExitError, else 1. An error is printed on stderr as one sentence
+// code of an ExitError, else 1. Small heaps are collected by heapfloor's rule. An error is printed on stderr as one sentence
 // (joined errors: one a line).
 func Main(fn func(ctx context.Context) error) {
+	heapfloor.Set(heapfloor.DefaultBytes)
 	// Two places: the second signal must not be lost while the first is handled.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/inmemory"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
 )
 
@@ -39,40 +40,45 @@ func InBody(r *http.Request, member string, bound int64, bodies *Room) (string, 
 	if r.ContentLength > bound && tokens.IsJSON(r.Header.Get("Content-Type")) {
 		return "", tooLarge()
 	}
-	var kept bytes.Buffer
-	if n := r.ContentLength; n > 0 && n <= bound {
-		kept.Grow(int(min(n, 64<<10)) + bytes.MinRead)
-	}
+	kept := make([]byte, 0, max(min(r.ContentLength, bound, smallBody), 0)+leastRead)
 	scanner := tokens.NewScanner(member, maxModel)
-	chunk := make([]byte, 4096)
 	for taken := int64(0); ; {
-		if need := int64(kept.Len()); need > smallBody && need >= taken {
+		if need := int64(len(kept)); need > smallBody && need >= taken {
 			if !bodies.Take(r.Context(), roomStep) {
 				return "", &refusal.Refusal{Code: refusal.TooLarge, Status: http.StatusServiceUnavailable, Detail: "Too many large bodies are being read at once: try again in a moment."}
 			}
 			taken = need + roomStep
 		}
-		n, err := r.Body.Read(chunk)
-		kept.Write(chunk[:n])
-		_, _ = scanner.Write(chunk[:n]) // never fails
+		// No more than so much beyond bound and what is taken.
+		kept = slices.Grow(kept, leastRead)
+		n, err := r.Body.Read(kept[len(kept):min(cap(kept), len(kept)+mostRead)])
+		fresh := kept[len(kept) : len(kept)+n]
+		kept = kept[:len(kept)+n]
+		_, _ = scanner.Write(fresh) // never fails
 		switch {
-		case wide(kept.Bytes()) && mayBeText(types):
+		case wide(kept) && mayBeText(types):
 			return "", illegible()
 		case scanner.Alike():
 			return "", &refusal.Refusal{Code: refusal.BadRequest, Detail: "The member " + member + " that names the model is not written so: some parsers do not mind, so which model is meant can't be told."}
 		case errors.Is(err, io.EOF):
-			r.Body = whole{bytes.NewReader(kept.Bytes()), r.Body}
+			r.Body = inmemory.New(kept, r.Body)
 			return modelName(scanner)
 		case err != nil:
 			return "", &refusal.Refusal{Code: refusal.BadRequest, Detail: "The body could not be read to its end."}
 		case !scanner.Object():
-			r.Body = whole{io.MultiReader(bytes.NewReader(kept.Bytes()), r.Body), r.Body}
+			r.Body = whole{io.MultiReader(bytes.NewReader(kept), r.Body), r.Body}
 			return modelName(scanner)
-		case int64(kept.Len()) > bound:
+		case int64(len(kept)) > bound:
 			return "", tooLarge()
 		}
 	}
 }
+
+// leastRead is room for what is read at once at least, mostRead is what is read at most.
+const (
+	leastRead = 512
+	mostRead  = 64 << 10
+)
 
 // characters are those in which ASCII is what it is in UTF-8: what else the upstream
 // makes of a body in others nobody here knows.
@@ -159,7 +165,7 @@ func modelName(s *tokens.Scanner) (string, error) {
 	return name, nil
 }
 
-// whole is a body that was read, and closes as the one it was.
+// whole is a body that was read in part, and closes as the one it was.
 type whole struct {
 	io.Reader
 	io.Closer

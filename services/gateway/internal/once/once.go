@@ -2,6 +2,7 @@
 package once
 
 import (
+	"bytes"
 	"io"
 	"net/http"
 	"net/http/httptrace"
@@ -30,24 +31,24 @@ func (e *SentError) Error() string { return e.err.Error() }
 func (e *SentError) Unwrap() error { return e.err }
 
 // RoundTrip sends a call. An error is a *SentError unless it is certain that the
-// upstream can't have served it.
+// upstream can't have served it. A httptrace.ClientTrace of the request's context must be
+// the request's own, as httputil.ReverseProxy's is: it is made use of.
 func (t Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	var written, connected atomic.Bool
 	asked := r
-	r = r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{
-		GotConn: func(httptrace.GotConnInfo) { connected.Store(true) },
-		WroteHeaders: func() {
-			written.Store(true)
-			if t.Sent != nil {
-				t.Sent(asked)
-			}
-		},
-	}))
+	r = notes(r, func() { connected.Store(true) }, func() {
+		written.Store(true)
+		if t.Sent != nil {
+			t.Sent(asked)
+		}
+	})
 	if (r.Body == nil || r.Body == http.NoBody) && repeats(r) {
-		// A body that can't be had a second time; that it is empty is found out
-		// before anything is sent, so that none is announced (but an empty one where
-		// the method has one as a rule).
-		r.Body, r.GetBody = struct{ io.ReadCloser }{http.NoBody}, nil
+		r.Body, r.GetBody = io.NopCloser(bytes.NewReader(nil)), nil // none that can be had a second time
+		if lacksBody(r.Method) {
+			// Else http.Transport starts a goroutine and a timer to find out whether there
+			// is a body, so as not to announce one.
+			r.TransferEncoding = identity
+		}
 	}
 	resp, err := t.Next.RoundTrip(r)
 	// Who does not wait any more does not know what is being written on a connection.
@@ -55,6 +56,43 @@ func (t Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 		err = &SentError{err}
 	}
 	return resp, err
+}
+
+// identity is what net/http takes for no framing of its own.
+var identity = []string{"identity"}
+
+// notes has r call connected when there is a connection for it, and written when its
+// header is written. Two traces of one request are joined by reflection, which costs more
+// than the rest of RoundTrip: so it is done by hand.
+func notes(r *http.Request, connected, written func()) *http.Request {
+	trace := httptrace.ContextClientTrace(r.Context())
+	if trace == nil {
+		trace = &httptrace.ClientTrace{}
+		r = r.WithContext(httptrace.WithClientTrace(r.Context(), trace))
+	}
+	got, wrote := trace.GotConn, trace.WroteHeaders
+	trace.GotConn = func(info httptrace.GotConnInfo) {
+		connected()
+		if got != nil {
+			got(info)
+		}
+	}
+	trace.WroteHeaders = func() {
+		written()
+		if wrote != nil {
+			wrote()
+		}
+	}
+	return r
+}
+
+// lacksBody reports methods whose requests have no body as a rule, and announce none.
+func lacksBody(method string) bool {
+	switch method {
+	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodDelete, "PROPFIND", "SEARCH":
+		return true
+	}
+	return false
 }
 
 // repeats reports what http.Transport takes for idempotent.

@@ -166,6 +166,9 @@ func print(o Options, targets []target, rows map[string]*row) error {
 	for _, kind := range [...]Kind{Plain, Chat, Stream} {
 		for _, t := range targets {
 			r := rows[t.name+strconv.Itoa(int(kind))]
+			if r == nil {
+				continue // of no round
+			}
 			beside := ""
 			if t.name != bareName {
 				beside = fmt.Sprintf("%.2f of bare", median(r.ofBare))

@@ -1,0 +1,30 @@
+// Package inmemory is for request bodies that were read before they are sent on.
+package inmemory
+
+import (
+	"bytes"
+	"io"
+	"net/http"
+)
+
+// Body is the whole of a request's body. It closes as the one it was.
+type Body struct {
+	*bytes.Reader
+	io.Closer
+}
+
+// New returns the body with these bytes, which stay as they are, of a request that had
+// the body was.
+func New(data []byte, was io.Closer) Body { return Body{bytes.NewReader(data), was} }
+
+// Send gives out, which is sent on for in, the body of in in the form in which
+// http.Transport sees that it is in memory: then header and body leave in one piece, and
+// no goroutine copies what the end of the request may take away. A body that is not all
+// in memory, or has trailers or another length, stays as it is.
+func Send(out, in *http.Request) {
+	body, ok := in.Body.(Body)
+	if !ok || out.ContentLength != int64(body.Len()) || body.Len() == 0 || len(out.TransferEncoding) > 0 || len(out.Trailer) > 0 {
+		return
+	}
+	out.Body = io.NopCloser(body.Reader)
+}
