@@ -25,6 +25,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/apis"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/direct"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/headers"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/inmemory"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/models"
@@ -49,7 +50,7 @@ const (
 // proxy finds the route of a request and sends it there.
 type proxy struct {
 	routes     []*route // in the order in which they are tried
-	transports map[time.Duration]*http.Transport
+	transports map[time.Duration]*direct.Transport
 	usage      *prometheus.CounterVec
 	meters     *prometheus.CounterVec
 	buffer     bufferPool
@@ -107,7 +108,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 	if len(keyHeaders) == 0 {
 		keyHeaders = gate.DefaultKeyHeaders()
 	}
-	p.transports = make(map[time.Duration]*http.Transport)
+	p.transports = make(map[time.Duration]*direct.Transport)
 	for i := range o.config.Routes {
 		c := &o.config.Routes[i]
 		timeout := time.Duration(c.Timeout)
@@ -158,20 +159,35 @@ func before(yes bool) int {
 	return 1
 }
 
-func newTransport(timeout time.Duration) *http.Transport {
-	return &http.Transport{
-		DialContext:           (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		ForceAttemptHTTP2:     true,
-		MaxIdleConns:          1024,
-		MaxIdleConnsPerHost:   256,
-		IdleConnTimeout:       90 * time.Second,
-		TLSHandshakeTimeout:   5 * time.Second,
-		ExpectContinueTimeout: time.Second,
-		ResponseHeaderTimeout: timeout,
-		// What the client and the upstream agree on is not ours to change.
-		DisableCompression: true,
-	}
+// sent notes that the upstream may have a call.
+func sent(r *http.Request) { gate.ReportFrom(r.Context()).Sent() }
+
+// newTransport sends a call to its upstream once, whichever way it takes.
+func newTransport(timeout time.Duration) *direct.Transport {
+	dial := (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}).DialContext
+	return direct.New(direct.Options{
+		Dial: dial, HeaderTimeout: timeout, IdleTimeout: idleTimeout, MaxIdlePerHost: maxIdlePerHost,
+		Sent: sent,
+		Next: once.Transport{Sent: sent, Next: &http.Transport{
+			DialContext:           dial,
+			ForceAttemptHTTP2:     true,
+			MaxIdleConns:          1024,
+			MaxIdleConnsPerHost:   maxIdlePerHost,
+			IdleConnTimeout:       idleTimeout,
+			TLSHandshakeTimeout:   5 * time.Second,
+			ExpectContinueTimeout: time.Second,
+			ResponseHeaderTimeout: timeout,
+			// What the client and the upstream agree on is not ours to change.
+			DisableCompression: true,
+		}},
+	})
 }
+
+// Bounds of connections to upstreams that wait for the next call.
+const (
+	idleTimeout    = 90 * time.Second
+	maxIdlePerHost = 256
+)
 
 // ServeHTTP implements http.Handler.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -268,7 +284,7 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 	ours := headers.NewOurs(dropped, guarded)
 	metersHeader := textproto.CanonicalMIMEHeaderKey(c.MetersHeader)
 	rp := &httputil.ReverseProxy{
-		Transport:  once.Transport{Next: transport, Sent: func(r *http.Request) { gate.ReportFrom(r.Context()).Sent() }},
+		Transport:  transport, // which sends a call once
 		BufferPool: &p.buffer,
 		ErrorLog:   stdlog.New(debugLog{p.logger}, "", 0),
 		Rewrite: func(r *httputil.ProxyRequest) {

@@ -17,14 +17,14 @@ type Body struct {
 // the body was.
 func New(data []byte, was io.Closer) Body { return Body{bytes.NewReader(data), was} }
 
-// Send gives out, which is sent on for in, the body of in in the form in which
-// http.Transport sees that it is in memory: then header and body leave in one piece, and
-// no goroutine copies what the end of the request may take away. A body that is not all
-// in memory, or has trailers or another length, stays as it is.
+// Send gives out, which is sent on for in, the body of in as it is in memory, so that a
+// transport can see that: header and body leave in one piece then, and no goroutine
+// copies what the end of the request may take away. A body that is not all in memory, or
+// has trailers or another length, stays as it is.
 func Send(out, in *http.Request) {
 	body, ok := in.Body.(Body)
 	if !ok || out.ContentLength != int64(body.Len()) || body.Len() == 0 || len(out.TransferEncoding) > 0 || len(out.Trailer) > 0 {
 		return
 	}
-	out.Body = io.NopCloser(body.Reader)
+	out.Body = Body{body.Reader, io.NopCloser(nil)} // which the request's end closes, not the transport
 }

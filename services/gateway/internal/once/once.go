@@ -24,6 +24,9 @@ type Transport struct {
 // SentError is of a call that the upstream may have, and may have served.
 type SentError struct{ err error }
 
+// MayBeServed returns err as that of a call that the upstream may have had.
+func MayBeServed(err error) error { return &SentError{err} }
+
 // Error is what the transport said.
 func (e *SentError) Error() string { return e.err.Error() }
 
@@ -53,7 +56,7 @@ func (t Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	resp, err := t.Next.RoundTrip(r)
 	// Who does not wait any more does not know what is being written on a connection.
 	if err != nil && (written.Load() || connected.Load() && r.Context().Err() != nil) {
-		err = &SentError{err}
+		err = MayBeServed(err)
 	}
 	return resp, err
 }
@@ -93,6 +96,13 @@ func lacksBody(method string) bool {
 		return true
 	}
 	return false
+}
+
+// CloseIdleConnections closes those of Next.
+func (t Transport) CloseIdleConnections() {
+	if next, ok := t.Next.(interface{ CloseIdleConnections() }); ok {
+		next.CloseIdleConnections()
+	}
 }
 
 // repeats reports what http.Transport takes for idempotent.
