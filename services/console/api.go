@@ -21,6 +21,8 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/console/internal/series"
 	"github.com/tollkeeper/tollkeeper/services/console/internal/views"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
+	"github.com/tollkeeper/tollkeeper/services/internal/openapi"
+	"github.com/tollkeeper/tollkeeper/services/internal/problem"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 
@@ -31,34 +33,54 @@ const (
 	askedUsage  = 200
 )
 
-func (c *console) handler() http.Handler {
-	mux := http.NewServeMux()
-	mux.Handle("/", telemetry.NewHandler(telemetry.HandlerOptions{Gatherer: c.o.Registry, Readiness: c.o.Readiness}))
-	page := front.Page(c.o.Web)
+// listed tells a person where the routes are.
+const listed = "/openapi.yaml lists what there is"
+
+func (c *console) handler() http.Handler { return c.routes().Handler(listed) }
+
+// routes are those of /openapi.yaml, and the page's.
+func (c *console) routes() problem.Routes {
 	plansDoor := &plansapi.Door{Applier: c.applier, Now: c.appliedNow, Changed: c.plansChanged, Log: c.log}
-	mux.Handle("GET /{$}", page)
-	mux.Handle("GET /assets/", page)
-	mux.Handle("GET /favicon.svg", page)
-	mux.HandleFunc("GET /v1/accounts", c.getAccounts)
-	mux.HandleFunc("GET /v1/accounts/{id...}", c.getAccount)
-	mux.HandleFunc("GET /v1/usage", c.getUsage)
-	mux.HandleFunc("GET /v1/plans", plansDoor.Get)
-	mux.HandleFunc("PUT /v1/plans", plansDoor.Put)
-	mux.HandleFunc("GET /v1/decisions", c.getDecisions)
-	mux.HandleFunc("GET /v1/decisions/history", c.getDecisionHistory)
-	mux.HandleFunc("GET /v1/decisions/{id}/explain", explained.Handler(c.explainer, c.log))
-	mux.HandleFunc("GET /v1/corrections", corrected.Get(c.o.History, c.historyFreshness))
-	mux.HandleFunc("POST /v1/corrections", corrected.Post(c.corrector, c.log))
-	mux.HandleFunc("GET /v1/history/calls", c.getCallHistory)
-	mux.HandleFunc("GET /v1/alerts", c.getAlerts)
-	mux.HandleFunc("GET /v1/deadletters", c.getDeadLetters)
-	mux.HandleFunc("GET /v1/audit", c.audit.Handler)
-	mux.HandleFunc("GET /v1/health", func(w http.ResponseWriter, _ *http.Request) { front.WriteJSON(w, c.health(time.Now())) })
-	mux.HandleFunc(front.LivePattern, c.handleLive)
-	mux.HandleFunc("/v1/", func(w http.ResponseWriter, r *http.Request) {
-		front.Problem{Status: http.StatusNotFound, Code: front.CodeNotFound, Detail: fmt.Sprintf("there is no %s %s: schemas/openapi.yaml lists what there is", r.Method, r.URL.Path)}.Write(w)
+	routes := problem.Routes{}
+	for pattern, h := range map[string]http.HandlerFunc{
+		"GET /v1/accounts":               c.getAccounts,
+		"GET /v1/accounts/{id...}":       c.getAccount,
+		"GET /v1/usage":                  c.getUsage,
+		"GET /v1/plans":                  plansDoor.Get,
+		"PUT /v1/plans":                  plansDoor.Put,
+		"GET /v1/decisions":              c.getDecisions,
+		"GET /v1/decisions/history":      c.getDecisionHistory,
+		"GET /v1/decisions/{id}/explain": explained.Handler(c.explainer, c.log),
+		"GET /v1/corrections":            corrected.Get(c.o.History, c.historyFreshness),
+		"POST /v1/corrections":           corrected.Post(c.corrector, c.log),
+		"GET /v1/history/calls":          c.getCallHistory,
+		"GET /v1/alerts":                 c.getAlerts,
+		"GET /v1/deadletters":            c.getDeadLetters,
+		"GET /v1/audit":                  c.audit.Handler,
+		"GET /v1/health":                 func(w http.ResponseWriter, _ *http.Request) { front.WriteJSON(w, c.health(time.Now())) },
+		front.LivePattern:                c.handleLive,
+	} {
+		routes[pattern] = h
+	}
+	routes.Add(commonRoutes(c.o))
+	return routes
+}
+
+// commonRoutes are there before NATS is.
+func commonRoutes(o Options) problem.Routes {
+	routes := problem.Routes{"GET /openapi.yaml": openapi.Handler(openapi.Console)}
+	routes.Add(telemetry.Routes(telemetry.HandlerOptions{Gatherer: o.Registry, Readiness: o.Readiness}))
+	routes.Add(front.PageRoutes(o.Web))
+	return routes
+}
+
+// waitingHandler answers while NATS was not reached yet.
+func waitingHandler(o Options) http.Handler {
+	routes := commonRoutes(o)
+	routes["/v1/"] = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		front.Unavailable("the console has not reached NATS yet: /readyz says why").Write(w)
 	})
-	return mux
+	return routes.Handler(listed)
 }
 
 // pageSize reads ?limit.

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"net/http"
 	"sync/atomic"
 	"time"
 
@@ -312,18 +311,4 @@ func (c *console) startOf(ctx context.Context, name string, back uint64, next *u
 	}
 	*next = max(*next, from)
 	return nil
-}
-
-// waitingHandler answers while NATS was not reached yet.
-func waitingHandler(o Options) http.Handler {
-	mux := http.NewServeMux()
-	mux.Handle("/", telemetry.NewHandler(telemetry.HandlerOptions{Gatherer: o.Registry, Readiness: o.Readiness}))
-	mux.HandleFunc("/v1/", func(w http.ResponseWriter, _ *http.Request) {
-		front.Unavailable("the console has not reached NATS yet: /readyz says why").Write(w)
-	})
-	page := front.Page(o.Web)
-	mux.Handle("GET /{$}", page)
-	mux.Handle("GET /assets/", page)
-	mux.Handle("GET /favicon.svg", page)
-	return mux
 }

@@ -31,6 +31,8 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/inflight"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/intake"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/openapi"
+	"github.com/tollkeeper/tollkeeper/services/internal/problem"
 	"github.com/tollkeeper/tollkeeper/services/internal/run"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
@@ -347,13 +349,9 @@ func (s *service) adminHandler() (http.Handler, error) {
 	if len(keyHeaders) == 0 {
 		keyHeaders = gate.DefaultKeyHeaders()
 	}
-	guarded := http.NewServeMux()
-	guarded.Handle("/v1/events", events)
-	guarded.HandleFunc("GET /v1/sent", s.sent)
-	guarded.Handle("/", telemetry.NewHandler(telemetry.HandlerOptions{Gatherer: s.o.Registerer, Readiness: s.readiness}))
-	var h http.Handler = guarded
+	h := adminRoutes(events, s.sent, telemetry.Routes(telemetry.HandlerOptions{Gatherer: s.o.Registerer, Readiness: s.readiness})).Handler("/openapi.yaml lists what there is")
 	if s.o.AdminToken != "" {
-		h = telemetry.RequireToken(s.o.AdminToken, guarded)
+		h = telemetry.RequireToken(s.o.AdminToken, h)
 	}
 	asks, err := newAsks(s.o.Registerer)
 	if err != nil {
@@ -373,6 +371,13 @@ func (s *service) adminHandler() (http.Handler, error) {
 		}
 		h.ServeHTTP(w, r)
 	}), nil
+}
+
+// adminRoutes are those of /openapi.yaml, but for admitPath.
+func adminRoutes(events http.Handler, sent http.HandlerFunc, others problem.Routes) problem.Routes {
+	routes := problem.Routes{"POST /v1/events": events, "GET /v1/sent": sent, "GET /openapi.yaml": openapi.Handler(openapi.Gateway)}
+	routes.Add(others)
+	return routes
 }
 
 // record settles a call of /v1/admit: a refusal, or one that was taken from leases.
@@ -421,7 +426,7 @@ func (s *service) sent(w http.ResponseWriter, _ *http.Request) {
 	}
 	data, err := json.Marshal(reply)
 	if err != nil {
-		http.Error(w, "what was sent can't be written as JSON", http.StatusInternalServerError)
+		problem.Of(http.StatusInternalServerError, problem.CodeInternal, "what was sent can't be written as JSON").Write(w)
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/tollkeeper/tollkeeper/services/internal/problem"
 )
 
 // Readiness knows which components of a process can do their work now. It is
@@ -101,7 +103,7 @@ func (r *Readiness) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	s := r.Status()
 	body, err := json.Marshal(s)
 	if err != nil {
-		http.Error(w, "the status can't be written as JSON", http.StatusInternalServerError)
+		problem.Of(http.StatusInternalServerError, problem.CodeInternal, "the status can't be written as JSON").Write(w)
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")

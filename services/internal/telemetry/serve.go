@@ -15,6 +15,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/tollkeeper/tollkeeper/services/internal/problem"
 )
 
 // NewRegistry returns a registry with the Go runtime's, the process's and the
@@ -40,17 +42,21 @@ type HandlerOptions struct {
 // NewHandler serves /metrics, /healthz (200 as long as the process can answer),
 // /readyz and, if wanted, /debug/pprof/. It does not authenticate: see Serve.
 func NewHandler(o HandlerOptions) http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+	return Routes(o).Handler("/healthz, /readyz and /metrics are what is served here")
+}
+
+// Routes are those of NewHandler, for a door that has others too.
+func Routes(o HandlerOptions) problem.Routes {
+	routes := problem.Routes{"GET /healthz": http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		// An error here is the client's going away.
 		_, _ = w.Write([]byte("ok\n"))
-	})
+	})}
 	if o.Readiness != nil {
-		mux.Handle("GET /readyz", o.Readiness)
+		routes["GET /readyz"] = o.Readiness
 	}
 	if o.Gatherer != nil {
-		mux.Handle("GET /metrics", promhttp.HandlerFor(o.Gatherer, promhttp.HandlerOpts{}))
+		routes["GET /metrics"] = promhttp.HandlerFor(o.Gatherer, promhttp.HandlerOpts{})
 	}
 	if o.Pprof {
 		for path, h := range map[string]http.HandlerFunc{
@@ -60,10 +66,10 @@ func NewHandler(o HandlerOptions) http.Handler {
 			"/debug/pprof/symbol":  pprof.Symbol,
 			"/debug/pprof/trace":   pprof.Trace,
 		} {
-			mux.Handle(path, onlyFromLoopback(h))
+			routes[path] = onlyFromLoopback(h)
 		}
 	}
-	return mux
+	return routes
 }
 
 // onlyFromLoopback answers 403 to other machines: profiles show memory.
@@ -71,7 +77,7 @@ func onlyFromLoopback(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		host, _, err := net.SplitHostPort(r.RemoteAddr)
 		if err != nil || !net.ParseIP(host).IsLoopback() {
-			http.Error(w, "profiles are served to this machine only", http.StatusForbidden)
+			problem.Of(http.StatusForbidden, problem.CodeForbidden, "profiles are served to this machine only").Write(w)
 			return
 		}
 		next.ServeHTTP(w, r)
@@ -173,7 +179,7 @@ func RequireToken(token string, next http.Handler) http.Handler {
 			got := sha256.Sum256([]byte(given))
 			if !strings.EqualFold(scheme, "Bearer") || subtle.ConstantTimeCompare(want[:], got[:]) != 1 {
 				w.Header().Set("WWW-Authenticate", `Bearer realm="tollkeeper"`)
-				http.Error(w, "a bearer token is needed", http.StatusUnauthorized)
+				problem.Of(http.StatusUnauthorized, problem.CodeUnauthorized, "a bearer token is needed: send the header Authorization: Bearer TOKEN").Write(w)
 				return
 			}
 		}

@@ -5,6 +5,7 @@ import (
 	"net/http"
 
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
+	"github.com/tollkeeper/tollkeeper/services/internal/problem"
 )
 
 // Problem is an RFC 9457 body.
@@ -22,13 +23,13 @@ type Problem struct {
 
 // Codes of problems.
 const (
-	CodeBadRequest  = "BAD_REQUEST"
-	CodeNotFound    = "NOT_FOUND"
+	CodeBadRequest  = problem.CodeBadRequest
+	CodeNotFound    = problem.CodeNotFound
 	CodeGone        = "GONE"
-	CodeForbidden   = "FORBIDDEN"
-	CodeUnauthed    = "UNAUTHORIZED"
-	CodeMediaType   = "UNSUPPORTED_MEDIA_TYPE"
-	CodeTooLarge    = "TOO_LARGE"
+	CodeForbidden   = problem.CodeForbidden
+	CodeUnauthed    = problem.CodeUnauthorized
+	CodeMediaType   = problem.CodeMediaType
+	CodeTooLarge    = problem.CodeTooLarge
 	CodeBadPlans    = "INVALID_PLANS"
 	CodeConflict    = "CONFLICT"
 	CodeBusy        = "BUSY"
@@ -42,23 +43,19 @@ func (p Problem) Write(w http.ResponseWriter) {
 	if p.Title == "" {
 		p.Title = http.StatusText(p.Status)
 	}
-	writeBody(w, p.Status, "application/problem+json", p)
+	problem.Write(w, p.Status, p)
 }
 
 // WriteJSON answers with a value.
 func WriteJSON(w http.ResponseWriter, v any) {
-	writeBody(w, http.StatusOK, "application/json", v)
-}
-
-func writeBody(w http.ResponseWriter, status int, contentType string, v any) {
 	data, err := json.Marshal(v)
 	if err != nil {
-		http.Error(w, "the answer can't be written as JSON", http.StatusInternalServerError)
+		problem.Of(http.StatusInternalServerError, problem.CodeInternal, "the answer can't be written as JSON").Write(w)
 		return
 	}
-	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
-	w.WriteHeader(status)
+	w.WriteHeader(http.StatusOK)
 	// An error here is the client's going away.
 	_, _ = w.Write(append(data, '\n'))
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/problem"
 )
 
 // Defaults of HandlerOptions.
@@ -88,8 +89,14 @@ func NewHandler(o HandlerOptions) (*Handler, error) {
 	return h, nil
 }
 
-// Reply is the body of every answer.
+// Reply is the body of every answer. One that is an error is a problem of RFC 9457,
+// whose members type to code come first.
 type Reply struct {
+	Type   string `json:"type,omitempty"`
+	Title  string `json:"title,omitempty"`
+	Status int    `json:"status,omitempty"`
+	Code   string `json:"code,omitempty"`
+
 	Accepted int        `json:"accepted"`
 	Rejected []Rejected `json:"rejected,omitempty"`
 	// Unavailable counts good events that could not be taken now.
@@ -276,14 +283,40 @@ func (h *Handler) rejectBody(ctx context.Context, w http.ResponseWriter, body []
 	h.reply(w, status, Reply{Rejected: rejected, Detail: e.Err.Message})
 }
 
+// code of an answer that is an error, for machines.
+func code(status int) string {
+	switch status {
+	case http.StatusBadRequest:
+		return problem.CodeBadRequest
+	case http.StatusMethodNotAllowed:
+		return problem.CodeMethodNotAllowed
+	case http.StatusRequestEntityTooLarge:
+		return problem.CodeTooLarge
+	case http.StatusUnsupportedMediaType:
+		return problem.CodeMediaType
+	case http.StatusUnprocessableEntity:
+		return "REJECTED"
+	}
+	return "UNAVAILABLE"
+}
+
 func (h *Handler) reply(w http.ResponseWriter, status int, reply Reply) {
+	contentType := "application/json"
+	if status >= 400 {
+		contentType = problem.ContentType
+		if reply.Detail == "" {
+			reply.Detail = "No event was taken: rejected says why."
+		}
+		p := problem.Of(status, code(status), reply.Detail)
+		reply.Type, reply.Title, reply.Status, reply.Code = p.Type, p.Title, p.Status, p.Code
+	}
 	data, err := json.Marshal(reply)
 	if err != nil {
 		h.o.Logger.Error().Err(err).Msg("the reply can't be written as JSON")
 		w.WriteHeader(http.StatusInternalServerError)
 		return
 	}
-	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("Cache-Control", "no-store")
 	if status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", "1")
