@@ -75,7 +75,7 @@ func (g *Guard) refuse(r *http.Request) (Problem, bool) {
 }
 
 func guarded(path string) bool {
-	return strings.HasPrefix(path, "/v1/") || path == "/metrics" || path == "/readyz"
+	return strings.HasPrefix(path, "/v1/") || path == "/metrics" || path == "/readyz" || path == "/openapi.yaml"
 }
 
 func loopbackHost(hostport string) bool {
