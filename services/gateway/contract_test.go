@@ -61,7 +61,10 @@ func TestEveryAdminPathAnswersAsTheContractSays(t *testing.T) {
 	admit(g.admin, 400, "sk-search", "", "X-Forwarded-Uri", "http:opaque")
 	admit(away.admin, 503, "sk-search", "")
 	deny := func(account, method string, code usage.Code) {
-		w.decide(account, usage.Deny, func(d *usage.Decision) { d.Code, d.Filter.Methods = code, []string{method}; d.LimitID = "pro/" + method })
+		w.decide(account, usage.Deny, func(d *usage.Decision) {
+			d.Code, d.Filter.Methods = code, []string{method}
+			d.LimitID = "pro/" + method
+		})
 	}
 	deny("acme", "POST", usage.QuotaExceeded)
 	deny("acme", "PUT", usage.RateLimited)
