@@ -22,7 +22,7 @@ import (
 const (
 	StatusHeader     = "X-Tollkeeper-Status"
 	CodeHeader       = "X-Tollkeeper-Code"
-	DecisionIDHeader = "X-Tollkeeper-Decision-Id"
+	DecisionIDHeader = refusal.DecisionIDHeader
 	// UnknownHeader is set when the call passes under the policy for unknown
 	// verdicts; the caller's event says so in admitted_unknown.
 	UnknownHeader = "X-Tollkeeper-Admitted-Unknown"
@@ -173,11 +173,11 @@ func (a *admit) refuse(w http.ResponseWriter, r *http.Request, p refusal.Profile
 	a.asks.WithLabelValues(outcome).Inc()
 	w.Header().Set(StatusHeader, strconv.Itoa(status))
 	w.Header().Set(CodeHeader, string(f.Code))
-	if f.Decision != nil {
-		w.Header().Set(DecisionIDHeader, f.Decision.ID)
-	}
 	if r.URL.Path == admitPath && r.URL.Query().Get("nginx") == "1" && status != http.StatusUnauthorized {
 		f.SetHeaders(w.Header())
+		if p == refusal.Anthropic {
+			w.Header().Set("Request-Id", f.RequestID)
+		}
 		w.WriteHeader(http.StatusForbidden)
 		return
 	}

@@ -61,7 +61,8 @@ type Refusal struct {
 	Code usage.Code
 	// Status; 0 means the code's own.
 	Status int
-	// Detail says to a person what happened; empty for one made from Decision.
+	// Detail says to a person what happened, and after a last colon what to do, which
+	// is the resolution then; empty for one made from Decision.
 	Detail string
 	// Decision that refused; nil when none did.
 	Decision *usage.Decision
@@ -106,48 +107,50 @@ const problemBase = "https://github.com/tollkeeper/tollkeeper/problems#"
 type wording struct {
 	title, resolution string
 	iana              bool
+	// detail of a refusal that has none of its own.
+	detail string
 }
 
 func words(c usage.Code) wording {
 	switch c {
 	case usage.QuotaExceeded:
-		return wording{"The plan's quota is used up", "Raise the limit or change the plan, or wait until the period ends.", true}
+		return wording{"The plan's quota is used up", "Raise the limit or change the plan, or wait until the period ends.", true, "A limit of the account stands against this call."}
 	case usage.SpendCapReached:
-		return wording{"The spending cap is reached", "Raise the spending cap.", false}
+		return wording{"The spending cap is reached", "Raise the spending cap.", false, "A limit on what the account may spend stands against this call."}
 	case usage.CreditsDepleted:
-		return wording{"The prepaid credit is used up", "Buy credit.", false}
+		return wording{"The prepaid credit is used up", "Buy credit.", false, "The account has no credit left for this call."}
 	case usage.CreditsInsufficient:
-		return wording{"The prepaid credit does not cover this call", "Buy credit, or ask for less.", false}
+		return wording{"The prepaid credit does not cover this call", "Buy credit, or ask for less.", false, "This call can cost more than the credit that is left."}
 	case usage.SubscriptionExpired:
-		return wording{"The subscription has expired", "Renew the subscription.", false}
+		return wording{"The subscription has expired", "Renew the subscription.", false, "The account may call again when it has a subscription."}
 	case usage.TrialEnded:
-		return wording{"The trial has ended", "Choose a plan.", false}
+		return wording{"The trial has ended", "Choose a plan.", false, "The account may call again when it has a plan."}
 	case usage.PaymentFailed:
-		return wording{"A payment has failed", "Update the means of payment.", false}
+		return wording{"A payment has failed", "Update the means of payment.", false, "The account may call again when it is paid for."}
 	case usage.PlanRequired:
-		return wording{"This needs a plan that includes it", "Choose a plan that includes it.", false}
+		return wording{"This needs a plan that includes it", "Choose a plan that includes it.", false, "The account's plan does not have what this call asks for."}
 	case usage.RateLimited:
-		return wording{"Too many calls", "Wait as long as Retry-After says.", true}
+		return wording{"Too many calls", "Wait as long as Retry-After says.", true, "A limit on the rate of calls stands against this one."}
 	case usage.CostExceedsLimit:
-		return wording{"This call costs more than one call may", "Ask for less.", false}
+		return wording{"This call costs more than one call may", "Ask for less.", false, "A limit of the account is smaller than what this call can use."}
 	case usage.BillingStateUnknown:
-		return wording{"The billing state can't be known right now", "Try again later.", false}
+		return wording{"The billing state can't be known right now", "Try again later.", false, "Whether this call is covered could not be found out in time."}
 	case Unauthenticated:
-		return wording{"No valid API key", "Send a valid API key.", false}
+		return wording{"No valid API key", "Send a valid API key.", false, "The API key of this call is not known."}
 	case BadRequest:
-		return wording{"The request can't be read", "Correct the request.", false}
+		return wording{"The request can't be read", "Correct the request.", false, "The gateway can not tell what this call asks for."}
 	case TooLarge:
-		return wording{"The request is too large", "Send a smaller request.", false}
+		return wording{"The request is too large", "Send a smaller request.", false, "The gateway reads less of a request than this one has."}
 	case NoRoute:
-		return wording{"Nothing is served here", "Check method, host and path.", false}
+		return wording{"Nothing is served here", "Check method, host and path.", false, "The gateway has no route for this request."}
 	case MeteringUnavailable:
-		return wording{"Calls can't be recorded right now", "Try again later.", false}
+		return wording{"Calls can't be recorded right now", "Try again later.", false, "This call was not served, because it could not have been metered."}
 	case BadGateway:
-		return wording{"The upstream can't be reached", "Try again later.", false}
+		return wording{"The upstream can't be reached", "Try again later.", false, "The call got no answer from the server behind the gateway."}
 	case GatewayTimeout:
-		return wording{"The upstream did not answer in time", "Try again later.", false}
+		return wording{"The upstream did not answer in time", "Try again later.", false, "The server behind the gateway took longer than the route allows."}
 	}
-	return wording{"Refused", "Ask the operator of this service.", false}
+	return wording{"Refused", "Ask the operator of this service.", false, "The gateway does not say more."}
 }
 
 func ownStatus(c usage.Code) int {
@@ -219,6 +222,9 @@ func (r *Refusal) document() document {
 	if w.iana {
 		d.Type = quotaExceeded
 	}
+	if what, todo := divided(r.Detail); todo != "" {
+		d.Detail, d.Resolution = what, todo
+	}
 	if p := r.Decision; p != nil {
 		limit := p.Amount
 		d.Meter, d.Limit = string(p.Meter), &limit
@@ -247,9 +253,20 @@ func (r *Refusal) document() document {
 		}
 	}
 	if d.Detail == "" {
-		d.Detail = w.title + "."
+		d.Detail = w.detail
 	}
 	return d
+}
+
+// divided takes what is to be done off the end of a detail. What is quoted there is a
+// client's, in which a colon means nothing.
+func divided(detail string) (what, todo string) {
+	at := strings.LastIndex(detail, ": ")
+	if at < 0 || strings.ContainsAny(detail[at:], "\"\\") {
+		return detail, ""
+	}
+	todo = detail[at+2:]
+	return detail[:at] + ".", strings.ToUpper(todo[:1]) + todo[1:]
 }
 
 // told: the decision is the ledger's. One without an id is the limit's terms alone: how
@@ -310,11 +327,25 @@ func (r *Refusal) left(v *usage.Decision) int64 {
 	return n
 }
 
+// Headers of refusals.
+const (
+	// DecisionIDHeader leads to what the refusal rests on; there is none where no
+	// decision was published yet.
+	DecisionIDHeader = "X-Tollkeeper-Decision-Id"
+	// requestIDHeader is where OpenAI's clients look for the id of their request,
+	// anthropicIDHeader where Anthropic's do.
+	requestIDHeader   = "X-Request-Id"
+	anthropicIDHeader = "Request-Id"
+)
+
 // Write answers. Nothing may have been written before. The error is the
 // connection's.
 func (r *Refusal) Write(w http.ResponseWriter, p Profile) error {
 	d := r.document()
 	r.SetHeaders(w.Header())
+	if p == Anthropic && r.RequestID != "" {
+		w.Header().Set(anthropicIDHeader, r.RequestID)
+	}
 	contentType, body := render(&d, p)
 	var buf bytes.Buffer
 	e := json.NewEncoder(&buf)
@@ -337,6 +368,12 @@ func (r *Refusal) SetHeaders(h http.Header) {
 	status := r.HTTPStatus()
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Content-Type-Options", "nosniff")
+	if r.RequestID != "" {
+		h.Set(requestIDHeader, r.RequestID)
+	}
+	if r.Decision != nil && r.Decision.ID != "" {
+		h.Set(DecisionIDHeader, r.Decision.ID)
+	}
 	if status == http.StatusUnauthorized {
 		h.Set("WWW-Authenticate", `Bearer realm="tollkeeper"`)
 	}

@@ -188,3 +188,65 @@ func TestTheListOfViolatedPoliciesIsBounded(t *testing.T) {
 		t.Errorf("%v", got)
 	}
 }
+
+// A person reads title, detail and resolution, or the message, as one text.
+func TestNoRefusalSaysASentenceTwice(t *testing.T) {
+	t.Parallel()
+	var all []Refusal
+	for _, code := range []usage.Code{
+		usage.QuotaExceeded, usage.SpendCapReached, usage.CreditsDepleted, usage.CreditsInsufficient, usage.SubscriptionExpired, usage.TrialEnded, usage.PaymentFailed,
+		usage.PlanRequired, usage.RateLimited, usage.CostExceedsLimit, usage.BillingStateUnknown, Unauthenticated, BadRequest, TooLarge, NoRoute, BadGateway, GatewayTimeout,
+		MeteringUnavailable, "SOMETHING_NEW",
+	} {
+		all = append(all, Refusal{Code: code, Requested: -1}, Refusal{Code: code, Requested: -1, Detail: "This gateway has reached its bound of leases, and could not ask whether this call is paid for: try again later."})
+		for _, d := range []*usage.Decision{quota(), lifetimeTokens(), rate(), exact(9_960, 40), exact(9_800, 200), terms()} {
+			d.Code = code
+			all = append(all, Refusal{Code: code, Decision: d, Requested: 100}, Refusal{Code: code, Decision: d, Requested: 1}, Refusal{Code: code, Decision: d, Requested: -1},
+				Refusal{Code: code, Decision: d, Requested: 100, Detail: "This call may use up to 100 output_tokens, and limit pro/out is 40 in all: ask for less."})
+		}
+	}
+	for _, r := range all {
+		d := r.document()
+		_, body := render(&d, OpenAI)
+		for _, text := range []string{d.Title + ". " + d.Detail + " " + d.Resolution, body.(openAIBody).Error.Message} {
+			seen := map[string]bool{}
+			for _, sentence := range strings.FieldsFunc(strings.ToLower(text), func(r rune) bool { return r == '.' || r == ':' }) {
+				if sentence = strings.TrimSpace(sentence); len(sentence) > 3 && seen[sentence] {
+					t.Errorf("%s says %q twice: %s", r.Code, sentence, text)
+				}
+				seen[sentence] = true
+			}
+		}
+	}
+	for detail, want := range map[string][2]string{
+		"It is so: do this.":                      {"It is so.", "Do this."},
+		"It is so.":                               {"It is so.", ""},
+		`The member "a: b" stands twice.`:         {`The member "a: b" stands twice.`, ""},
+		`The member "a: b" is odd: leave it out.`: {`The member "a: b" is odd.`, "Leave it out."},
+	} {
+		if what, todo := divided(detail); what != want[0] || todo != want[1] {
+			t.Errorf("%s: %q, %q", detail, what, todo)
+		}
+	}
+}
+
+// Whatever the form of a refusal: its headers lead to the request and to the decision.
+func TestEveryRefusalCarriesItsIDsInHeaders(t *testing.T) {
+	t.Parallel()
+	for _, p := range []Profile{"", Problem, OpenAI, Anthropic, Flat} {
+		for _, d := range []*usage.Decision{quota(), terms(), nil} {
+			r := Refusal{Code: usage.QuotaExceeded, Decision: d, Requested: 1, RequestID: "req-1", Now: now}
+			w := httptest.NewRecorder()
+			if err := r.Write(w, p); err != nil {
+				t.Fatal(err)
+			}
+			want := ""
+			if d != nil {
+				want = d.ID
+			}
+			if got := w.Header().Get("X-Tollkeeper-Decision-Id"); got != want || w.Header().Get("X-Request-Id") != "req-1" || (w.Header().Get("Request-Id") == "req-1") != (p == Anthropic) {
+				t.Errorf("%s: %v", p, w.Header())
+			}
+		}
+	}
+}

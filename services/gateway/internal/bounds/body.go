@@ -74,7 +74,7 @@ func parse(body []byte) (map[string]json.RawMessage, error) {
 		// Some parsers do not mind how a name is written.
 		for _, l := range looked {
 			if name != l && strings.EqualFold(name, l) {
-				return nil, unreadable("The member %q is not written as providers write it: %s", name, l)
+				return nil, unreadable("The member %q is not written as providers write it (%s)", name, l)
 			}
 		}
 	}

@@ -135,7 +135,7 @@ func AsksUsage(r *http.Request) bool {
 }
 
 func unbounded(format string, args ...any) error {
-	return &refusal.Refusal{Code: usage.CostExceedsLimit, Detail: "What this call can cost is not bounded: " + fmt.Sprintf(format, args...) + "."}
+	return &refusal.Refusal{Code: usage.CostExceedsLimit, Detail: "What this call can cost is not bounded, since " + fmt.Sprintf(format, args...) + "."}
 }
 
 func unreadable(format string, args ...any) error {

@@ -59,7 +59,7 @@ func InBody(r *http.Request, member string, bound int64, bodies *Room) (string, 
 		case wide(kept) && mayBeText(types):
 			return "", illegible()
 		case scanner.Alike():
-			return "", &refusal.Refusal{Code: refusal.BadRequest, Detail: "The member " + member + " that names the model is not written so: some parsers do not mind, so which model is meant can't be told."}
+			return "", &refusal.Refusal{Code: refusal.BadRequest, Detail: "The member " + member + " that names the model is written in other letters, and some parsers do not mind, so which model is meant can't be told."}
 		case errors.Is(err, io.EOF):
 			r.Body = inmemory.New(kept, r.Body)
 			return modelName(scanner)
