@@ -20,6 +20,8 @@ type (
 	ModelConfig = routes.ModelConfig
 	// ClampConfig bounds the output of calls that do not say.
 	ClampConfig = routes.ClampConfig
+	// CORSConfig lets pages of other origins call.
+	CORSConfig = routes.CORSConfig
 	// ConfigError says what is wrong with a configuration, and where.
 	ConfigError = routes.ConfigError
 	// Duration is written as in "30s".

@@ -19,7 +19,7 @@ func TestTheExampleIsValid(t *testing.T) {
 	if len(c.Routes) != 2 || c.Routes[0].Model.JSON != "model" || c.Routes[0].Profile != refusal.OpenAI {
 		t.Errorf("%+v", c)
 	}
-	for _, part := range []reflect.Type{reflect.TypeFor[Config](), reflect.TypeFor[RouteConfig](), reflect.TypeFor[ModelConfig]()} {
+	for _, part := range []reflect.Type{reflect.TypeFor[Config](), reflect.TypeFor[RouteConfig](), reflect.TypeFor[ModelConfig](), reflect.TypeFor[CORSConfig]()} {
 		for i := range part.NumField() {
 			if field := part.Field(i).Tag.Get("yaml"); !bytes.Contains(Example, []byte(field+":")) {
 				t.Errorf("the example does not have %s", field)
@@ -52,6 +52,13 @@ func TestABadConfigurationNamesFileLineAndReason(t *testing.T) {
 		"usage":               {head + "    usage: xml\n", "f.yaml:4: \"xml\": choose json or none"},
 		"two models":          {head + "    model: {json: model, fixed: x}\n", "f.yaml:4: choose one of json, header and fixed"},
 		"method":              {head + "    methods: [post]\n", "f.yaml:4: \"post\" is not a method"},
+		"any origin":          {"cors: {origins: [\"*\"], credentials: true}\n" + head, "f.yaml:1: * does not go with credentials"},
+		"an origin's path":    {head + "    cors: {origins: [\"https://a.example/x\"]}\n", "f.yaml:4: \"https://a.example/x\" is not an origin"},
+		"the origin null":     {head + "    cors: {origins: [\"null\"]}\n", "is not an origin"},
+		"a wide origin":       {head + "    cors: {origins: [\"https://*.com\"]}\n", "is too wide"},
+		"stars":               {head + "    cors: {origins: [\"https://*\"]}\n", "is not an origin"},
+		"a failure":           {head + "    uncounted: [4xx]\n", "f.yaml:4: \"4xx\": choose of unanswered and 5xx"},
+		"an odd prefix":       {head + "    prefix: /v1;x\n", "f.yaml:4: \"/v1;x\" is never met for certain"},
 		"an empty file":       {"", "f.yaml: there is no route"},
 		"only comments":       {"# routes:\n", "f.yaml: there is no route"},
 		"number for duration": {head + "    timeout: 10\n", "is not a duration"},

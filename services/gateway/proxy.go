@@ -25,6 +25,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/apis"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/crossorigin"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/direct"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/headers"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/inmemory"
@@ -54,6 +55,7 @@ type proxy struct {
 	usage      *prometheus.CounterVec
 	meters     *prometheus.CounterVec
 	buffer     bufferPool
+	policy     *crossorigin.Policy // of what has no route
 	bodies     *models.Room
 	logger     zerolog.Logger
 	told       atomic.Int64 // when a failing upstream was last logged, unix seconds
@@ -73,6 +75,7 @@ type route struct {
 	handler http.Handler
 	model   func(*http.Request) (string, error)
 	unused  func(method, path, model string) usage.MeterSet
+	policy  *crossorigin.Policy
 }
 
 type proxyOptions struct {
@@ -89,7 +92,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 		usage: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "tollkeeper_gateway_usage_answers_total", Help: "Answers of routes that read token counts, by what was found.",
 		}, []string{"outcome"}),
-		bodies: models.NewRoom(models.DefaultRoom), logger: o.logger,
+		bodies: models.NewRoom(models.DefaultRoom), logger: o.logger, policy: o.config.Policy(nil),
 	}
 	p.meters = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "tollkeeper_gateway_reported_readings_total", Help: "Readings that upstreams reported in meters_header, by whether they could be counted.",
@@ -134,7 +137,7 @@ func newProxy(o proxyOptions) (*proxy, error) {
 			return nil, err
 		}
 		p.routes = append(p.routes, &route{
-			o: c, host: strings.TrimSuffix(strings.ToLower(c.Host), "."), prefix: c.PathPrefix(), model: m.Model, unused: unused,
+			o: c, host: strings.TrimSuffix(strings.ToLower(c.Host), "."), prefix: c.PathPrefix(), model: m.Model, unused: unused, policy: o.config.Policy(c),
 			handler: o.gate.Middleware(m, upstream),
 		})
 	}
@@ -191,8 +194,24 @@ const (
 
 // ServeHTTP implements http.Handler.
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	method, asked := r.Method, crossorigin.Asked(r)
+	if asked != "" {
+		method = asked // the route of what comes next
+	}
+	found, problem := p.route(r, method)
+	policy := p.policy
+	if found != nil {
+		policy = found.policy
+	}
+	switch {
+	case asked != "" && policy != nil:
+		policy.Preflight(w, r)
+		return
+	case asked != "":
+		found, problem = p.route(r, r.Method)
+	}
+	w = policy.Readable(w, r)
 	f := refusal.Refusal{Code: refusal.NoRoute}
-	found, problem := p.route(r)
 	switch {
 	case problem != "":
 		f = refusal.Refusal{Code: refusal.BadRequest, Detail: problem}
@@ -201,13 +220,12 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	f.RequestID = gate.RequestID(r.Header.Get(gate.RequestIDHeader))
-	w.Header().Set(gate.RequestIDHeader, f.RequestID)
 	p.answer(w, r, &f, refusal.Problem)
 }
 
-// route returns the route of a request, nil when there is none, or why there can't be
-// one.
-func (p *proxy) route(r *http.Request) (*route, string) {
+// route returns the route that a request has with a method, nil when there is none, or
+// why there can't be one.
+func (p *proxy) route(r *http.Request, method string) (*route, string) {
 	t, problem := target.Of(r)
 	if problem != "" {
 		return nil, problem
@@ -215,7 +233,7 @@ func (p *proxy) route(r *http.Request) (*route, string) {
 	if headers.OtherMethod(r.Header, r.Method) {
 		return nil, otherMethod
 	}
-	found, problem := p.agreed(r.Host, &t, r.Method)
+	found, problem := p.agreed(r.Host, &t, method)
 	if found != nil && found.o.StripPrefix && strings.HasPrefix(paths.Stripped(t.Path, found.prefix, found.o.IgnoreCase), "//") {
 		return nil, target.Ambiguous // without the prefix it would begin with two slashes
 	}

@@ -24,6 +24,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/bounds"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/crossorigin"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/target"
 )
 
@@ -38,6 +39,68 @@ type Config struct {
 	// (Bearer) and X-Api-Key when empty.
 	KeyHeaders []string      `yaml:"key_headers"`
 	Routes     []RouteConfig `yaml:"routes"`
+	// CORS is for routes that have none of their own, and for what has no route.
+	CORS *CORSConfig `yaml:"cors"`
+}
+
+// CORSConfig lets pages of other origins call: the gateway answers preflights, which
+// are no calls, and marks all answers of the route, also refusals, as readable.
+type CORSConfig struct {
+	// Origins as in https://app.example.com or https://*.example.com; * is any. None:
+	// the route is for no other origin, whatever holds for the others.
+	Origins []string `yaml:"origins"`
+	// Credentials lets browsers send cookies and client certificates along. API keys
+	// in headers do not need it. It does not go with the origin *.
+	Credentials bool `yaml:"credentials"`
+	// Headers that requests may have; any when empty.
+	Headers []string `yaml:"headers"`
+	// Expose are headers of answers that pages may read, besides those of refusals.
+	Expose []string `yaml:"expose"`
+	// MaxAge is how long browsers need not ask again; not said when 0.
+	MaxAge Duration `yaml:"max_age"`
+}
+
+// Policy of a route's answers; nil when it is for no other origin. r may be nil.
+func (c *Config) Policy(r *RouteConfig) *crossorigin.Policy {
+	from, methods := c.CORS, []string(nil)
+	if r != nil {
+		methods = r.Methods
+		if r.CORS != nil {
+			from = r.CORS
+		}
+	}
+	if from == nil {
+		return nil
+	}
+	return crossorigin.New(crossorigin.Options{
+		Origins: from.Origins, Credentials: from.Credentials, Headers: from.Headers, Expose: from.Expose, MaxAge: time.Duration(from.MaxAge), Methods: methods,
+	})
+}
+
+func (c *CORSConfig) problems(at string, add func(path, format string, args ...any)) {
+	for i, o := range c.Origins {
+		at := fmt.Sprintf("%s.origins[%d]", at, i)
+		u, err := url.Parse(strings.Replace(o, "*.", "any.", 1))
+		switch {
+		case o == "*" && c.Credentials:
+			add(at, "* does not go with credentials: any page could call as its visitor; name the origins")
+		case o == "*":
+		case err != nil || u.Scheme == "" || u.Host == "" || u.Path != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil || strings.Contains(u.Host, "*"):
+			add(at, "%q is not an origin: write it as in https://app.example.com or https://*.example.com, without a path", o)
+		case strings.Contains(o, "*.") && strings.Count(u.Hostname(), ".") < 2:
+			add(at, "%q is too wide: name a domain after *.", o)
+		}
+	}
+	for _, list := range [][]string{c.Headers, c.Expose} {
+		for _, h := range list {
+			if !validHeader(h) {
+				add(at, "%q is not the name of a header", h)
+			}
+		}
+	}
+	if c.MaxAge < 0 {
+		add(at+".max_age", "it is negative")
+	}
 }
 
 // RouteConfig is one route. A request takes the route with its host before those
@@ -64,6 +127,8 @@ type RouteConfig struct {
 	KeepKey bool `yaml:"keep_key"`
 	// SetHeaders go to the upstream; ${NAME} is taken from the environment.
 	SetHeaders map[string]string `yaml:"set_headers"`
+	// CORS is instead of Config.CORS.
+	CORS *CORSConfig `yaml:"cors"`
 	// Profile of refusals: problem, openai, anthropic or flat.
 	Profile refusal.Profile `yaml:"profile"`
 	// Model says where the model's name is; the call has none when empty.
@@ -273,6 +338,9 @@ func (c *Config) problems() []problem {
 			add(fmt.Sprintf("$.key_headers[%d]", i), "%q is not the name of a header", h)
 		}
 	}
+	if c.CORS != nil {
+		c.CORS.problems("$.cors", add)
+	}
 	if len(c.Routes) == 0 {
 		add("$.routes", "there is no route: the gateway would serve nothing")
 	}
@@ -310,6 +378,9 @@ func (c *Config) problems() []problem {
 			add(at+".upstream", "the upstream is not a URL such as http://127.0.0.1:9000")
 		} else if u.User != nil {
 			add(at+".upstream", "the upstream's URL has credentials in it: use set_headers with ${NAME}")
+		}
+		if r.CORS != nil {
+			r.CORS.problems(at+".cors", add)
 		}
 		if !r.Profile.Valid() {
 			add(at+".profile", "%q is not a profile: choose problem, openai, anthropic or flat", r.Profile)
