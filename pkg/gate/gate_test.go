@@ -567,6 +567,35 @@ func TestTheFeedMeasuresDecisionLatency(t *testing.T) {
 	})
 }
 
+// A gateway that starts on a large directory says how far it is.
+func TestReadinessTellsHowMuchIsRead(t *testing.T) {
+	t.Parallel()
+	var told lastWord
+	g, err := New(Options{
+		Connect: func(context.Context) (*nats.Conn, error) { return nil, errors.New("not in this test") }, Logger: zerolog.Nop(),
+		OpenOutbox: func(*nats.Conn, jetstream.JetStream, uint32) (Outbox, error) { return &box{}, nil }, DirectoryReadiness: &told,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.open(4)
+	g.ready.Reading(ledger.DirectoryBucket, 812, 2049)
+	g.refresh()
+	if want := "the directory was not read yet (812 of 2049 records are read)"; string(told) != want {
+		t.Errorf("readiness says %q, want %q", told, want)
+	}
+	(&directoryFeed{g}).Reset(nil)
+	if told != "" {
+		t.Errorf("readiness says %q of a directory that is read", told)
+	}
+}
+
+// lastWord is what readiness said last of a part.
+type lastWord string
+
+func (p *lastWord) OK()                    { *p = "" }
+func (p *lastWord) NotReady(reason string) { *p = lastWord(reason) }
+
 func TestTheFeedFollowsDeletions(t *testing.T) {
 	t.Parallel()
 	g, _ := offline(t)

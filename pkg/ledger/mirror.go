@@ -42,6 +42,9 @@ type MirrorOptions struct {
 	// Check is how often the mirror asks the stream whether it has missed
 	// something; 5 s when 0. Announce makes it sooner.
 	Check time.Duration
+	// Progress hears, in the goroutine of the handler, how many of how many messages
+	// are read while everything is; nil: nobody does.
+	Progress func(read, of uint64)
 }
 
 // Mirror keeps a local copy of a bucket current: all keys first, then the
@@ -58,7 +61,26 @@ type Mirror struct {
 	mu        sync.Mutex
 	announced uint64
 	kick      chan struct{}
+	reading   *reading // what a session that ended had read; nil: nothing
 }
+
+// reading is a bucket that is being read: all that its stream has up to a sequence.
+// It outlives a link that breaks, or is too slow for so much in one go, but not the
+// server that it was read from: one that starts after a power cut, or from a backup,
+// may give the same sequences to other messages.
+type reading struct {
+	server   string
+	made     time.Time // when the stream was made
+	at, read uint64
+	keys     map[string]Change // also those that were deleted
+}
+
+// stall is how long a reading may go without a message; progressEvery how many
+// messages there are from one word of progress to the next.
+const (
+	stall         = 30 * time.Second
+	progressEvery = 100
+)
 
 // NewMirror returns a mirror; Run starts it.
 func NewMirror(nc *nats.Conn, js jetstream.JetStream, o MirrorOptions, h MirrorHandler) *Mirror {
@@ -287,22 +309,24 @@ func (m *Mirror) change(subject string, h nats.Header, data []byte, seq uint64) 
 // with neither its old nor its new value.
 func (f *mirrorFeed) readAll(ctx context.Context) error {
 	m := f.m
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	finding, cancel := context.WithTimeout(ctx, stall)
 	defer cancel()
-	s, err := findStream(ctx, m.js, "KV_"+m.o.Bucket)
+	s, err := findStream(finding, m.js, "KV_"+m.o.Bucket)
 	if err != nil {
 		return fmt.Errorf("bucket %s: %w", m.o.Bucket, err)
 	}
-	f.at = s.CachedInfo().State.LastSeq
-	all, err := f.readUpTo(ctx, s, f.at)
-	if err != nil {
+	info, server := s.CachedInfo(), m.nc.ConnectedServerId()
+	f.at = info.State.LastSeq
+	if r := m.reading; r == nil || r.server != server || !r.made.Equal(info.Created) || r.at > f.at {
+		m.reading = &reading{server: server, made: info.Created, keys: make(map[string]Change)}
+	}
+	if err := f.readUpTo(ctx, s, f.at); err != nil {
 		return err
 	}
 	end, err := m.lastSequence(ctx)
 	if err != nil {
 		return err
 	}
-	later := map[string]Change{}
 	for f.at < end {
 		select {
 		case msg := <-f.changes:
@@ -311,7 +335,7 @@ func (f *mirrorFeed) readAll(ctx context.Context) error {
 				return err
 			}
 			if next {
-				later[c.Key] = c
+				m.reading.keys[c.Key] = c
 			}
 		case <-time.After(2 * time.Second):
 			return fmt.Errorf("bucket %s: it is at %d, only %d arrived", m.o.Bucket, end, f.at)
@@ -319,39 +343,51 @@ func (f *mirrorFeed) readAll(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
-	all = slices.DeleteFunc(all, func(c Change) bool { _, newer := later[c.Key]; return newer })
-	for _, c := range later {
+	all := make([]Change, 0, len(m.reading.keys))
+	for _, c := range m.reading.keys {
 		if c.Value != nil {
 			all = append(all, c)
 		}
 	}
+	m.reading = nil
 	slices.SortFunc(all, func(a, b Change) int { return cmp.Compare(a.Sequence, b.Sequence) })
 	m.h.Reset(all)
 	return nil
 }
 
 // readUpTo reads the newest value of every key that was not written after a
-// sequence of the stream.
-func (f *mirrorFeed) readUpTo(ctx context.Context, s jetstream.Stream, end uint64) ([]Change, error) {
-	in, err := openIterator(ctx, f.m.js, s, jetstream.ConsumerConfig{
-		FilterSubject: "$KV." + f.m.o.Bucket + ".>", DeliverPolicy: jetstream.DeliverLastPerSubjectPolicy,
-	})
+// sequence of the stream, from where a session before has come to.
+func (f *mirrorFeed) readUpTo(ctx context.Context, s jetstream.Stream, end uint64) error {
+	m, r := f.m, f.m.reading
+	from := jetstream.ConsumerConfig{FilterSubject: "$KV." + m.o.Bucket + ".>", DeliverPolicy: jetstream.DeliverLastPerSubjectPolicy}
+	if r.at > 0 {
+		from.DeliverPolicy, from.OptStartSeq = jetstream.DeliverByStartSequencePolicy, r.at+1
+	}
+	opening, cancel := context.WithTimeout(ctx, stall)
+	defer cancel()
+	in, err := openIterator(opening, m.js, s, from)
 	if err != nil {
-		return nil, fmt.Errorf("bucket %s: %w", f.m.o.Bucket, err)
+		return fmt.Errorf("bucket %s: %w", m.o.Bucket, err)
 	}
 	defer in.close()
-	all := make([]Change, 0, in.pending)
-	for in.pending > 0 {
-		msg, err := in.next(ctx)
+	of := r.read + in.pending
+	for left := in.pending; left > 0 && r.at < end; {
+		wait, cancel := context.WithTimeout(ctx, stall)
+		msg, err := in.next(wait)
+		cancel()
 		if err != nil {
-			return nil, fmt.Errorf("bucket %s: %w", f.m.o.Bucket, err)
+			return fmt.Errorf("bucket %s: %d of %d messages are read: %w", m.o.Bucket, r.read, of, err)
 		}
-		if c := f.m.change(msg.Subject, msg.Header, msg.Data, msg.Sequence); c.Value != nil && c.Sequence <= end {
-			all = append(all, c)
+		if msg.Sequence <= end {
+			c := m.change(msg.Subject, msg.Header, msg.Data, msg.Sequence)
+			r.keys[c.Key] = c
 		}
-		if msg.Pending == 0 || msg.Sequence >= end {
-			break
+		left = msg.Pending
+		r.at, r.read = msg.Sequence, r.read+1
+		if m.o.Progress != nil && (r.read%progressEvery == 0 || left == 0) {
+			m.o.Progress(r.read, max(of, r.read))
 		}
 	}
-	return all, nil
+	r.at = end
+	return nil
 }

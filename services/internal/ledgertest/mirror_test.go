@@ -4,8 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"math/rand/v2"
+	"net"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -351,6 +355,133 @@ func TestARestartOfTheServerMakesTheMirrorStaleAndThenCurrent(t *testing.T) {
 	eventually(t, "the copy is reset", func() bool { return c.times("reset") > 1 })
 	eventually(t, "a key can be written", func() bool { _, err := kv.Put(t.Context(), "a", []byte("2")); return err == nil })
 	eventually(t, "changes come again", func() bool { return c.is(map[string]string{"a": "2"}) })
+}
+
+// A link that breaks before everything is through, again and again, still brings all in
+// the end, also while the bucket is written to; one word a hundred messages tells how far.
+func TestAMirrorOverALinkThatBreaksGoesOnWhereItWas(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{ledger.DecisionsBucket, ledger.DirectoryBucket} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			e, _, js := provisioned(t)
+			kv := bucket(t, js, name)
+			const keys = 600
+			value := strings.Repeat("x", 8<<10)
+			want := map[string]string{}
+			for i := range keys {
+				key := fmt.Sprint("k", i)
+				want[key] = fmt.Sprint(i, value)
+				if _, err := js.PublishAsync("$KV."+name+"."+key, []byte(want[key])); err != nil {
+					t.Fatal(err)
+				}
+			}
+			select {
+			case <-js.PublishAsyncComplete():
+			case <-t.Context().Done():
+			}
+			if err := kv.Delete(t.Context(), "k7"); err != nil {
+				t.Fatal(err)
+			}
+			delete(want, "k7")
+
+			// Each connection breaks after a fourth of it; each time something was
+			// changed, written anew and deleted that may have been read already.
+			var mu sync.Mutex
+			breaks := 0
+			addr := brittle(t, e.s.Addr().String(), keys*len(value)/4, func() {
+				mu.Lock()
+				defer mu.Unlock()
+				breaks++
+				for i, key := range []string{"k0", fmt.Sprint("new", breaks), fmt.Sprint("k", keys-1)} {
+					want[key] = fmt.Sprint("again ", breaks, i)
+					if _, err := kv.Put(t.Context(), key, []byte(want[key])); err != nil {
+						t.Error(err)
+					}
+				}
+				gone := fmt.Sprint("k", 10*breaks)
+				if err := kv.Delete(t.Context(), gone); err != nil {
+					t.Error(err)
+				}
+				delete(want, gone)
+			})
+			nc, err := nats.Connect("nats://"+addr, nats.MaxReconnects(-1), nats.ReconnectWait(time.Millisecond))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(nc.Close)
+			over, err := jetstream.New(nc)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var told []uint64
+			c, _ := mirror(t, nc, over, ledger.MirrorOptions{Bucket: name, Progress: func(read, of uint64) {
+				mu.Lock()
+				defer mu.Unlock()
+				if told = append(told, read); read > of {
+					t.Errorf("%d of %d are read", read, of)
+				}
+			}})
+			eventually(t, "the copy is whole", func() bool {
+				mu.Lock()
+				defer mu.Unlock()
+				return c.is(want)
+			})
+			mu.Lock()
+			defer mu.Unlock()
+			if breaks < 3 || !slices.IsSorted(told) || len(told) < 4 {
+				t.Errorf("the link broke %d times, and progress was told as %v", breaks, told)
+			}
+		})
+	}
+}
+
+// brittle forwards connections to a server, and breaks each after so many bytes from it;
+// then broke is called.
+func brittle(t *testing.T, to string, after int, broke func()) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	open := map[net.Conn]bool{}
+	t.Cleanup(func() {
+		_ = l.Close()
+		mu.Lock()
+		for c := range open {
+			_ = c.Close()
+		}
+		mu.Unlock()
+		wg.Wait()
+	})
+	wg.Go(func() {
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("tcp", to)
+			if err != nil {
+				_ = client.Close()
+				continue
+			}
+			mu.Lock()
+			open[client], open[server] = true, true
+			mu.Unlock()
+			wg.Go(func() { _, _ = io.Copy(server, client) })
+			wg.Go(func() {
+				_, err := io.CopyN(client, server, int64(after))
+				_ = client.Close()
+				_ = server.Close()
+				if err == nil {
+					broke()
+				}
+			})
+		}
+	})
+	return l.Addr().String()
 }
 
 func TestAMirrorOfABucketThatIsNotThereYetWaitsForIt(t *testing.T) {
