@@ -19,7 +19,7 @@ import (
 
 // Bounds of one ledger entry of accounts.
 const (
-	maxEntryAccounts = 500
+	maxEntryAccounts = 5000
 	maxEntryBytes    = 256 << 10
 )
 

@@ -61,6 +61,10 @@ type stored struct {
 type store struct {
 	js jetstream.JetStream
 	kv jetstream.KeyValue
+	// saved is the document that was written last, under that name: who has written it
+	// need not read it back.
+	saved   stored
+	savedID string
 }
 
 func openStore(ctx context.Context, js jetstream.JetStream) (*store, error) {
@@ -68,7 +72,7 @@ func openStore(ctx context.Context, js jetstream.JetStream) (*store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("bucket %s: %w", ledger.ConfigBucket, err)
 	}
-	return &store{js, kv}, nil
+	return &store{js: js, kv: kv}, nil
 }
 
 // manifest returns the manifest under key, its revision and when the server
@@ -166,7 +170,10 @@ func chunkKey(id string, n int) string { return documentPrefix + id + "." + strc
 // save writes a document under a name of its own.
 func (s *store) save(ctx context.Context, doc stored) (id string, chunks int, err error) {
 	var buf bytes.Buffer
-	z := gzip.NewWriter(&buf)
+	z, err := gzip.NewWriterLevel(&buf, gzip.BestSpeed) // most of it are hashes
+	if err != nil {
+		return "", 0, fmt.Errorf("write plans: %w", err)
+	}
 	if err := json.NewEncoder(z).Encode(doc); err != nil {
 		return "", 0, fmt.Errorf("write plans: %w", err)
 	}
@@ -180,10 +187,14 @@ func (s *store) save(ctx context.Context, doc stored) (id string, chunks int, er
 		}
 		chunks++
 	}
+	s.saved, s.savedID = doc, id
 	return id, chunks, nil
 }
 
 func (s *store) load(ctx context.Context, m *manifest) (stored, error) {
+	if s.savedID != "" && m.DocumentID == s.savedID {
+		return s.saved, nil
+	}
 	var buf bytes.Buffer
 	for n := range m.Chunks {
 		e, err := s.kv.Get(ctx, chunkKey(m.DocumentID, n))
@@ -197,7 +208,7 @@ func (s *store) load(ctx context.Context, m *manifest) (stored, error) {
 		return stored{}, fmt.Errorf("read plans %s: %w", m.Version, err)
 	}
 	// The bound is for a bucket that somebody else wrote to.
-	data, err := io.ReadAll(io.LimitReader(z, 4*planfile.MaxFileBytes))
+	data, err := io.ReadAll(io.LimitReader(z, 2*planfile.MaxFileBytes))
 	if err != nil {
 		return stored{}, fmt.Errorf("read plans %s: %w", m.Version, err)
 	}

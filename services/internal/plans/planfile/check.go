@@ -16,6 +16,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger/directory"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans/planfile/bulk"
 )
 
 // Bounds that the schema can't state.
@@ -35,6 +36,37 @@ func Check(doc *Document) error {
 	if err != nil {
 		return err
 	}
+	// The accounts that need no look are most of them, and a generic value of each
+	// would cost a kilobyte.
+	c := &collector{file: doc.file, tree: doc.tree}
+	look := Document{Version: doc.Version, Plans: doc.Plans}
+	if n := len(doc.Accounts); n > maxAccounts {
+		c.add([]any{"accounts"}, fmt.Sprintf("accounts has %d entries", n), fmt.Sprintf("use at most %d", maxAccounts))
+		return c.result()
+	}
+	if err := validate(schema, &look, c); err != nil {
+		return err
+	}
+	for i := range doc.Accounts {
+		if bulk.Valid(&doc.Accounts[i]) {
+			continue
+		}
+		one := &collector{file: doc.file, tree: doc.tree, account: i}
+		look = Document{Version: FormatVersion, Accounts: doc.Accounts[i : i+1]}
+		if err := validate(schema, &look, one); err != nil {
+			return err
+		}
+		c.take(one)
+	}
+	if err := c.result(); err != nil {
+		return err
+	}
+	check(doc, c)
+	return c.result()
+}
+
+// validate finds what is wrong by the schema.
+func validate(schema *jsonschema.Schema, doc *Document, c *collector) error {
 	data, err := json.Marshal(doc)
 	if err != nil {
 		return fmt.Errorf("plans: %w", err)
@@ -43,17 +75,14 @@ func Check(doc *Document) error {
 	if err != nil {
 		return fmt.Errorf("plans: %w", err)
 	}
-	c := &collector{file: doc.file, tree: doc.tree}
 	if err := schema.Validate(value); err != nil {
 		var invalid *jsonschema.ValidationError
 		if !errors.As(err, &invalid) {
 			return fmt.Errorf("plans: %w", err)
 		}
 		c.schemaProblems(invalid)
-		return c.result()
 	}
-	check(doc, c)
-	return c.result()
+	return nil
 }
 
 // check finds what the schema can't: what concerns two places of the file.

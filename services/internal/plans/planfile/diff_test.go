@@ -86,9 +86,9 @@ func first() *Document {
 		},
 		Accounts: []Account{
 			{ID: "acme", Plan: "team"},
-			{ID: "acme/search", Parent: "acme", Plan: "free", Keys: []Key{{"k1", HashKey("1")}, {"k2", HashKey("2")}}},
-			{ID: "gone", Plan: "free", Keys: []Key{{"k3", HashKey("3")}}},
-			{ID: "solo", Plan: "free", Keys: []Key{{"k4", HashKey("4")}}},
+			{ID: "acme/search", Parent: "acme", Plan: "free", Keys: []Key{{ID: "k1", SHA256: HashKey("1")}, {ID: "k2", SHA256: HashKey("2")}}},
+			{ID: "gone", Plan: "free", Keys: []Key{{ID: "k3", SHA256: HashKey("3")}}},
+			{ID: "solo", Plan: "free", Keys: []Key{{ID: "k4", SHA256: HashKey("4")}}},
 		},
 	}
 }
@@ -103,9 +103,9 @@ func second() *Document {
 		},
 		Accounts: []Account{
 			{ID: "acme", Plan: "pro"},
-			{ID: "acme/search", Parent: "acme", Plan: "free", Keys: []Key{{"k1", HashKey("1")}}},
-			{ID: "acme/search/web", Parent: "acme/search", Keys: []Key{{"k2", HashKey("2")}}},
-			{ID: "solo", Plan: "free", Keys: []Key{{"k4", HashKey("4")}}},
+			{ID: "acme/search", Parent: "acme", Plan: "free", Keys: []Key{{ID: "k1", SHA256: HashKey("1")}}},
+			{ID: "acme/search/web", Parent: "acme/search", Keys: []Key{{ID: "k2", SHA256: HashKey("2")}}},
+			{ID: "solo", Plan: "free", Keys: []Key{{ID: "k4", SHA256: HashKey("4")}}},
 		},
 	}
 }

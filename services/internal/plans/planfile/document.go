@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans/planfile/bulk"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans/planfile/terms"
 )
 
@@ -61,19 +62,10 @@ type Filter struct {
 }
 
 // Account is who pays.
-type Account struct {
-	ID     string `json:"id"`
-	Parent string `json:"parent,omitempty"`
-	Plan   string `json:"plan,omitempty"`
-	Keys   []Key  `json:"keys,omitempty"`
-}
+type Account = bulk.Account
 
 // Key is an API key, known by its hash only.
-type Key struct {
-	ID string `json:"id"`
-	// SHA256 of the key in lower-case hex (HashKey).
-	SHA256 string `json:"sha256"`
-}
+type Key = bulk.Key
 
 // HashKey returns what stands for an API key in the plans file and in the
 // directory: its SHA-256 in lower-case hex. Keys are random and long, so that a

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -17,10 +18,18 @@ import (
 	"github.com/santhosh-tekuri/jsonschema/v6/kind"
 
 	"github.com/tollkeeper/tollkeeper/schemas"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans/planfile/bulk"
 )
 
-// MaxFileBytes bounds a plans file.
-const MaxFileBytes = 64 << 20
+const (
+	// MaxFileBytes bounds a plans file.
+	MaxFileBytes = 512 << 20
+	// maxParsedBytes bounds one whose accounts are not written so that they can be
+	// read one by one: the parser makes some sixty bytes of each.
+	maxParsedBytes = 64 << 20
+	// bulkBytes is from which size on that is worth while.
+	bulkBytes = 1 << 20
+)
 
 // maxNesting of the file's values; the format needs six.
 const maxNesting = 16
@@ -80,7 +89,9 @@ func (e *Error) Error() string {
 type collector struct {
 	file string
 	tree *tree // nil when there is no file
-	err  Error
+	// account is which one it is when the accounts that are looked at are one only.
+	account int
+	err     Error
 }
 
 // add notes a problem of the value at path, whose parts are strings and ints.
@@ -88,6 +99,10 @@ func (c *collector) add(path []any, reason, do string) {
 	if len(c.err.Problems) >= maxProblems {
 		c.err.More++
 		return
+	}
+	if len(path) > 1 && path[0] == any("accounts") && c.account > 0 {
+		path = slices.Clone(path)
+		path[1] = c.account
 	}
 	p := Problem{File: c.file, Pointer: pointer(path), Reason: reason, Do: do}
 	switch {
@@ -97,6 +112,16 @@ func (c *collector) add(path []any, reason, do string) {
 		p.Line, p.Column = 1, 1
 	}
 	c.err.Problems = append(c.err.Problems, p)
+}
+
+// take takes over what another has found.
+func (c *collector) take(from *collector) {
+	c.err.Problems = append(c.err.Problems, from.err.Problems...)
+	c.err.More += from.err.More
+	if n := len(c.err.Problems); n > maxProblems {
+		c.err.More += n - maxProblems
+		c.err.Problems = c.err.Problems[:maxProblems]
+	}
 }
 
 func (c *collector) result() error {
@@ -123,6 +148,128 @@ func Parse(name string, data []byte) (*Document, error) {
 		c.add(nil, fmt.Sprintf("the file has %d bytes, at most %d are read", len(data), MaxFileBytes), "split the accounts among several ledgers")
 		return nil, c.result()
 	}
+	if len(data) > bulkBytes {
+		if f, ok := bulk.Split(data); ok {
+			// The parser finds problems as well, and knows more ways to write things.
+			if doc, err := parseBulk(name, data, f); err == nil || len(data) > maxParsedBytes {
+				return doc, err
+			}
+		}
+	}
+	if len(data) > maxParsedBytes {
+		c.add(nil, fmt.Sprintf("the file has %d bytes, at most %d are read of one that is written like this", len(data), maxParsedBytes),
+			"write the accounts as a plain list below a line 'accounts:', or as JSON")
+		return nil, c.result()
+	}
+	return parseAll(name, data)
+}
+
+// parseBulk reads the accounts one by one and the rest as a file of its own.
+func parseBulk(name string, data []byte, f bulk.File) (*Document, error) {
+	doc, err := parseAll(name, f.Rest)
+	if err != nil {
+		return nil, err
+	}
+	text := string(data)
+	items := &items{text: text, file: f}
+	c := &collector{file: name, tree: &tree{root: doc.tree.root, items: items}}
+	doc.Accounts = make([]Account, len(f.Items))
+	for i, it := range f.Items {
+		a, ok := bulk.Read(text[it.Start:it.End], f.Flow)
+		if !ok {
+			c.irregular(i, &a)
+		}
+		doc.Accounts[i] = a
+	}
+	if err := c.result(); err != nil {
+		return nil, err
+	}
+	doc.tree = c.tree
+	if n := len(doc.Accounts); n > maxAccounts {
+		c.add([]any{"accounts"}, fmt.Sprintf("accounts has %d entries", n), fmt.Sprintf("use at most %d", maxAccounts))
+		return nil, c.result()
+	}
+	check(doc, c)
+	if err := c.result(); err != nil {
+		return nil, err
+	}
+	return doc, nil
+}
+
+// maxAccounts is the schema's bound.
+const maxAccounts = 2_000_000
+
+// irregular leaves an account to the parser and the schema.
+func (c *collector) irregular(i int, a *Account) {
+	body, _, err := c.tree.items.parse(i)
+	if err != nil {
+		var problems *Error
+		if !errors.As(err, &problems) {
+			problems = &Error{Problems: []Problem{{Line: c.tree.items.file.Items[i].Line, Column: 1, Reason: err.Error()}}}
+		}
+		for k := range problems.Problems {
+			problems.Problems[k].File = c.file
+		}
+		c.take(&collector{err: *problems})
+		return
+	}
+	one := &collector{file: c.file, tree: c.tree, account: i}
+	value := one.convert(body, nil)
+	schema, err := compiledSchema()
+	if err == nil && len(one.err.Problems) == 0 {
+		var invalid *jsonschema.ValidationError
+		if err := schema.Validate(value); errors.As(err, &invalid) {
+			one.schemaProblems(invalid)
+		}
+		var doc *Document
+		if doc, err = decode(value); err == nil && len(doc.Accounts) == 1 {
+			*a = doc.Accounts[0]
+		}
+	}
+	c.take(one)
+	if err != nil && len(one.err.Problems) == 0 {
+		c.add([]any{"accounts", i}, "this account can't be read", "write it as the documentation shows")
+	}
+}
+
+// items are the accounts of a file that were not parsed.
+type items struct {
+	text string
+	file bulk.File
+}
+
+// parse parses one account as a file with nothing else. lines must be added to its
+// lines to get those of the file.
+func (s *items) parse(i int) (body ast.Node, lines int, err error) {
+	it := s.file.Items[i]
+	var b strings.Builder
+	b.WriteString("version: 1\naccounts:")
+	if s.file.Flow {
+		b.WriteString(" [\n" + strings.Repeat(" ", it.Column-1) + s.text[it.Start:it.End] + "]\n")
+	} else {
+		b.WriteString("\n" + s.text[it.Start:it.End])
+	}
+	lines = it.Line - 3
+	file, err := parser.ParseBytes([]byte(b.String()), 0)
+	if err != nil {
+		var problems *Error
+		if err := syntaxError("", err); errors.As(err, &problems) {
+			for k := range problems.Problems {
+				problems.Problems[k].Line += lines
+			}
+			return nil, lines, problems
+		}
+		return nil, lines, err
+	}
+	if len(file.Docs) != 1 || file.Docs[0].Body == nil {
+		return nil, lines, errors.New("it is more than an account")
+	}
+	return file.Docs[0].Body, lines, nil
+}
+
+// parseAll reads a file with the parser.
+func parseAll(name string, data []byte) (*Document, error) {
+	c := &collector{file: name}
 	if at := tooDeep(data); at > 0 {
 		c.err.Problems = []Problem{{File: name, Line: at, Column: 1, Reason: "brackets are nested too deeply", Do: "the format needs six levels"}}
 		return nil, c.result()
@@ -146,7 +293,7 @@ func Parse(name string, data []byte) (*Document, error) {
 		c.add(nil, "the file is empty", "begin with 'version: 1'")
 		return nil, c.result()
 	}
-	c.tree = &tree{body}
+	c.tree = &tree{root: body}
 	value := c.convert(body, nil)
 	if err := c.result(); err != nil {
 		return nil, err
@@ -437,11 +584,29 @@ func keyName(v *ast.MappingValueNode) (string, bool) {
 }
 
 // tree finds positions in a parsed file.
-type tree struct{ root ast.Node }
+type tree struct {
+	root ast.Node
+	// items are the accounts, when they are not in root.
+	items *items
+}
 
 // position returns line and column of the value at path; for a path that ends in
 // the file before it does, those of the last part that is there.
 func (t *tree) position(path []any) (line, column int) {
+	if t.items != nil && len(path) > 1 && path[0] == any("accounts") {
+		i, err := strconv.Atoi(fmt.Sprint(path[1]))
+		if err != nil || i < 0 || i >= len(t.items.file.Items) {
+			return 1, 1
+		}
+		body, lines, err := t.items.parse(i)
+		if err != nil {
+			return t.items.file.Items[i].Line, 1
+		}
+		path = slices.Clone(path)
+		path[1] = 0
+		line, column = (&tree{root: body}).position(path)
+		return line + lines, column
+	}
 	n := t.root
 	line, column = nodePosition(n)
 	for _, part := range path {
