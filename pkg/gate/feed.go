@@ -116,8 +116,8 @@ func (g *Gate) run(ctx context.Context, nc *nats.Conn, js jetstream.JetStream, o
 		walletDone <- err
 	}()
 
-	accounts := g.mirror(nc, js, ledger.DirectoryBucket, &directoryFeed{g})
-	decisions := g.mirror(nc, js, ledger.DecisionsBucket, &decisionsFeed{g})
+	accounts := ledger.NewMirror(nc, js, ledger.MirrorOptions{Bucket: ledger.DirectoryBucket, Progress: g.ready.Reading(ledger.DirectoryBucket)}, &directoryFeed{g})
+	decisions := ledger.NewMirror(nc, js, ledger.MirrorOptions{Bucket: ledger.DecisionsBucket, Progress: g.ready.Reading(ledger.DecisionsBucket)}, &decisionsFeed{g})
 	var wg sync.WaitGroup
 	errs := make(chan error, 4)
 	start := func(name string, f func(context.Context) error) {
@@ -184,11 +184,6 @@ func (g *Gate) run(ctx context.Context, nc *nats.Conn, js jetstream.JetStream, o
 		}
 	}
 	return failed
-}
-
-// mirror copies a bucket; readiness hears how far it has read.
-func (g *Gate) mirror(nc *nats.Conn, js jetstream.JetStream, bucket string, h ledger.MirrorHandler) *ledger.Mirror {
-	return ledger.NewMirror(nc, js, ledger.MirrorOptions{Bucket: bucket, Progress: func(read, of uint64) { g.ready.Reading(bucket, read, of) }}, h)
 }
 
 // hearBeacons takes beacons until ctx is done.

@@ -579,7 +579,7 @@ func TestReadinessTellsHowMuchIsRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.open(4, func() usage.Micros { return 0 })
-	g.ready.Reading(ledger.DirectoryBucket, 812, 2049)
+	g.ready.Reading(ledger.DirectoryBucket)(812, 2049)
 	g.refresh()
 	if want := "the directory was not read yet (812 of 2049 records are read)"; string(told) != want {
 		t.Errorf("readiness says %q, want %q", told, want)

@@ -67,11 +67,13 @@ func (r *Parts) Stale(bucket string, reason error) {
 	r.reasons[bucket] = reason.Error()
 }
 
-// Reading notes how many of how many records of a bucket are read.
-func (r *Parts) Reading(bucket string, read, of uint64) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.reasons[bucket] = fmt.Sprintf("%d of %d records are read", read, of)
+// Reading returns what hears how many of how many records of a bucket are read.
+func (r *Parts) Reading(bucket string) func(read, of uint64) {
+	return func(read, of uint64) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.reasons[bucket] = fmt.Sprintf("%d of %d records are read", read, of)
+	}
 }
 
 // Resync notes that a bucket was read as a whole.
