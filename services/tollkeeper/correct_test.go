@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -199,5 +200,5 @@ func TestACorrectionUnblocksAndEverybodyAgrees(t *testing.T) {
 	if out, err = command(ctx, t, "audit", "--data-dir", dir); err != nil || !strings.Contains(out, "the ledger gives the state that was counted") {
 		t.Errorf("audit: %v\n%s", err, out)
 	}
-	u.interrupt(t)
+	u.interrupt(t, syscall.SIGINT)
 }

@@ -89,6 +89,8 @@ type Addresses struct {
 // stack is what the components of a Run share.
 type stack struct {
 	o         Options
+	banner    banner
+	shards    uint32
 	registry  *prometheus.Registry
 	readiness *telemetry.Readiness
 	addr      Addresses
@@ -104,14 +106,14 @@ func Run(ctx context.Context, o Options) error {
 	if o.Out == nil {
 		o.Out = io.Discard
 	}
-	s := &stack{o: o, registry: telemetry.NewRegistry(), readiness: telemetry.NewReadiness(), natsURL: o.NATS}
+	s := &stack{o: o, banner: banner{o.Out}, registry: telemetry.NewRegistry(), readiness: telemetry.NewReadiness(), natsURL: o.NATS}
 	if err := s.registry.Register(s.readiness); err != nil {
 		return fmt.Errorf("register metrics: %w", err)
 	}
 	if err := os.MkdirAll(o.Engines.DataDir, 0o700); err != nil {
 		return fmt.Errorf("make the data directory: %w", err)
 	}
-	g := run.NewGroup(run.Options{Logger: o.Logger})
+	g := run.NewGroup(run.Options{Logger: o.Logger, Started: s.started})
 	if o.NATS.URL == "" {
 		g.Add("nats", s.startNATS, func(ctx context.Context) error { return s.natsd.Stop(ctx) })
 	}
@@ -243,7 +245,8 @@ func (s *stack) provision(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("jetstream: %w", err)
 	}
-	_, err = ledger.Provision(ctx, js, ledger.ProvisionOptions{Shards: s.o.Shards, Currency: s.o.Currency, Notice: func(text string) { s.o.Logger.Warn().Msg(text) }})
+	geometry, err := ledger.Provision(ctx, js, ledger.ProvisionOptions{Shards: s.o.Shards, Currency: s.o.Currency, Notice: func(text string) { s.o.Logger.Warn().Msg(text) }})
+	s.shards = geometry.Shards
 	return err
 }
 
@@ -347,8 +350,8 @@ func (s *stack) console(ctx context.Context, ready func()) error {
 	})
 }
 
-// announce says where everything is.
-func (s *stack) announce(context.Context) error {
+// announce says where everything is, after all parts are ready or have had their time.
+func (s *stack) announce(ctx context.Context) error {
 	if s.natsd != nil && s.engine != nil {
 		if err := writeAddresses(s.o.Engines.DataDir, s.addr); err != nil {
 			return err
@@ -357,25 +360,12 @@ func (s *stack) announce(context.Context) error {
 	if s.o.Ready != nil {
 		s.o.Ready(s.addr)
 	}
-	line := func(what, where string) {
-		if where != "" {
-			_, _ = fmt.Fprintf(s.o.Out, "  %-16s %s\n", what, where) // for people; its loss harms nothing
-		}
+	if s.o.Out == io.Discard {
+		return nil // there is nobody to wait for
 	}
-	_, _ = fmt.Fprintln(s.o.Out, "Tollkeeper is up.") // as above
-	web := func(addr string) string {
-		if addr == "" {
-			return ""
-		}
-		return "http://" + addr
+	s.awaitServices(ctx)
+	if ctx.Err() == nil {
+		s.summary()
 	}
-	line("console and API", web(s.addr.API))
-	line("gateway", web(s.addr.Gateway))
-	line("gateway's API", web(s.addr.GatewayAdmin))
-	line("NATS", s.addr.NATS)
-	line("ClickHouse", s.addr.ClickHouse+" (native)")
-	line("", web(s.addr.ClickHouseHTTP))
-	line("data", s.o.Engines.DataDir)
-	_, _ = fmt.Fprintln(s.o.Out, "Ctrl-C stops everything in order.") // as above
 	return nil
 }

@@ -8,8 +8,10 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -26,6 +28,7 @@ import (
 // up is the real program, run as its README says, on free ports.
 type up struct {
 	api, gateway, admin, nats, clickhouse, clickhouseHTTP string
+	out                                                   string // file of its standard output
 	s                                                     *system
 }
 
@@ -39,12 +42,21 @@ func startUp(t *testing.T, dir string, args ...string) *up {
 	for range 3 {
 		u = &up{
 			api: freeAddr(t), gateway: freeAddr(t), admin: freeAddr(t), nats: freeAddr(t), clickhouse: freeAddr(t), clickhouseHTTP: freeAddr(t),
-			s: &system{t: t, running: map[string]*exec.Cmd{}, ended: map[string]chan struct{}{}},
+			out: outFile(t), s: &system{t: t, running: map[string]*exec.Cmd{}, ended: map[string]chan struct{}{}},
 		}
-		u.s.run("up", exec.Command(filepath.Join(programs, "tollkeeper"), append([]string{
+		program := exec.Command(filepath.Join(programs, "tollkeeper"), append([]string{
 			"up", "--data-dir", dir, "--api-listen", u.api, "--gateway-listen", u.gateway, "--gateway-admin-listen", u.admin,
 			"--nats-listen", u.nats, "--clickhouse-listen", u.clickhouse, "--clickhouse-http-listen", u.clickhouseHTTP,
-		}, args...)...))
+		}, args...)...)
+		out, err := os.Create(u.out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		program.Stdout = out
+		u.s.run("up", program)
+		if err := out.Close(); err != nil {
+			t.Error(err)
+		}
 		if u.listens(t) {
 			return u
 		}
@@ -77,20 +89,21 @@ func (u *up) listens(t *testing.T) bool {
 	}
 }
 
-// interrupt sends Ctrl-C and returns how long the program took to end.
-func (u *up) interrupt(t *testing.T) time.Duration {
+// interrupt sends Ctrl-C, or another signal that ends it in order, and returns how long
+// the program took to end.
+func (u *up) interrupt(t *testing.T, by syscall.Signal) time.Duration {
 	t.Helper()
 	start := time.Now()
-	if err := u.s.running["up"].Process.Signal(syscall.SIGINT); err != nil {
+	if err := u.s.running["up"].Process.Signal(by); err != nil {
 		t.Fatal(err)
 	}
 	select {
 	case <-u.s.ended["up"]:
 	case <-time.After(15 * time.Second):
-		t.Fatal("it has not ended 15 s after Ctrl-C")
+		t.Fatalf("it has not ended 15 s after %s", by)
 	}
 	if code := u.s.running["up"].ProcessState.ExitCode(); code != 0 {
-		t.Errorf("exit code %d after Ctrl-C", code)
+		t.Errorf("exit code %d after %s", code, by)
 	}
 	return time.Since(start)
 }
@@ -167,6 +180,15 @@ func TestTheFirstMinutesOfANewcomer(t *testing.T) {
 		return status == http.StatusOK, string(body)
 	}
 	eventually(ctx, t, "first start", ready)
+	lines := u.parts(ctx, t, "ready")
+	if status, body := curl(ctx, t, tries(t, lines)); status != http.StatusOK || !strings.Contains(body, "usage") {
+		t.Errorf("the printed command: %d %s", status, body)
+	}
+	for _, key := range demo.Keys() {
+		if !strings.Contains(strings.Join(lines, "\n"), key) {
+			t.Errorf("the key %s is not shown", key)
+		}
+	}
 
 	// Use up the 60 calls a minute of an account, well before the minute ends.
 	if left := 60 - time.Now().Second(); left < 8 {
@@ -237,7 +259,7 @@ func TestTheFirstMinutesOfANewcomer(t *testing.T) {
 		t.Errorf("the page: %d %s", status, body)
 	}
 
-	if took := u.interrupt(t); took > 5*time.Second {
+	if took := u.interrupt(t, syscall.SIGINT); took > 5*time.Second {
 		t.Errorf("Ctrl-C took %s", took)
 	}
 	start := time.Now()
@@ -246,6 +268,13 @@ func TestTheFirstMinutesOfANewcomer(t *testing.T) {
 		status, body := get(ctx, "http://"+u.api+"/readyz")
 		return status == http.StatusOK, string(body)
 	})
+	lines = u.parts(ctx, t, "none")
+	if status, body := curl(ctx, t, tries(t, lines)); status != http.StatusOK {
+		t.Errorf("the printed command: %d %s", status, body)
+	}
+	if !slices.ContainsFunc(lines, func(s string) bool { return strings.HasPrefix(s, "There is no gateway: ") }) {
+		t.Errorf("without a gateway: %q", lines)
+	}
 	t.Logf("second start: ready after %s", time.Since(start).Round(time.Millisecond))
 	status, body := get(ctx, "http://"+u.api+"/v1/accounts/litware")
 	var account struct {
@@ -254,7 +283,7 @@ func TestTheFirstMinutesOfANewcomer(t *testing.T) {
 	if err := json.Unmarshal(body, &account); err != nil || status != http.StatusOK {
 		t.Errorf("the account after the second start: %d %s (%v)", status, body, err)
 	}
-	if took := u.interrupt(t); took > 5*time.Second {
-		t.Errorf("Ctrl-C took %s", took)
+	if took := u.interrupt(t, syscall.SIGHUP); took > 5*time.Second {
+		t.Errorf("SIGHUP took %s", took)
 	}
 }

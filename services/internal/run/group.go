@@ -28,6 +28,8 @@ type Options struct {
 	StopTimeout time.Duration
 	// Logger hears of every start and stop.
 	Logger zerolog.Logger
+	// Started hears of every component that was started, in order; nil: nobody does.
+	Started func(name string)
 }
 
 // Group is a list of named components that are started in the order in which
@@ -180,6 +182,9 @@ func (g *Group) Run(ctx context.Context) error {
 		}
 		started++
 		g.o.Logger.Debug().Str("component", p.name).Dur("took_ms", time.Since(begin)).Msg("started")
+		if g.o.Started != nil {
+			g.o.Started(p.name)
+		}
 	}
 	if started == len(g.parts) {
 		select {

@@ -26,8 +26,8 @@ func (e *ExitError) Error() string { return e.Err.Error() }
 // Unwrap returns the wrapped error.
 func (e *ExitError) Unwrap() error { return e.Err }
 
-// Main runs fn and ends the process. The first SIGINT or SIGTERM cancels fn's
-// context; a second one ends the process at once with 128 + the signal's number.
+// Main runs fn and ends the process. The first SIGINT, SIGTERM or SIGHUP (the terminal
+// was closed) cancels fn's context; a second one ends the process at once with 128 + the signal's number.
 // Exit codes: 0 when fn returned nil (or the cancellation it was asked for), the
 // code of an ExitError, else 1. Small heaps are collected by heapfloor's rule. An error is printed on stderr as one sentence
 // (joined errors: one a line).
@@ -35,8 +35,19 @@ func Main(fn func(ctx context.Context) error) {
 	heapfloor.Set(heapfloor.DefaultBytes)
 	// Two places: the second signal must not be lost while the first is handled.
 	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	signal.Notify(signals, endings(signal.Ignored)...)
 	os.Exit(exec(filepath.Base(os.Args[0]), os.Stderr, signals, fn))
+}
+
+// endings are the signals that end a process in order: SIGHUP unless whoever started it
+// had it ignore that, as nohup does. SIGINT is one also where it is ignored: shells start
+// what a script puts into the background so, and scripts end it by SIGINT all the same.
+func endings(ignored func(os.Signal) bool) []os.Signal {
+	all := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
+	if !ignored(syscall.SIGHUP) {
+		all = append(all, syscall.SIGHUP)
+	}
+	return all
 }
 
 // exec is Main without the process around it.

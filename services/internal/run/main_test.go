@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -38,6 +39,10 @@ func TestExitCodes(t *testing.T) {
 			signals: []os.Signal{syscall.SIGTERM},
 			fn:      func(ctx context.Context) error { <-ctx.Done(); return nil },
 		},
+		"so does a closed terminal": {
+			signals: []os.Signal{syscall.SIGHUP},
+			fn:      func(ctx context.Context) error { <-ctx.Done(); return nil },
+		},
 		"the cancellation that was asked for is no error": {
 			signals: []os.Signal{syscall.SIGINT},
 			fn:      func(ctx context.Context) error { <-ctx.Done(); return fmt.Errorf("replay: %w", ctx.Err()) },
@@ -66,6 +71,24 @@ func TestExitCodes(t *testing.T) {
 				t.Errorf("said %q, want %q", out.String(), c.says)
 			}
 		})
+	}
+}
+
+// A terminal that is closed ends a program in order too, unless it was to outlive it.
+func TestAClosedTerminalEndsAProgramUnlessItWasToOutliveIt(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		ignored os.Signal
+		want    []os.Signal
+	}{
+		"in a terminal":             {nil, []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP}},
+		"under nohup":               {syscall.SIGHUP, []os.Signal{syscall.SIGINT, syscall.SIGTERM}},
+		"in a script's background":  {syscall.SIGINT, []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP}},
+		"where SIGTERM was ignored": {syscall.SIGTERM, []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP}},
+	} {
+		if got := endings(func(s os.Signal) bool { return s == c.ignored }); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v", name, got)
+		}
 	}
 }
 

@@ -8,7 +8,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/config"
 )
 
-// commandLog says what is logged by a command that a person waits for: what is wrong,
+// commandLog says what is logged by a command that a person looks at: what is wrong,
 // unless more is asked for.
 type commandLog struct {
 	Verbose   bool   `short:"v" help:"Log also what goes well, such as connections."`

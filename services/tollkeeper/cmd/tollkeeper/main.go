@@ -84,7 +84,7 @@ type upCmd struct {
 	Shards            uint32                 `name:"shards" env:"TOLLKEEPER_SHARDS" help:"Shards of a ledger that does not exist yet; 0 is the default for one machine."`
 	Currency          string                 `name:"currency" env:"TOLLKEEPER_CURRENCY" help:"Currency of all costs of a ledger that does not exist yet, by its ISO 4217 code; USD when empty. Costs in another are refused."`
 	alerter.Receivers `embed:""`
-	config.Log        `embed:""`
+	commandLog        `embed:""`
 }
 
 func (c *upCmd) Run(ctx context.Context) error {

@@ -29,6 +29,22 @@ var Plans []byte
 // Key returns the public demo key of an account.
 func Key(account string) string { return "tk_demo_" + strings.ReplaceAll(account, "/", "_") }
 
+// Accounts to show: Admitted is of a plan that nobody uses up, Refused calls more often
+// than its plan allows.
+const (
+	Admitted = "contoso"
+	Refused  = "litware"
+)
+
+// Keys returns the public keys of all accounts that call.
+func Keys() []string {
+	var keys []string
+	for _, c := range clients() {
+		keys = append(keys, Key(c.account))
+	}
+	return keys
+}
+
 // client of the demo: an account, how often it calls, and what.
 type client struct {
 	account string
