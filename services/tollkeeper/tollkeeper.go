@@ -31,6 +31,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/internal/run"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/banner"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/demo"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/engine"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/modelserver"
@@ -89,7 +90,7 @@ type Addresses struct {
 // stack is what the components of a Run share.
 type stack struct {
 	o         Options
-	banner    banner
+	banner    banner.Banner
 	shards    uint32
 	registry  *prometheus.Registry
 	readiness *telemetry.Readiness
@@ -106,7 +107,7 @@ func Run(ctx context.Context, o Options) error {
 	if o.Out == nil {
 		o.Out = io.Discard
 	}
-	s := &stack{o: o, banner: banner{o.Out}, registry: telemetry.NewRegistry(), readiness: telemetry.NewReadiness(), natsURL: o.NATS}
+	s := &stack{o: o, banner: banner.Banner{Out: o.Out}, registry: telemetry.NewRegistry(), readiness: telemetry.NewReadiness(), natsURL: o.NATS}
 	if err := s.registry.Register(s.readiness); err != nil {
 		return fmt.Errorf("register metrics: %w", err)
 	}
@@ -350,6 +351,19 @@ func (s *stack) console(ctx context.Context, ready func()) error {
 	})
 }
 
+// started writes the line of an engine, which is up when it was started; services are
+// awaited.
+func (s *stack) started(name string) {
+	switch name {
+	case "nats":
+		s.banner.Part("NATS", "up", s.addr.NATS)
+	case "clickhouse":
+		s.banner.Part("ClickHouse", "up", s.addr.ClickHouse)
+	case "ledger":
+		s.banner.Part("ledger", "up", fmt.Sprintf("%d shards", s.shards))
+	}
+}
+
 // announce says where everything is, after all parts are ready or have had their time.
 func (s *stack) announce(ctx context.Context) error {
 	if s.natsd != nil && s.engine != nil {
@@ -363,9 +377,22 @@ func (s *stack) announce(ctx context.Context) error {
 	if s.o.Out == io.Discard {
 		return nil // there is nobody to wait for
 	}
-	s.awaitServices(ctx)
+	services := []banner.Service{
+		{Name: "aggregator"}, {Name: "historian"}, {Name: "alerter"}, {Name: "auditor"},
+		{Name: "gateway", Where: banner.Web(s.addr.Gateway)}, {Name: "console", Where: banner.Web(s.addr.API)},
+	}
+	if s.o.Gateway == nil {
+		services[4].None = banner.NoGateway
+	}
+	if s.o.APIListen == "" {
+		services[5].None = "--api-listen is empty"
+	}
+	s.banner.Services(ctx, s.readiness, services)
 	if ctx.Err() == nil {
-		s.summary()
+		s.banner.Up(banner.Summary{
+			API: s.addr.API, Gateway: s.addr.Gateway, GatewayAdmin: s.addr.GatewayAdmin, NATS: s.addr.NATS, ClickHouse: s.addr.ClickHouse,
+			ClickHouseHTTP: s.addr.ClickHouseHTTP, DataDir: s.o.Engines.DataDir, Demo: s.upstream != "" && len(s.o.Gateway.Config.Routes) == 0,
+		})
 	}
 	return nil
 }
