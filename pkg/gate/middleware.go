@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
-	"fmt"
 	"net/http"
 	"slices"
 	"time"
@@ -12,6 +11,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/answer"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/ids"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/patience"
+	"github.com/tollkeeper/tollkeeper/pkg/gate/internal/report"
 	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
@@ -89,81 +89,7 @@ func (g *Gate) Middleware(o MiddlewareOptions, next http.Handler) http.Handler {
 
 // Report lets a handler behind Middleware say what a call has used. Its methods
 // do nothing on nil. It is for the handler's goroutine, until it returns.
-type Report struct {
-	quantities usage.Quantities
-	unknown    bool
-	uncounted  bool
-	unserved   bool
-	account    string
-	keyID      string
-	sending    Sending
-}
-
-// Sent says that somebody may serve the call from now on, whatever becomes of it. Unlike
-// the other methods it may be called from any goroutine.
-func (r *Report) Sent() {
-	if r != nil {
-		r.sending.Sent()
-	}
-}
-
-// Unserved says that the call reached nobody: it is recorded and uses nothing. What it
-// took of leases goes back, unless it was Sent.
-func (r *Report) Unserved() {
-	if r != nil {
-		r.unserved = true
-	}
-}
-
-// Uncounted says that the call is not to be counted, although somebody may have served
-// it: it is recorded and uses nothing. One whose units were taken from leases is counted
-// all the same, for no more is to be admitted than there is.
-func (r *Report) Uncounted() {
-	if r != nil {
-		r.uncounted = true
-	}
-}
-
-// Unknown says that nobody knows what the call has used, whatever is answered and
-// however much is set: an upstream that was too late may have done all of it. Of what
-// was reserved for the call nothing is given back.
-func (r *Report) Unknown() {
-	if r != nil {
-		r.unknown = true
-	}
-}
-
-// Set stores the reading of a meter. What is not set is unknown, and so is what
-// can't be counted: then the error is an *usage.InvalidError, and the rest of the
-// call is metered nevertheless.
-func (r *Report) Set(m usage.Meter, v int64) error {
-	if r == nil {
-		return nil
-	}
-	own := r.quantities.Custom()
-	_, builtIn := m.Index()
-	_, known := r.quantities.Get(m)
-	switch {
-	case !m.Valid():
-		return &usage.InvalidError{Reason: usage.ReasonMalformed, Message: fmt.Sprintf("%q cannot name a meter", m)}
-	case v < 0:
-		return &usage.InvalidError{Reason: usage.ReasonNegativeCount, Message: fmt.Sprintf("%s is %d: counts are not negative", m, v)}
-	case v > usage.MaxQuantity:
-		return &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("%s is %d, at most %d is allowed in one call", m, v, usage.MaxQuantity)}
-	case !builtIn && !known && len(own) >= usage.MaxCustomMeters:
-		return &usage.InvalidError{Reason: usage.ReasonOversized, Message: fmt.Sprintf("a call has at most %d meters of its own", usage.MaxCustomMeters)}
-	}
-	r.quantities.Set(m, v)
-	return nil
-}
-
-// Account that pays and the public id of its key, empty on nil.
-func (r *Report) Account() (id, keyID string) {
-	if r == nil {
-		return "", ""
-	}
-	return r.account, r.keyID
-}
+type Report = report.Report
 
 type reportKey struct{}
 
@@ -316,8 +242,8 @@ func (x *exchange) begin(r *http.Request, id, model string) {
 // pass serves an admitted call and records it.
 func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	x.g.metrics.outcomes[admitted].Inc()
-	report := &Report{account: x.call.Account, keyID: x.call.KeyID, sending: x.ticket.Sending()}
-	r = r.WithContext(context.WithValue(r.Context(), reportKey{}, report))
+	told := report.New(x.call.Account, x.call.KeyID, x.ticket.Sending())
+	r = r.WithContext(context.WithValue(r.Context(), reportKey{}, told))
 	r.Header.Set(RequestIDHeader, x.call.RequestID)
 	out := answer.New(w, RequestIDHeader, x.call.RequestID, r.Method == http.MethodHead)
 	returned := false
@@ -325,13 +251,14 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 		// Also when the handler panics, as httputil.ReverseProxy does when the
 		// upstream breaks off: the call took place.
 		x.call.Status = uint16(out.Status(returned))
-		x.call.Quantities = report.quantities
-		if _, reported := report.quantities.BuiltIn(usage.BytesIndex); !reported {
+		x.call.Quantities = report.Readings(told)
+		if _, reported := x.call.Quantities.BuiltIn(usage.BytesIndex); !reported {
 			if size, seen := out.Bytes(); seen {
 				x.call.Quantities.SetBuiltIn(usage.BytesIndex, size)
 			}
 		}
-		x.release(report)
+		x.call.Ending = report.Ending(told, out.End(returned, r.Context().Err() != nil))
+		x.release(told)
 		err := x.settle(r.Context())
 		switch {
 		case !returned: // the panic goes on
@@ -348,21 +275,15 @@ func (x *exchange) pass(w http.ResponseWriter, r *http.Request, next http.Handle
 // release settles what was reserved: with what was reported, and with the whole
 // bound where nothing was, as when a client has hung up, or where it is said to be
 // unknown. An answer that tells of a failure and reports nothing has used nothing.
-func (x *exchange) release(report *Report) {
-	q := &x.call.Quantities
-	if report.unserved && x.ticket.Void() || report.uncounted && !x.ticket.Leased() {
+func (x *exchange) release(r *Report) {
+	if unserved, uncounted := report.Free(r); unserved && x.ticket.Void() || uncounted && !x.ticket.Leased() {
 		x.call.Quantities = usage.Quantities{}
 		x.call.Quantities.SetBuiltIn(usage.CallsIndex, 0)
 		return
 	}
-	switch {
-	case report.unknown:
-		x.ticket.Settle(&usage.Quantities{})
-	case x.call.Status >= 400 && x.call.Status != StatusClientGone && q.Len() <= 1:
-		x.ticket.SettleKnown(q, true)
-	default:
-		x.ticket.Settle(q)
-	}
+	failed := x.call.Status >= 400 && x.call.Status != StatusClientGone
+	measured, nothing := report.Settle(r, &x.call, failed, x.caller.Account.Counts, x.ticket.Reserved)
+	x.ticket.SettleKnown(&measured, nothing)
 }
 
 // refuse answers and records a call that was not admitted.

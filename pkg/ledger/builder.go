@@ -68,6 +68,9 @@ func (b *Builder) Add(c *usage.Call) {
 	if v := int64(c.TraceFlags); v != 0 || b.ints[intTraceFlags].begun() {
 		size += b.ints[intTraceFlags].addZeroed(i, v)
 	}
+	if v := int64(c.Ending); v != 0 || b.ints[intEnding].begun() {
+		size += b.ints[intEnding].addZeroed(i, v)
+	}
 	for m := range usage.BuiltIn(usage.NumBuiltIn) {
 		if v, ok := c.Quantities.BuiltIn(m); ok {
 			size += b.ints[intMeter0+int(m)].add(i, v)

@@ -168,6 +168,7 @@ func anyCalls(t *rapid.T, most int) []usage.Call {
 	number("status", rapid.Int64Range(0, usage.MaxStatus), func(c *usage.Call, v int64) { c.Status = uint16(v) })
 	number("duration", quantity(), func(c *usage.Call, v int64) { c.Duration = v })
 	number("flags", rapid.Int64Range(0, math.MaxUint32), func(c *usage.Call, v int64) { c.Flags = usage.Flags(v) })
+	number("ending", rapid.Int64Range(0, int64(usage.NewestEnding)), func(c *usage.Call, v int64) { c.Ending = usage.Ending(v) })
 	number("trace flags", rapid.Int64Range(0, 255), func(c *usage.Call, v int64) { c.TraceFlags = byte(v) })
 	for i, known := range presentRows(t, "trace", n) {
 		if known {

@@ -51,6 +51,7 @@ const (
 	colPriceVersion = 18
 	colCurrency     = 19
 	colRegion       = 20
+	colEnding       = 21
 	colMeter0       = 32 // + usage.BuiltIn
 	colCustomMeter  = 64
 )
@@ -86,6 +87,7 @@ const (
 	intDuration
 	intFlags
 	intTraceFlags
+	intEnding
 	intMeter0
 	numIntColumns = intMeter0 + usage.NumBuiltIn
 )
@@ -109,13 +111,13 @@ const (
 
 // Wire ids by position, and positions + 1 by wire id.
 var (
-	intIDs = [intMeter0]uint64{colTime, colStatus, colDuration, colFlags, colTraceFlags}
+	intIDs = [intMeter0]uint64{colTime, colStatus, colDuration, colFlags, colTraceFlags, colEnding}
 	strIDs = [numStrColumns]uint64{
 		colAccount, colKeyID, colRequestID, colMethod, colRoute, colModel, colCode,
 		colDecisionID, colSource, colEventID, colPriceVersion, colCurrency, colRegion,
 	}
 	intPositions = [colMeter0]uint8{
-		colTime: intTime + 1, colStatus: intStatus + 1, colDuration: intDuration + 1, colFlags: intFlags + 1, colTraceFlags: intTraceFlags + 1,
+		colTime: intTime + 1, colStatus: intStatus + 1, colDuration: intDuration + 1, colFlags: intFlags + 1, colTraceFlags: intTraceFlags + 1, colEnding: intEnding + 1,
 	}
 	strPositions = [colMeter0]uint8{
 		colAccount: strAccount + 1, colKeyID: strKeyID + 1, colRequestID: strRequestID + 1, colMethod: strMethod + 1,
@@ -160,7 +162,7 @@ func intBounds(pos int) (lo, hi int64) {
 		return 0, usage.MaxStatus
 	case intFlags:
 		return 0, math.MaxUint32
-	case intTraceFlags:
+	case intTraceFlags, intEnding:
 		return 0, math.MaxUint8
 	}
 	return 0, usage.MaxQuantity
@@ -251,6 +253,7 @@ type Frame struct {
 	N int
 
 	Time, Status, Duration, Flags, TraceFlags Ints
+	Ending                                    Ints
 	Meters                                    [usage.NumBuiltIn]Ints
 	Account, KeyID, RequestID                 Strings
 	Method, Route, Model, Region              Strings
@@ -362,6 +365,8 @@ func (f *Frame) intColumn(pos int) *Ints {
 		return &f.Flags
 	case intTraceFlags:
 		return &f.TraceFlags
+	case intEnding:
+		return &f.Ending
 	}
 	return &f.Meters[pos-intMeter0]
 }
@@ -777,6 +782,7 @@ func (f *Frame) Call(i int) usage.Call {
 		Duration:     f.Duration.At(i),
 		Flags:        usage.Flags(f.Flags.At(i)),
 		TraceFlags:   byte(f.TraceFlags.At(i)),
+		Ending:       ending(uint64(f.Ending.At(i))),
 		Source:       string(f.Source.At(i)),
 		EventID:      string(f.EventID.At(i)),
 		PriceVersion: string(f.PriceVersion.At(i)),
@@ -795,6 +801,14 @@ func (f *Frame) Call(i int) usage.Call {
 		}
 	}
 	return c
+}
+
+// ending is one that is known here: a newer writer's is not.
+func ending(v uint64) usage.Ending {
+	if v > uint64(usage.NewestEnding) {
+		return usage.EndingUnknown
+	}
+	return usage.Ending(v)
 }
 
 // Admitted reports whether the call of row i was let through.

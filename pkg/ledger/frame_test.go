@@ -360,7 +360,7 @@ func TestColumnsOfANewerWriterAreSkipped(t *testing.T) {
 	t.Parallel()
 	at, who := constant(colTime, someTime), text(colAccount, "a")
 	var f Frame
-	if err := f.Decode(frameOf(2, block(21, 99, 1, 2, 3), at, block(39, encIntOffset, 9), who, block(63, 0), block(1<<40, 255, 7))); err != nil {
+	if err := f.Decode(frameOf(2, block(29, 99, 1, 2, 3), at, block(39, encIntOffset, 9), who, block(63, 0), block(1<<40, 255, 7))); err != nil {
 		t.Fatal(err)
 	}
 	want := usage.Call{Time: someTime, Account: "a"}
@@ -437,7 +437,7 @@ func TestTheThreeFormsOfACallGiveTheSameRows(t *testing.T) {
 		if c.Source == "" || c.EventID == "" || (c.Code != "" && c.Code.Status() == 0) {
 			c.Source, c.EventID, c.Code = "//gw", "e-1", usage.QuotaExceeded
 		}
-		c.TraceID, c.SpanID, c.TraceFlags, c.Flags, c.DecisionID, c.PriceVersion = [16]byte{}, [8]byte{}, 0, 0, "", ""
+		c.TraceID, c.SpanID, c.TraceFlags, c.Flags, c.Ending, c.DecisionID, c.PriceVersion = [16]byte{}, [8]byte{}, 0, 0, 0, "", ""
 		var event Frame
 		if err := DecodeCalls(&event, subject, nats.Header{CodecHeader: {CodecCloudEvent}}, cloudEventOf(t, &c)); err != nil {
 			t.Fatalf("CloudEvent: %v", err)
@@ -769,4 +769,29 @@ func checkAccepted(t *testing.T, f *Frame) {
 		t.Fatalf("an accepted frame cannot be read again: %v", err)
 	}
 	sameCalls(t, rows(&again), want)
+}
+
+// Frames that were written before calls had an ending say that it was not told, and so
+// does one of a newer writer that is not known here.
+func TestAnEndingThatIsNotKnownWasNotTold(t *testing.T) {
+	t.Parallel()
+	at, who := constant(colTime, 1_700_000_000_000_000), text(colAccount, "acme")
+	for data, want := range map[string]usage.Ending{
+		string(frameOf(1, at, who)):                           usage.EndingUnknown,
+		string(frameOf(1, at, who, constant(colEnding, 2))):   usage.ClientLeft,
+		string(frameOf(1, at, who, constant(colEnding, 3))):   usage.UpstreamFailed,
+		string(frameOf(1, at, who, constant(colEnding, 255))): usage.EndingUnknown,
+	} {
+		var f Frame
+		if err := f.Decode([]byte(data)); err != nil {
+			t.Fatal(err)
+		}
+		if c := f.Call(0); c.Ending != want {
+			t.Errorf("%v, wanted %v", c.Ending, want)
+		}
+	}
+	var f Frame
+	if err := f.Decode(frameOf(1, at, who, constant(colEnding, 256))); err == nil {
+		t.Error("an ending of two bytes was taken")
+	}
 }

@@ -231,7 +231,7 @@ func callFromProto(p *tollkeeperv1.Call) (usage.Call, error) {
 		Time: usage.Micros(p.GetTimeUnixMicros()), Account: p.GetAccount(), KeyID: p.GetKeyId(), RequestID: p.GetRequestId(),
 		TraceFlags: byte(p.GetTraceFlags()), Method: p.GetMethod(), Route: p.GetRoute(), Model: p.GetModel(), Region: p.GetRegion(),
 		Status: uint16(p.GetStatus()), Code: usage.Code(p.GetCode()), DecisionID: p.GetDecisionId(), Duration: p.GetDurationMicros(),
-		Flags: usage.Flags(p.GetFlags()), Source: p.GetSource(), EventID: p.GetEventId(), PriceVersion: p.GetPriceVersion(), Currency: p.GetCurrency(),
+		Flags: usage.Flags(p.GetFlags()), Ending: ending(uint64(p.GetEnding())), Source: p.GetSource(), EventID: p.GetEventId(), PriceVersion: p.GetPriceVersion(), Currency: p.GetCurrency(),
 	}
 	for _, id := range [...]struct {
 		to   []byte
@@ -256,7 +256,7 @@ func callToProto(c *usage.Call) *tollkeeperv1.Call {
 	p := &tollkeeperv1.Call{
 		TimeUnixMicros: int64(c.Time), Account: c.Account, KeyId: c.KeyID, RequestId: c.RequestID, TraceFlags: uint32(c.TraceFlags),
 		Method: c.Method, Route: c.Route, Model: c.Model, Region: c.Region, Status: uint32(c.Status), Code: string(c.Code),
-		DecisionId: c.DecisionID, DurationMicros: c.Duration, Flags: uint32(c.Flags), Source: c.Source, EventId: c.EventID,
+		DecisionId: c.DecisionID, DurationMicros: c.Duration, Flags: uint32(c.Flags), Ending: uint32(c.Ending), Source: c.Source, EventId: c.EventID,
 		PriceVersion: c.PriceVersion, Currency: c.Currency,
 	}
 	if c.TraceID != ([16]byte{}) {

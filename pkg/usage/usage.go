@@ -164,13 +164,47 @@ const (
 	// AdmittedUnknown: admitted under an explicit policy while the gateway
 	// could not know the verdict (law 5).
 	AdmittedUnknown Flags = 1 << iota
-	// Estimated: quantities are estimates, not readings.
+	// Estimated: some quantities are estimates, not readings.
 	Estimated
 	// FutureTime: the event time was ahead of the ledger and was clamped.
 	FutureTime
 	// FromLease: the units were taken from leases of the frame's producer.
 	FromLease
 )
+
+// Ending is how an admitted call came to its end.
+type Ending uint8
+
+// The endings; the wire and the columns of history use the numbers.
+const (
+	// EndingUnknown: it was not told, as by other producers, or the call was refused.
+	EndingUnknown Ending = iota
+	// Finished: the client was sent the whole answer, whatever its status.
+	Finished
+	// ClientLeft: the client went before it had the whole answer.
+	ClientLeft
+	// UpstreamFailed: the upstream did not answer, or its answer broke off.
+	UpstreamFailed
+	numEndings
+)
+
+// NewestEnding is the greatest that is known here.
+const NewestEnding = numEndings - 1
+
+// String is the ending's name in history and APIs; empty for one that was not told.
+func (e Ending) String() string {
+	switch e {
+	case EndingUnknown:
+		return ""
+	case Finished:
+		return "finished"
+	case ClientLeft:
+		return "client_left"
+	case UpstreamFailed:
+		return "upstream_failed"
+	}
+	return fmt.Sprintf("ending(%d)", uint8(e))
+}
 
 // Call is the record of one finished attempt at a gateway. It never carries a
 // key, a header or a body.
@@ -199,6 +233,8 @@ type Call struct {
 	// Duration from the request's first byte to the answer's last, microseconds.
 	Duration int64
 	Flags    Flags
+	// Ending of an admitted call.
+	Ending Ending
 	// Source and EventID identify the event of a foreign producer (CloudEvents);
 	// both are empty for our own gateways.
 	Source  string
@@ -299,6 +335,9 @@ func (c *Call) Validate(now Micros) error {
 	}
 	if c.Duration > MaxQuantity {
 		return &InvalidError{ReasonOversized, fmt.Sprintf("the duration is %d microseconds, at most %d is allowed", c.Duration, MaxQuantity)}
+	}
+	if c.Ending > NewestEnding {
+		return &InvalidError{ReasonMalformed, fmt.Sprintf("%d is not an ending", c.Ending)}
 	}
 	if c.Status > MaxStatus {
 		return &InvalidError{ReasonMalformed, fmt.Sprintf("%d is not an HTTP status", c.Status)}

@@ -158,6 +158,7 @@ func TestAnExactLimitOnTokensBoundsEveryCall(t *testing.T) {
 func TestAStreamedAnswerIsChargedWhatItReports(t *testing.T) {
 	t.Parallel()
 	const content = "data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}],\"usage\":null}\n\n"
+	const unasked = "data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}]}\n\n"
 	const reported = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":7}}\n\n"
 	const running = "data: {\"choices\":[{}],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":3}}\n\n"
 	const done = "data: [DONE]\n\n"
@@ -199,7 +200,7 @@ func TestAStreamedAnswerIsChargedWhatItReports(t *testing.T) {
 	}
 	within(t, 5*time.Second, "the key is known", func() bool { return call(`{"model":"m","max_tokens":100,"messages":[],"stream":true}`).status == 200 })
 	settled(7)
-	if got := call(`{"model":"m","max_tokens":100,"messages":[],"stream":true}`); got.status != 200 || got.body != content+done {
+	if got := call(`{"model":"m","max_tokens":100,"messages":[],"stream":true}`); got.status != 200 || got.body != unasked+done {
 		t.Errorf("who did not ask for the usage was told: %+v", got)
 	}
 	settled(14)
@@ -209,7 +210,7 @@ func TestAStreamedAnswerIsChargedWhatItReports(t *testing.T) {
 	settled(21)
 	// Who hangs up before anything is reported has used the bound, and so has who hangs
 	// up among reports of what was used so far.
-	for user, heard := range map[string]string{"hang": content, "hang, running": content + running} {
+	for user, heard := range map[string]string{"hang": unasked, "hang, running": unasked + running} {
 		ctx, hangUp := context.WithCancel(t.Context())
 		req, err := http.NewRequestWithContext(ctx, http.MethodPost, r.proxy+"/v1/chat/completions", strings.NewReader(`{"model":"m","max_tokens":100,"messages":[],"stream":true,"user":"`+user+`"}`))
 		if err != nil {

@@ -29,12 +29,12 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/direct"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/headers"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/inmemory"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/metering"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/models"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/once"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/paths"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/routes"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/target"
-	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
 )
 
 // Headers between clients, gateway and upstream. Clients can't set the first two:
@@ -52,7 +52,8 @@ const (
 type proxy struct {
 	routes     []*route // in the order in which they are tried
 	transports map[time.Duration]*direct.Transport
-	usage      *prometheus.CounterVec
+	gate       *gate.Gate
+	usage      *metering.Metrics
 	meters     *prometheus.CounterVec
 	buffer     bufferPool
 	policy     *crossorigin.Policy // of what has no route
@@ -89,22 +90,18 @@ type proxyOptions struct {
 
 func newProxy(o proxyOptions) (*proxy, error) {
 	p := &proxy{
-		usage: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "tollkeeper_gateway_usage_answers_total", Help: "Answers of routes that read token counts, by what was found.",
-		}, []string{"outcome"}),
-		bodies: models.NewRoom(models.DefaultRoom), logger: o.logger, policy: o.config.Policy(nil),
+		gate: o.gate, bodies: models.NewRoom(models.DefaultRoom), logger: o.logger, policy: o.config.Policy(nil),
 	}
 	p.meters = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "tollkeeper_gateway_reported_readings_total", Help: "Readings that upstreams reported in meters_header, by whether they could be counted.",
 	}, []string{"outcome"})
-	for _, outcome := range tokens.Outcomes() {
-		p.usage.WithLabelValues(string(outcome))
+	var err error
+	if p.usage, err = metering.NewMetrics(o.registerer); err != nil {
+		return nil, err
 	}
 	if o.registerer != nil {
-		for _, c := range []prometheus.Collector{p.usage, p.meters} {
-			if err := o.registerer.Register(c); err != nil {
-				return nil, err
-			}
+		if err := o.registerer.Register(p.meters); err != nil {
+			return nil, err
 		}
 	}
 	keyHeaders := o.config.KeyHeaders
@@ -292,7 +289,8 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 		value, _ := routes.Expand(v)
 		set[textproto.CanonicalMIMEHeaderKey(h)] = value
 	}
-	prefix, readsUsage, model := c.PathPrefix(), c.ReadsUsage(), textproto.CanonicalMIMEHeaderKey(c.Model.Header)
+	meter := p.metering(c)
+	prefix, model := c.PathPrefix(), textproto.CanonicalMIMEHeaderKey(c.Model.Header)
 	dropped, guarded := []string{EventTimeHeader}, append(slices.Sorted(maps.Keys(set)), model, gate.RequestIDHeader)
 	if c.KeepKey {
 		guarded = append(guarded, keyHeaders...)
@@ -331,11 +329,8 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 				h.Set(AccountHeader, headers.Safe(account))
 				h.Set(KeyIDHeader, headers.Safe(keyID))
 			}
-			if readsUsage {
-				h.Set("Accept-Encoding", "identity")
-				if bounds.AsksUsage(r.In) {
-					r.Out = r.Out.WithContext(context.WithValue(r.Out.Context(), asksUsage{}, true))
-				}
+			if meter != nil {
+				r.Out = meter.Request(r.Out)
 			}
 			for name, value := range set {
 				h.Set(name, value)
@@ -352,12 +347,12 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 			if c.MetersHeader != "" {
 				p.readMeters(resp, c.MetersHeader)
 			}
-			if readsUsage && resp.StatusCode/100 == 2 && resp.Request.Method != http.MethodHead {
-				p.readUsage(resp)
+			if meter != nil {
+				meter.Answer(resp)
 			}
 			return nil
 		},
-		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { p.failed(w, r, err, c) },
+		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { p.failed(w, r, err, c, meter) },
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		rp.ServeHTTP(w, r)
@@ -365,30 +360,29 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 	}), nil
 }
 
-// asksUsage marks requests whose usage the gateway asks for, and not the client.
-type asksUsage struct{}
-
-// readUsage looks for token counts in an answer while it passes.
-func (p *proxy) readUsage(resp *http.Response) {
-	report := gate.ReportFrom(resp.Request.Context())
-	drops := resp.Request.Context().Value(asksUsage{}) != nil
-	body := tokens.NewReader(resp.Body, resp.Header.Get("Content-Type"), resp.Header.Get("Content-Encoding"), drops, func(readings []tokens.Reading, o tokens.Outcome) {
-		p.usage.WithLabelValues(string(o)).Inc()
-		for _, r := range readings {
-			_ = report.Set(r.Meter, r.Value) // they were checked when they were read
-		}
-		if o == tokens.Partial {
-			report.Unknown()
-		}
-	})
-	if body == nil {
-		return
+// metering returns what finds out what a route's calls have used; nil: nothing does.
+func (p *proxy) metering(c *RouteConfig) *metering.Route {
+	if !c.ReadsUsage() {
+		return nil
 	}
-	resp.Body = body
-	if drops && tokens.IsStream(resp.Header.Get("Content-Type")) {
-		resp.ContentLength = -1 // less than was announced may pass
-		resp.Header.Del("Content-Length")
+	o := metering.Options{
+		Name: c.Name, Provider: c.Profile == refusal.OpenAI || c.Profile == refusal.Anthropic, Ask: c.AsksUsage(), MaxBody: c.Model.MaxBody, Bodies: p.bodies, Metrics: p.usage,
+		Settle: p.gate.Settle,
+		Reserves: func(account, model, method string) bool {
+			a, found := p.gate.AccountByID(account)
+			return found == gate.Found && len(p.gate.Measured(a, gate.Request{Model: model, Route: c.Name, Method: method})) > 0
+		},
+		Unwilling: func() {
+			p.seldom(zerolog.WarnLevel).Str("route", c.Name).Msg("the upstream refused to be asked for usage; the call failed; set ask_usage: false on the route")
+		},
+		Unsettled: func(err error) {
+			p.seldom(zerolog.ErrorLevel).Err(err).Str("route", c.Name).Msg("the usage of a background response could not be recorded; it is counted when the response is asked for again")
+		},
 	}
+	if o.MaxBody == 0 {
+		o.MaxBody = DefaultMaxModelBody
+	}
+	return metering.New(o)
 }
 
 // readMeters takes the upstream's readings off an answer.
@@ -415,7 +409,7 @@ func (p *proxy) readMeters(resp *http.Response, header string) {
 }
 
 // failed answers for an upstream that did not.
-func (p *proxy) failed(w http.ResponseWriter, r *http.Request, err error, c *RouteConfig) {
+func (p *proxy) failed(w http.ResponseWriter, r *http.Request, err error, c *RouteConfig, meter *metering.Route) {
 	report := gate.ReportFrom(r.Context())
 	gone := r.Context().Err() != nil && errors.Is(err, context.Canceled)
 	sent := (*once.SentError)(nil)
@@ -430,6 +424,9 @@ func (p *proxy) failed(w http.ResponseWriter, r *http.Request, err error, c *Rou
 	}
 	if gone {
 		// Nobody reads it; the status is for the event.
+		if meter != nil && sent != nil {
+			meter.Unanswered(r)
+		}
 		w.WriteHeader(gate.StatusClientGone)
 		return
 	}
@@ -437,6 +434,7 @@ func (p *proxy) failed(w http.ResponseWriter, r *http.Request, err error, c *Rou
 	if timeout := (net.Error)(nil); errors.As(err, &timeout) && timeout.Timeout() {
 		f.Code = refusal.GatewayTimeout
 	}
+	report.Ended(usage.UpstreamFailed)
 	p.seldom(zerolog.WarnLevel).Err(err).Str("request_id", f.RequestID).Msg("an upstream did not answer")
 	p.answer(w, r, &f, c.Profile)
 }
@@ -500,7 +498,7 @@ func unusedOf(c *RouteConfig) func(method, path, model string) usage.MeterSet {
 
 // boundOf says what a route's calls can cost at most.
 func boundOf(c *RouteConfig, bodies *models.Room) func(*http.Request, string, []usage.Meter) (usage.Quantities, error) {
-	rules := &bounds.Rules{Bodies: bodies, AskUsage: c.ReadsUsage(), Reserve: make(map[usage.Meter]int64, len(c.Reserve)), ClampMember: c.Clamp.Member, Clamp: c.Clamp.Tokens, InputOverhead: c.InputOverhead, MaxBody: c.Model.MaxBody}
+	rules := &bounds.Rules{Bodies: bodies, Reserve: make(map[usage.Meter]int64, len(c.Reserve)), ClampMember: c.Clamp.Member, Clamp: c.Clamp.Tokens, InputOverhead: c.InputOverhead, MaxBody: c.Model.MaxBody}
 	for m, units := range c.Reserve {
 		rules.Reserve[usage.Meter(m)] = units
 	}

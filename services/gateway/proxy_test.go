@@ -166,13 +166,8 @@ func TestTheProxy(t *testing.T) {
 	})
 	t.Run("gzip, although it was not asked for", func(t *testing.T) {
 		got := do(t, http.MethodPost, g.proxy+"/gzip", "sk-search", "", "X-Request-Id", "gzip", "Accept-Encoding", "gzip, br")
-		z, err := gzip.NewReader(strings.NewReader(got.body))
-		if err != nil {
-			t.Fatal(err)
-		}
-		plain, err := io.ReadAll(z)
-		if err != nil || string(plain) != modelAnswer {
-			t.Errorf("%s %v", plain, err)
+		if got.body != modelAnswer || got.header.Get("Content-Encoding") != "" {
+			t.Errorf("%+v", got)
 		}
 		if c := events("gzip"); tokens(c) != "11 true 7 true" {
 			t.Errorf("%+v", c)

@@ -55,6 +55,7 @@ type record struct {
 	measured bool
 	// eventual: the path has limits that are not in leased.
 	eventual bool
+	counted  uint8                // built-in meters that limits of the path count, a bit each
 	path     [inlinePath]*Account // leaf first
 	only     *Account             // whose purse is that of leased, if that is one and on calls; else nil
 	filter   *usage.Filter        // of only; nil: it has none
@@ -88,6 +89,13 @@ func (a *Account) Plan() string {
 		return r.plan
 	}
 	return ""
+}
+
+// Counts reports whether a limit on the account's path counts a meter, whatever the
+// limit's filter.
+func (a *Account) Counts(m usage.BuiltIn) bool {
+	r := a.record.Load()
+	return r != nil && r.counted&(1<<m) != 0
 }
 
 // shard is what is known of a shard of the ledger.

@@ -25,7 +25,10 @@ type AccountRecord struct {
 	Leased []LeasedLimit
 	// Eventual: there are limits of the other tier on the path.
 	Eventual bool
-	Seq      uint64
+	// Counted are the built-in meters that the limits on the path count, of any tier:
+	// bit i is meter i.
+	Counted uint8
+	Seq     uint64
 }
 
 // LeasedLimit is a limit of the tiers exact and leased.
@@ -92,7 +95,7 @@ func (t *Table) setRecord(a *Account, r AccountRecord) {
 			rec.rest = append(rec.rest, p)
 		}
 	}
-	rec.eventual, rec.leases = r.Eventual, len(r.Leased) > 0
+	rec.eventual, rec.leases, rec.counted = r.Eventual, len(r.Leased) > 0, r.Counted
 	for i := range r.Leased {
 		d := t.draw(&r.Leased[i], rec.shard.number, r.Seq)
 		rec.leased = append(rec.leased, d)

@@ -64,7 +64,10 @@ type Call struct {
 	Currency string `protobuf:"bytes,20,opt,name=currency,proto3" json:"currency,omitempty"`
 	// Quantities that were reported. A meter that is absent is unknown, not 0.
 	// The meter "calls" is 1 for an admitted call unless it is given.
-	Quantities    []*Quantity `protobuf:"bytes,21,rep,name=quantities,proto3" json:"quantities,omitempty"`
+	Quantities []*Quantity `protobuf:"bytes,21,rep,name=quantities,proto3" json:"quantities,omitempty"`
+	// How an admitted call ended: 0 = not told, 1 = finished, 2 = the client left
+	// before it had the whole answer, 3 = the upstream did not answer, or broke off.
+	Ending        uint32 `protobuf:"varint,22,opt,name=ending,proto3" json:"ending,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -246,6 +249,13 @@ func (x *Call) GetQuantities() []*Quantity {
 	return nil
 }
 
+func (x *Call) GetEnding() uint32 {
+	if x != nil {
+		return x.Ending
+	}
+	return 0
+}
+
 // Quantity is one meter's reading. In a call it is never negative: corrections
 // are control entries of their own.
 type Quantity struct {
@@ -304,7 +314,7 @@ var File_tollkeeper_v1_call_proto protoreflect.FileDescriptor
 
 const file_tollkeeper_v1_call_proto_rawDesc = "" +
 	"\n" +
-	"\x18tollkeeper/v1/call.proto\x12\rtollkeeper.v1\"\xea\x04\n" +
+	"\x18tollkeeper/v1/call.proto\x12\rtollkeeper.v1\"\x82\x05\n" +
 	"\x04Call\x12(\n" +
 	"\x10time_unix_micros\x18\x01 \x01(\x03R\x0etimeUnixMicros\x12\x18\n" +
 	"\aaccount\x18\x02 \x01(\tR\aaccount\x12\x15\n" +
@@ -332,7 +342,8 @@ const file_tollkeeper_v1_call_proto_rawDesc = "" +
 	"\bcurrency\x18\x14 \x01(\tR\bcurrency\x127\n" +
 	"\n" +
 	"quantities\x18\x15 \x03(\v2\x17.tollkeeper.v1.QuantityR\n" +
-	"quantities\"6\n" +
+	"quantities\x12\x16\n" +
+	"\x06ending\x18\x16 \x01(\rR\x06ending\"6\n" +
 	"\bQuantity\x12\x14\n" +
 	"\x05meter\x18\x01 \x01(\tR\x05meter\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x03R\x05valueBHZFgithub.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1;tollkeeperv1b\x06proto3"

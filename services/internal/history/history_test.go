@@ -61,13 +61,14 @@ func TestEveryColumnOfACallComesBack(t *testing.T) {
 	c.Quantities.Set(usage.Cost, 1<<52)
 	c.Quantities.Set("pages", 4)
 	c.Quantities.Set("characters", 0)
+	c.Ending = usage.ClientLeft
 	refused := usage.Call{Time: noon, Account: account, Status: 402, Code: usage.CreditsDepleted, DecisionID: "dec"}
 	producer := ksuid.New()
 	insert(t, h, block(t, 7_000_001, noon, producer, c, refused), unique(t))
 
 	rows, err := h.conn.Query(t.Context(), `SELECT toUnixTimestamp64Micro(time), toUnixTimestamp(stream_time), sequence, row, shard, producer, frame, gateway, key_id, request_id, trace_id_hex, span_id_hex,
 		method, route, model, region, status, code, admitted, decision_id, duration_micros, flags, is_late, source, event_id, price_version, currency,
-		counted_calls, input_tokens, output_tokens, cached_input_tokens, cost, custom FROM v_calls WHERE account = ? ORDER BY row`, account)
+		counted_calls, input_tokens, output_tokens, cached_input_tokens, cost, custom, ending, estimated FROM v_calls WHERE account = ? ORDER BY row`, account)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,13 +80,14 @@ func TestEveryColumnOfACallComesBack(t *testing.T) {
 			sequence, frame, duration                                                                                uint64
 			row, shard, status                                                                                       uint16
 			flags                                                                                                    uint32
-			admitted, late                                                                                           bool
+			admitted, late, estimated                                                                                bool
+			ending                                                                                                   string
 			prod, gw, key, req, trace, span, method, route, model, region, code, decision, source, event, price, cur string
 			in, out, cached, cost                                                                                    *int64
 			custom                                                                                                   map[string]int64
 		)
 		if err := rows.Scan(&at, &seconds, &sequence, &row, &shard, &prod, &frame, &gw, &key, &req, &trace, &span, &method, &route, &model, &region, &status, &code, &admitted, &decision, &duration, &flags, &late,
-			&source, &event, &price, &cur, &counted, &in, &out, &cached, &cost, &custom); err != nil {
+			&source, &event, &price, &cur, &counted, &in, &out, &cached, &cost, &custom, &ending, &estimated); err != nil {
 			t.Fatal(err)
 		}
 		null := func(p *int64) string {
@@ -96,14 +98,14 @@ func TestEveryColumnOfACallComesBack(t *testing.T) {
 		}
 		got = append(got, fmt.Sprint(at-int64(noon), " ", int64(seconds)-int64(noon)/1e6, " ", sequence, " ", row, " ", shard, " ", prod == producer.String(), " ", frame, " ",
 			strings.Join([]string{gw, key, req, trace, span, method, route, model, region}, ","), " ", status, " ", code, " ", admitted, " ", decision, " ", duration, " ", flags, " ", late, " ",
-			strings.Join([]string{source, event, price, cur}, ","), " ", counted, " ", null(in), " ", null(out), " ", null(cached), " ", null(cost), " ", custom))
+			strings.Join([]string{source, event, price, cur}, ","), " ", counted, " ", null(in), " ", null(out), " ", null(cached), " ", null(cost), " ", custom, " ", ending, " ", estimated))
 	}
 	if err := closeRows(rows, nil); err != nil {
 		t.Fatal(err)
 	}
 	want := []string{
-		"-5123456 0 7000001 0 3 true 17 gw,key,req,01020300000000000000000000000000,0900000000000000,POST,/r,m,eu 200  true  123456 2 false src,ev,p1,EUR 1 11 0 unknown 4503599627370496 map[characters:0 pages:4]",
-		"0 0 7000001 1 3 true 17 gw,,,00000000000000000000000000000000,0000000000000000,,,, 402 CREDITS_DEPLETED false dec 0 0 false ,,, 0 unknown unknown unknown unknown map[]",
+		"-5123456 0 7000001 0 3 true 17 gw,key,req,01020300000000000000000000000000,0900000000000000,POST,/r,m,eu 200  true  123456 2 false src,ev,p1,EUR 1 11 0 unknown 4503599627370496 map[characters:0 pages:4] client_left true",
+		"0 0 7000001 1 3 true 17 gw,,,00000000000000000000000000000000,0000000000000000,,,, 402 CREDITS_DEPLETED false dec 0 0 false ,,, 0 unknown unknown unknown unknown map[]  false",
 	}
 	if len(got) != 2 || got[0] != want[0] || got[1] != want[1] {
 		t.Errorf("got\n%s\nwanted\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
@@ -277,6 +279,33 @@ func TestAnAnalystReadsTheViewsAndWritesNothing(t *testing.T) {
 		t.Error("an analyst could write")
 	}
 	if _, err := h.Status(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestThePlainInsertHasEveryColumn(t *testing.T) {
+	t.Parallel()
+	h := open(t)
+	p, err := h.NewPlain(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b ledger.Builder
+	b.Add(&usage.Call{Time: noon, Account: "plain", Status: 200, Ending: usage.UpstreamFailed})
+	var f ledger.Frame
+	if err := f.Decode(b.Seal(ledger.Header{Producer: ksuid.New(), Shard: 3, Number: 17, SealedAt: noon})); err != nil {
+		t.Fatal(err)
+	}
+	p.Load(&f, Entry{Sequence: 1, Time: noon})
+	if err := p.Insert(t.Context(), unique(t), 10); err != nil {
+		t.Fatal(err)
+	}
+	var account string
+	var ending uint8
+	if err := h.conn.QueryRow(t.Context(), "SELECT account, ending FROM "+plainTable).Scan(&account, &ending); err != nil || account != "plain" || ending != 3 {
+		t.Errorf("%q, %d, %v", account, ending, err)
+	}
+	if err := p.Close(t.Context()); err != nil {
 		t.Error(err)
 	}
 }

@@ -52,6 +52,7 @@ type callRow struct {
 	Cost            int64            `ch:"cost"`
 	Bytes           int64            `ch:"bytes"`
 	Custom          map[string]int64 `ch:"custom"`
+	Ending          uint8            `ch:"ending"`
 }
 
 // plainRow makes row i of a frame.
@@ -61,7 +62,7 @@ func plainRow(f *ledger.Frame, i int, e Entry) callRow {
 		Account: c.Account, Time: c.Time.Time(), Sequence: e.Sequence, Row: uint16(i), StreamTime: e.Time.Time(), Shard: uint16(f.Shard),
 		Producer: f.Producer.String(), Frame: f.Number, Gateway: f.Gateway, KeyID: c.KeyID, RequestID: c.RequestID, TraceID: string(c.TraceID[:]), SpanID: string(c.SpanID[:]),
 		TraceFlags: c.TraceFlags, Method: c.Method, Route: c.Route, Model: c.Model, Region: c.Region, Status: c.Status, Code: string(c.Code), DecisionID: c.DecisionID,
-		Duration: uint64(c.Duration), Flags: uint32(c.Flags), Source: c.Source, EventID: c.EventID, PriceVersion: c.PriceVersion, Currency: c.Currency, Custom: map[string]int64{},
+		Duration: uint64(c.Duration), Flags: uint32(c.Flags), Source: c.Source, EventID: c.EventID, PriceVersion: c.PriceVersion, Currency: c.Currency, Custom: map[string]int64{}, Ending: uint8(c.Ending),
 	}
 	for m := range usage.BuiltIn(usage.NumBuiltIn) {
 		if v, ok := c.Quantities.BuiltIn(m); ok {
@@ -76,7 +77,7 @@ func plainRow(f *ledger.Frame, i int, e Entry) callRow {
 func appendRow(b interface{ Append(...any) error }, r *callRow) error {
 	return b.Append(r.Account, r.Time, r.Sequence, r.Row, r.StreamTime, r.Shard, r.Producer, r.Frame, r.Gateway, r.KeyID, r.RequestID, r.TraceID, r.SpanID, r.TraceFlags,
 		r.Method, r.Route, r.Model, r.Region, r.Status, r.Code, r.DecisionID, r.Duration, r.Flags, r.Late, r.Source, r.EventID, r.PriceVersion, r.Currency, r.Known,
-		r.Calls, r.InputTokens, r.OutputTokens, r.CachedTokens, r.ReasoningTokens, r.Cost, r.Bytes, r.Custom)
+		r.Calls, r.InputTokens, r.OutputTokens, r.CachedTokens, r.ReasoningTokens, r.Cost, r.Bytes, r.Custom, r.Ending)
 }
 
 // Plain inserts calls as a program would that knows clickhouse-go and nothing
@@ -88,6 +89,11 @@ type Plain struct {
 }
 
 const plainTable = "calls_plain"
+
+// plainColumns are those of a callRow, in the order of appendRow.
+const plainColumns = "account, time, sequence, row, stream_time, shard, producer, frame, gateway, key_id, request_id, trace_id, span_id, trace_flags, " +
+	"method, route, model, region, status, code, decision_id, duration_micros, flags, late, source, event_id, price_version, currency, known, " +
+	"calls, input_tokens, output_tokens, cached_input_tokens, reasoning_tokens, cost, bytes, custom, ending"
 
 // NewPlain makes the table.
 func (h *History) NewPlain(ctx context.Context) (*Plain, error) {
@@ -109,7 +115,7 @@ func (p *Plain) Load(f *ledger.Frame, e Entry) {
 func (p *Plain) Insert(ctx context.Context, token string, size int) error {
 	for n := 0; n*size < len(p.rows); n++ {
 		settings := clickhouse.Settings{"insert_deduplication_token": fmt.Sprint(token, n), "async_insert": 0}
-		batch, err := p.h.conn.PrepareBatch(clickhouse.Context(ctx, clickhouse.WithSettings(settings)), "INSERT INTO "+plainTable)
+		batch, err := p.h.conn.PrepareBatch(clickhouse.Context(ctx, clickhouse.WithSettings(settings)), "INSERT INTO "+plainTable+" ("+plainColumns+")")
 		if err != nil {
 			return fmt.Errorf("plain insert: %w", err)
 		}

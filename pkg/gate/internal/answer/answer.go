@@ -3,9 +3,12 @@ package answer
 
 import (
 	"bufio"
+	"errors"
 	"net"
 	"net/http"
 	"strconv"
+
+	"github.com/tollkeeper/tollkeeper/pkg/usage"
 )
 
 // Writer sees what is answered, and holds the last byte of an answer of announced
@@ -21,6 +24,7 @@ type Writer struct {
 	hijacked bool
 	held     [1]byte
 	holds    bool
+	failed   bool // the client could not be written to
 }
 
 // New returns a Writer on w that sees to it that the answer carries the id of its
@@ -61,6 +65,7 @@ func (a *Writer) Write(p []byte) (int, error) {
 		n, err := a.ResponseWriter.Write(p)
 		if !a.bodyless {
 			a.bytes += int64(n)
+			a.failed = a.failed || err != nil && !errors.Is(err, http.ErrBodyNotAllowed) && !errors.Is(err, http.ErrContentLength)
 		}
 		return n, err
 	}
@@ -70,6 +75,7 @@ func (a *Writer) Write(p []byte) (int, error) {
 	n, err := a.ResponseWriter.Write(p[:left-1])
 	a.bytes += int64(n)
 	if err != nil {
+		a.failed = true
 		return n, err
 	}
 	a.held[0], a.holds = p[left-1], true
@@ -103,7 +109,9 @@ func (a *Writer) FlushError() error {
 	if a.bodyless || a.length == 0 || a.status == http.StatusNoContent || a.status == http.StatusNotModified {
 		return nil // the header is the whole answer, and leaves when the handler has returned
 	}
-	return http.NewResponseController(a.ResponseWriter).Flush()
+	err := http.NewResponseController(a.ResponseWriter).Flush()
+	a.failed = a.failed || err != nil && !errors.Is(err, http.ErrNotSupported)
+	return err
 }
 
 // Hijack implements http.Hijacker.
@@ -118,6 +126,22 @@ func (a *Writer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 // Bytes is how many bytes of a body were answered, the one that is held included;
 // false: the connection was handed over, so nobody has seen what went over it.
 func (a *Writer) Bytes() (int64, bool) { return a.bytes, !a.hijacked }
+
+// End is how the call ended whose handler has returned, or panicked as
+// httputil.ReverseProxy does when an answer breaks off. left: the request's context is
+// done.
+func (a *Writer) End(returned, left bool) usage.Ending {
+	switch {
+	case a.failed, !returned && left, a.status == clientGone:
+		return usage.ClientLeft
+	case !returned && !a.hijacked, !a.bodyless && !a.hijacked && a.length > a.bytes && a.status != http.StatusNotModified && a.status != http.StatusNoContent:
+		return usage.UpstreamFailed
+	}
+	return usage.Finished
+}
+
+// clientGone is gate.StatusClientGone.
+const clientGone = 499
 
 // Status that was answered, when the handler has returned or panicked.
 func (a *Writer) Status(returned bool) int {

@@ -43,6 +43,7 @@ type state struct {
 type plan struct {
 	leased   []table.LeasedLimit // without their account
 	eventual bool
+	counted  uint8 // table.AccountRecord has what it means
 }
 
 // New returns a directory that nothing is known of, in front of a table; write is
@@ -117,7 +118,7 @@ func (s *state) resolve(id string) (r table.AccountRecord, ok bool) {
 			if !ok {
 				return r, false
 			}
-			r.Eventual = r.Eventual || p.eventual
+			r.Eventual, r.Counted = r.Eventual || p.eventual, r.Counted|p.counted
 			for _, l := range p.leased {
 				l.Account = at
 				r.Leased = append(r.Leased, l)
@@ -244,6 +245,9 @@ func (s *state) keep(of *state, key string) {
 func readPlan(p *usage.Plan) (*plan, error) {
 	out := &plan{}
 	for _, l := range p.Limits {
+		if m, builtIn := l.Meter.Index(); builtIn {
+			out.counted |= 1 << m
+		}
 		if !l.Tier.Leased() {
 			out.eventual = true
 			continue

@@ -66,6 +66,20 @@ func (s Sending) Sent() {
 	}
 }
 
+// Reserved is how much of a meter was reserved for the call; false: nothing was.
+func (k *Ticket) Reserved(m usage.Meter) (int64, bool) {
+	if k.hold == nil {
+		return 0, false
+	}
+	parts := k.hold.Parts()
+	for i := range parts {
+		if parts[i].Limit.Meter == m {
+			return parts[i].Units, true
+		}
+	}
+	return 0, false
+}
+
 // SettleKnown is Settle; with nothing, what q does not know was not used.
 func (k *Ticket) SettleKnown(q *usage.Quantities, nothing bool) {
 	if k.hold == nil {

@@ -33,9 +33,6 @@ type Rules struct {
 	MaxBody int64
 	// Bodies bounds what large bodies take together; nil: nothing does.
 	Bodies Room
-	// AskUsage makes streamed chat completions report their usage, which they do
-	// only if they are asked; without it the whole bound would count as used.
-	AskUsage bool
 }
 
 // Room hands out memory. Take reports whether there are n more bytes, which are free
@@ -45,8 +42,7 @@ type Room interface {
 }
 
 // Of returns bounds of the meters that are asked for, as far as there are any. It
-// may write the clamp, and a wish to be told the usage, into the request's body. Its
-// errors are *refusal.Refusal.
+// may write the clamp into the request's body. Its errors are *refusal.Refusal.
 func (rules *Rules) Of(r *http.Request, meters []usage.Meter) (usage.Quantities, error) {
 	var out usage.Quantities
 	input, output := false, false
@@ -86,7 +82,7 @@ func (rules *Rules) Of(r *http.Request, meters []usage.Meter) (usage.Quantities,
 			return out, err
 		}
 	}
-	most, changed, asks := int64(0), false, false
+	most, changed := int64(0), false
 	if output {
 		if err := ownTools(members); err != nil {
 			return out, err
@@ -95,15 +91,12 @@ func (rules *Rules) Of(r *http.Request, meters []usage.Meter) (usage.Quantities,
 			return out, err
 		}
 	}
-	if rules.AskUsage && completions(r.Method, r.URL.Path) {
-		asks = askUsage(members)
-	}
-	if changed || asks {
+	if changed {
 		if body, err = write(members); err != nil {
 			return out, unreadable("The body could not be written again with its output bounded")
 		}
 	}
-	r.Body = whole{bytes.NewReader(body), r.Body, asks}
+	r.Body = whole{bytes.NewReader(body), r.Body, body}
 	r.ContentLength = int64(len(body))
 	r.Header.Del("Content-Length")
 	r.TransferEncoding = nil
@@ -124,15 +117,11 @@ func (rules *Rules) Of(r *http.Request, meters []usage.Meter) (usage.Quantities,
 type whole struct {
 	io.Reader
 	io.Closer
-	asks bool
+	kept []byte
 }
 
-// AsksUsage reports whether Of has made the request ask for its usage, so that the
-// client does not expect to be told.
-func AsksUsage(r *http.Request) bool {
-	w, ok := r.Body.(whole)
-	return ok && w.asks
-}
+// Bytes are those of the body, which must not be changed.
+func (w whole) Bytes() []byte { return w.kept }
 
 func unbounded(format string, args ...any) error {
 	return &refusal.Refusal{Code: usage.CostExceedsLimit, Detail: "What this call can cost is not bounded, since " + fmt.Sprintf(format, args...) + "."}
@@ -177,34 +166,6 @@ func kindOf(method, path string, members map[string]json.RawMessage) kind {
 func maximaOf(path string) []string {
 	o := apis.Of(http.MethodPost, path, false)
 	return o.Maxima
-}
-
-// completions: a streamed answer has usage at its end if stream_options say so.
-func completions(method, path string) bool {
-	o := apis.Of(method, path, false)
-	return o.Options
-}
-
-// askUsage makes a streamed answer end with its usage, and reports whether it would
-// not have without.
-func askUsage(members map[string]json.RawMessage) bool {
-	if string(members["stream"]) != "true" {
-		return false
-	}
-	options := make(map[string]json.RawMessage)
-	if present(members, "stream_options") && json.Unmarshal(members["stream_options"], &options) != nil {
-		return false // the upstream will say what it thinks of it
-	}
-	if string(options["include_usage"]) == "true" {
-		return false
-	}
-	options["include_usage"] = json.RawMessage("true")
-	raw, err := write(options)
-	if err != nil {
-		return false
-	}
-	members["stream_options"] = raw
-	return true
 }
 
 // write is as json.Marshal, and leaves texts as they are.

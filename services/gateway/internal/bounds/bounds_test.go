@@ -1,7 +1,6 @@
 package bounds
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -272,35 +271,6 @@ func TestABodyThatMayBeReadOtherwiseIsRefused(t *testing.T) {
 	r.TransferEncoding = []string{"chunked"}
 	if q, err := (&Rules{MaxBody: 100}).Of(r, []usage.Meter{usage.InputTokens}); err != nil || r.ContentLength != 16 {
 		t.Errorf("in chunks: %v, %v, %d", q, err, r.ContentLength)
-	}
-}
-
-func TestAStreamIsAskedForItsUsage(t *testing.T) {
-	t.Parallel()
-	for _, c := range []struct {
-		path, body, want string // empty: as it is
-	}{
-		{"/v1/chat/completions", `{"max_tokens":1,"stream":true}`, `{"max_tokens":1,"stream":true,"stream_options":{"include_usage":true}}`},
-		{"/v1/completions", `{"max_tokens":1,"stream":true,"stream_options":null}`, `{"max_tokens":1,"stream":true,"stream_options":{"include_usage":true}}`},
-		{"/v1/chat/completions", `{"max_tokens":1,"stream":true,"stream_options":{"include_obfuscation":false,"include_usage":false}}`, `{"max_tokens":1,"stream":true,"stream_options":{"include_obfuscation":false,"include_usage":true}}`},
-		{"/v1/chat/completions", `{"max_tokens":1,"stream":true,"stream_options":{"include_usage":true}}`, ""},
-		{"/v1/chat/completions", `{"max_tokens":1,"stream":true,"stream_options":7}`, ""},
-		{"/v1/chat/completions", `{"max_tokens":1,"stream":false}`, ""},
-		{"/v1/chat/completions", `{"max_tokens":1}`, ""},
-		{"/v1/messages", `{"max_tokens":1,"stream":true}`, ""},
-		{"/v1/responses", `{"max_output_tokens":1,"stream":true}`, ""},
-	} {
-		r := httptest.NewRequest(http.MethodPost, c.path, strings.NewReader(c.body))
-		q, err := (&Rules{MaxBody: 1 << 20, AskUsage: true}).Of(r, []usage.Meter{usage.InputTokens, usage.OutputTokens})
-		if err != nil {
-			t.Errorf("%s: %v", c.body, err)
-			continue
-		}
-		sent, err := io.ReadAll(r.Body)
-		in, _ := q.Get(usage.InputTokens)
-		if want := cmp.Or(c.want, c.body); err != nil || string(sent) != want || AsksUsage(r) != (c.want != "") || in != int64(len(want)) || r.ContentLength != in {
-			t.Errorf("%s %s became %s, of %d tokens: %v", c.path, c.body, sent, in, err)
-		}
 	}
 }
 

@@ -28,3 +28,23 @@ func Send(out, in *http.Request) {
 	}
 	out.Body = Body{body.Reader, io.NopCloser(nil)} // which the request's end closes, not the transport
 }
+
+// Bytes are those of the whole body, however far it was read. They must not be changed.
+func (b Body) Bytes() []byte {
+	r := *b.Reader
+	if _, err := r.Seek(0, io.SeekStart); err != nil {
+		return nil // not with this offset
+	}
+	var all view
+	_, _ = r.WriteTo(&all) // never fails
+	return all
+}
+
+// view is what was written to it last, without a copy: a bytes.Reader writes all at once.
+type view []byte
+
+// Write implements io.Writer.
+func (v *view) Write(p []byte) (int, error) {
+	*v = p
+	return len(p), nil
+}

@@ -133,12 +133,16 @@ type RouteConfig struct {
 	Profile refusal.Profile `yaml:"profile"`
 	// Model says where the model's name is; the call has none when empty.
 	Model ModelConfig `yaml:"model"`
-	// Usage is json (read token counts from JSON answers and from the JSON in
-	// streamed ones) or none; json by default when Model or a provider's profile is
-	// given. Where a limit needs to know what a streamed chat completion has used,
-	// the upstream is asked for it (stream_options), and what the client did not
-	// ask for is taken off the answer.
+	// Usage is json (read token counts from answers in JSON, lines of JSON and
+	// server-sent events, whatever they are labelled) or none; json by default when
+	// Model or a provider's profile is given.
 	Usage string `yaml:"usage"`
+	// AskUsage makes streamed chat completions and completions end with their usage
+	// (stream_options.include_usage) where the client does not ask for it; what comes
+	// only because of that is taken off the answer, byte for byte. True when it is not
+	// given. False is for upstreams that refuse the option: what their streams use is
+	// then an estimate, unless they tell without being asked.
+	AskUsage *bool `yaml:"ask_usage"`
 	// MetersHeader is an answer's header in which a trusted upstream reports
 	// readings of any meter, as in "images=3, gpu_ms=120"; it is not sent on. A
 	// reading that can't be counted is left out, counted and logged. None when
@@ -469,6 +473,9 @@ func (r *RouteConfig) PathPrefix() string {
 	}
 	return "/"
 }
+
+// AsksUsage reports whether upstreams are asked for usage that clients did not ask for.
+func (r *RouteConfig) AsksUsage() bool { return r.ReadsUsage() && (r.AskUsage == nil || *r.AskUsage) }
 
 // ReadsUsage reports whether token counts are worth looking for.
 func (r *RouteConfig) ReadsUsage() bool {

@@ -25,7 +25,9 @@ data: {"id":"chatcmpl-1","object":"chat.completion.chunk","choices":[{"index":0,
 	chatUsage = `data: {"id":"chatcmpl-1","object":"chat.completion.chunk","choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18,"prompt_tokens_details":{"cached_tokens":4},"completion_tokens_details":{"reasoning_tokens":3}}}
 
 `
-	chatDone       = "data: [DONE]\n\n"
+	chatDone = "data: [DONE]\n\n"
+	// asked is in every chunk only because usage was asked for.
+	asked          = `,"usage":null`
 	responseStream = `event: response.created
 data: {"type":"response.created","response":{"id":"resp_1","output":[],"usage":null}}
 
@@ -58,13 +60,13 @@ data: {"type": "message_stop"}
 `
 )
 
-// stream reads a stream to its end, or to where it breaks off.
-func stream(t interface{ Fatal(...any) }, r io.Reader, drops bool) (passed string, got map[usage.Meter]int64, outcome Outcome) {
+// readStream reads a stream to its end, or to where it breaks off.
+func readStream(t interface{ Fatal(...any) }, body io.Reader, drops bool) (passed string, got map[usage.Meter]int64, outcome Outcome) {
 	heard := 0
-	s := NewStream(io.NopCloser(r), drops, func(readings []Reading, o Outcome) {
-		outcome = o
+	s := NewReader(io.NopCloser(body), Options{Stream: true, Drops: drops, Length: -1}, func(r *Result) {
+		outcome = r.Outcome
 		heard++
-		for _, q := range readings {
+		for _, q := range r.Readings {
 			if got == nil {
 				got = make(map[usage.Meter]int64)
 			}
@@ -101,19 +103,33 @@ func TestUsageOfAStream(t *testing.T) {
 		// The 1 at its beginning is not what it cost.
 		"message without an end": {messageBegin, want{usage.InputTokens: 1125, usage.CachedInputTokens: 1000}, Measured},
 		"over several lines":     {": hello\nid: 3\ndata: {\"usage\":\ndata:{\"prompt_tokens\":3}\ndata: }\n\n", want{usage.InputTokens: 3}, Measured},
-		"not data":               {"date: {\"usage\":{\"prompt_tokens\":3}}\n\n: data: {\"usage\":{\"prompt_tokens\":3}}\n\n", nil, None},
-		"inside something else":  {"data: {\"delta\":{\"usage\":{\"prompt_tokens\":3}}}\n\n", nil, None},
+		"not data":               {"date: {\"usage\":{\"prompt_tokens\":3}}\n\n: data: {\"usage\":{\"prompt_tokens\":3}}\n\n", nil, Unreadable},
+		"inside something else":  {"data: {\"delta\":{\"x\":{\"usage\":{\"prompt_tokens\":3}}}}\n\n", nil, None},
 		"not counts":             {"data: {\"usage\":{\"prompt_tokens\":\"3\",\"completion_tokens\":4}}\n\n", want{usage.OutputTokens: 4}, Malformed},
 		"no object":              {"data: {\"usage\":7}\n\n", nil, Malformed},
 		"huge":                   {"data: {\"usage\":{\"x\":\"" + strings.Repeat("a", MaxUsageObject) + "\"}}\n\n", nil, TooLarge},
-		"empty":                  {"", nil, None},
+		"empty":                  {"", nil, Empty},
+		"a comment":              {": ping\n\n", nil, Unreadable},
+		"Groq": {"data: {\"choices\":[{\"delta\":{}}],\"x_groq\":{\"id\":\"req_1\",\"usage\":{\"queue_time\":0.1,\"prompt_tokens\":5,\"completion_tokens\":9,\"total_tokens\":14}}}\n\n" + chatDone,
+			want{usage.InputTokens: 5, usage.OutputTokens: 9}, Measured},
+		"Gemini": {"data: {\"candidates\":[{}],\"usageMetadata\":{\"promptTokenCount\":5,\"candidatesTokenCount\":2,\"thoughtsTokenCount\":10,\"totalTokenCount\":17}}\n\n" +
+			"data: {\"candidates\":[{}],\"usageMetadata\":{\"promptTokenCount\":5,\"candidatesTokenCount\":4,\"thoughtsTokenCount\":10,\"totalTokenCount\":19}}\n\n",
+			want{usage.InputTokens: 5, usage.OutputTokens: 14, usage.ReasoningTokens: 10}, Measured},
+		"Cohere": {"event: message-end\ndata: {\"type\":\"message-end\",\"delta\":{\"finish_reason\":\"COMPLETE\",\"usage\":{\"billed_units\":{\"input_tokens\":3,\"output_tokens\":24},\"tokens\":{\"input_tokens\":65,\"output_tokens\":26}}}}\n\n",
+			want{usage.InputTokens: 65, usage.OutputTokens: 26}, Measured},
+		// What has been counted does not become less.
+		"input that falls to 0":         {strings.Replace(messageStream, `{"output_tokens": 15}`, `{"input_tokens":0,"cache_read_input_tokens":0,"output_tokens":15}`, 1), want{usage.InputTokens: 1125, usage.OutputTokens: 15, usage.CachedInputTokens: 1000}, Measured},
+		"output that falls to 0":        {messageBegin[:strings.Index(messageBegin, `"output_tokens": 1`)] + `"output_tokens": 25}}}` + "\n\nevent: message_delta\ndata: {\"usage\": {\"output_tokens\": 0}}\n\n", want{usage.InputTokens: 1125, usage.OutputTokens: 25, usage.CachedInputTokens: 1000}, Measured},
+		"running totals that fall":      {"data: {\"choices\":[{}],\"usage\":{\"prompt_tokens\":5,\"completion_tokens\":9,\"completion_tokens_details\":{\"reasoning_tokens\":3}}}\n\ndata: {\"choices\":[],\"usage\":{\"prompt_tokens\":0,\"completion_tokens\":0,\"completion_tokens_details\":{\"reasoning_tokens\":0}}}\n\n", want{usage.InputTokens: 5, usage.OutputTokens: 9, usage.ReasoningTokens: 3}, Measured},
+		"a response that falls to 0":    {responseStream + `data: {"response":{"usage":{"input_tokens":0,"output_tokens":0}}}` + "\n\n", want{usage.InputTokens: 37, usage.OutputTokens: 11, usage.CachedInputTokens: 0, usage.ReasoningTokens: 2}, Measured},
+		"a response, then a bare usage": {responseStream + `data: {"usage":{"prompt_tokens":1,"completion_tokens":0}}` + "\n\n", want{usage.InputTokens: 37, usage.OutputTokens: 11, usage.CachedInputTokens: 0, usage.ReasoningTokens: 2}, Measured},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			for _, end := range []string{"\n", "\r\n", "\r"} {
 				body := strings.ReplaceAll(c.body, "\n", end)
 				for how, r := range map[string]io.Reader{"at once": strings.NewReader(body), "byte by byte": iotest.OneByteReader(strings.NewReader(body))} {
-					passed, got, outcome := stream(t, r, false)
+					passed, got, outcome := readStream(t, r, false)
 					if outcome != c.outcome || cmp.Diff(c.want, got) != "" || passed != body {
 						t.Errorf("%s, %q: %s, %v", how, end, outcome, cmp.Diff(c.want, got))
 					}
@@ -129,8 +145,8 @@ func TestAStreamThatBreaksOffHasUsedWhatItToldUntilThen(t *testing.T) {
 		messageBegin: {usage.InputTokens: 1125, usage.CachedInputTokens: 1000},
 		chatStream[:strings.Index(chatStream, chatUsage)]: nil,
 	} {
-		passed, got, outcome := stream(t, io.MultiReader(strings.NewReader(body), iotest.ErrReader(iotest.ErrTimeout)), true)
-		if outcome != Broken || cmp.Diff(want, got) != "" || passed != body {
+		passed, got, outcome := readStream(t, io.MultiReader(strings.NewReader(body), iotest.ErrReader(iotest.ErrTimeout)), true)
+		if outcome != Broken || cmp.Diff(want, got) != "" || passed != strings.ReplaceAll(body, asked, "") {
 			t.Errorf("%s, %v, %q", outcome, got, passed)
 		}
 	}
@@ -152,17 +168,18 @@ func TestAStreamThatBreaksOffAmongRunningTotalsIsPartial(t *testing.T) {
 		{running + plain, Partial},
 		{running + "data: {\"choices\":[{\"delta\":{\"content\":\"[DO", Partial},
 		{running + chatUsage + running, Partial},
-		{running + chatUsage, Broken},
-		{running + chatDone, Broken},
-		{running + "data:[DONE]\r\n\r\n", Broken},
-		{running + ": ping\n\n" + chatDone + ": ping\n\n", Broken},
+		{running + chatUsage, Measured},
+		{running + chatDone, Measured},
+		{running + "data:[DONE]\r\n\r\n", Measured},
+		{running + ": ping\n\n" + chatDone + ": ping\n\n", Measured},
 		{running + "data: [DONE] or not\n\n", Partial},
 		{plain, Broken},
-		{messageStream, Broken},
-		{responseStream, Broken},
+		{messageBegin, Broken},
+		{messageStream, Measured},
+		{responseStream, Measured},
 	} {
 		for _, drops := range []bool{false, true} {
-			_, got, outcome := stream(t, io.MultiReader(iotest.OneByteReader(strings.NewReader(c.body)), iotest.ErrReader(iotest.ErrTimeout)), drops)
+			_, got, outcome := readStream(t, io.MultiReader(iotest.OneByteReader(strings.NewReader(c.body)), iotest.ErrReader(iotest.ErrTimeout)), drops)
 			if outcome != c.outcome || got == nil && c.outcome == Partial {
 				t.Errorf("%q: %s, %v", c.body, outcome, got)
 			}
@@ -172,12 +189,13 @@ func TestAStreamThatBreaksOffAmongRunningTotalsIsPartial(t *testing.T) {
 
 func TestUsageThatTheClientDidNotAskForIsNotPassedOn(t *testing.T) {
 	t.Parallel()
-	azure := "data: {\"choices\":[],\"prompt_filter_results\":[],\"usage\":null}\n\n"
+	plain := strings.ReplaceAll(strings.Replace(chatStream, chatUsage, "", 1), asked, "")
+	azure := "data: {\"choices\":[],\"prompt_filter_results\":[]}\n\n"
 	last := "data: {\"choices\":[{\"delta\":{}}],\"usage\":{\"prompt_tokens\":1}}\n\n"
 	large := "data: {\"choices\":[],\"x\":\"" + strings.Repeat("a", 2*maxHeld) + "\",\"usage\":{\"prompt_tokens\":1}}\n\n"
 	for body, want := range map[string]string{
-		chatStream:                     strings.Replace(chatStream, chatUsage, "", 1),
-		azure + chatStream:             azure + strings.Replace(chatStream, chatUsage, "", 1),
+		chatStream: plain,
+		strings.Replace(azure, "]}", `],"usage":null}`, 1) + chatStream: azure + plain,
 		last:                           last,
 		large + chatUsage:              large,
 		chatUsage:                      "",
@@ -185,11 +203,23 @@ func TestUsageThatTheClientDidNotAskForIsNotPassedOn(t *testing.T) {
 		"data: {\"choices\":[],\"usag": "data: {\"choices\":[],\"usag",
 		messageStream:                  messageStream,
 		responseStream:                 responseStream,
+		// As Python's json writes it, and wherever it stands.
+		"data: {\"a\": 1, \"usage\": null}\n\n":                        "data: {\"a\": 1}\n\n",
+		"data: {\"a\": 1, \"usage\": null, \"b\": [2]}\n\n":            "data: {\"a\": 1, \"b\": [2]}\n\n",
+		"data: {\"usage\": null, \"b\": {\"c\": 2}}\n\n":               "data: {\"b\": {\"c\": 2}}\n\n",
+		"data:{\"usage\":null}\n\n":                                    "data:{}\n\n",
+		"id: 7\ndata: {\"a\":\"usage\",\"usage\":null}\n\n":            "id: 7\ndata: {\"a\":\"usage\"}\n\n",
+		"data: {\"a\":{\"usage\":null}}\n\n":                           "data: {\"a\":{\"usage\":null}}\n\n",
+		"data: {\"choices\":null,\"usage\":{\"prompt_tokens\":1}}\n\n": "",
+		`{"error":{"message":"no"},"usage":null}`:                      `{"error":{"message":"no"},"usage":null}`,
 	} {
 		for _, end := range []string{"\n", "\r\n", "\r"} {
 			body, want := strings.ReplaceAll(body, "\n", end), strings.ReplaceAll(want, "\n", end)
-			for how, r := range map[string]io.Reader{"at once": strings.NewReader(body), "with its end": iotest.DataErrReader(strings.NewReader(body)), "halves": iotest.HalfReader(strings.NewReader(body))} {
-				if got, _, _ := stream(t, r, true); got != want {
+			for how, r := range map[string]io.Reader{"at once": strings.NewReader(body), "with its end": iotest.DataErrReader(strings.NewReader(body)), "halves": iotest.HalfReader(strings.NewReader(body)), "bytes": iotest.OneByteReader(strings.NewReader(body))} {
+				if len(body) > maxHeld && how == "bytes" {
+					continue
+				}
+				if got, _, _ := readStream(t, r, true); got != want {
 					t.Errorf("%s, %q: %q became %q", how, end, body, got)
 				}
 			}
@@ -197,29 +227,86 @@ func TestUsageThatTheClientDidNotAskForIsNotPassedOn(t *testing.T) {
 	}
 }
 
-func TestWhatAnAnswerIsSaysHowItIsRead(t *testing.T) {
+func TestTheFirstByteSaysWhatAnAnswerIs(t *testing.T) {
 	t.Parallel()
+	const ollama = `{"model":"m","message":{"role":"assistant","content":"Hi"},"done":false}` + "\n" + `{"model":"m","done":true,"done_reason":"stop","prompt_eval_count":11,"eval_count":7}` + "\n"
+	measured := map[usage.Meter]int64{usage.InputTokens: 11, usage.OutputTokens: 7}
+	chat := map[usage.Meter]int64{usage.InputTokens: 11, usage.OutputTokens: 7, usage.CachedInputTokens: 4, usage.ReasoningTokens: 3}
 	for _, c := range []struct {
-		contentType, encoding, body string
-		outcome                     Outcome // empty: it is not looked at
+		body    string
+		want    map[usage.Meter]int64
+		outcome Outcome
 	}{
-		{"text/event-stream; charset=utf-8", "", chatStream, Measured},
-		{"text/event-stream", "identity", chatStream, Measured},
-		{"text/event-stream", "gzip", "\x1f\x8b", Encoded},
-		{"application/json", "", `{"usage":{"prompt_tokens":1}}`, Measured},
-		{"text/plain", "", chatStream, ""},
-		{"", "", chatStream, ""},
+		{chatStream, chat, Measured},
+		{": comment\n\n" + chatStream, chat, Measured},
+		{"\xef\xbb\xbf: comment\n\n" + chatStream, chat, Measured},
+		{"event: x\n" + chatStream, chat, Measured},
+		{"\r\n" + chatStream, chat, Measured},
+		{ollama, measured, Measured},
+		{strings.TrimSpace(ollama), measured, Measured},
+		{`{"choices":[]}` + "\n" + `{"usage":{"prompt_tokens":11,"completion_tokens":7}}`, measured, Measured},
+		{`[{"usageMetadata":{"promptTokenCount":11,"candidatesTokenCount":2,"totalTokenCount":13}},` + "\n" + `{"usageMetadata":{"promptTokenCount":11,"candidatesTokenCount":7,"totalTokenCount":18}}]`, measured, Measured},
+		{"\xef\xbb\xbf" + `{"usage":{"prompt_tokens":11,"completion_tokens":7}}`, measured, Measured},
+		{" \n{\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":7}}\r\n", measured, Measured},
+		{"<html>", nil, Unreadable},
+		{"hello", nil, Unreadable},
+		{"\"usage\"", nil, Unreadable},
+		{"[1,2]", nil, Broken},
+		{"[]", nil, None},
+		{"", nil, Empty},
+		{"\x00\x01", nil, Unreadable},
 	} {
-		var outcome Outcome
-		r := NewReader(io.NopCloser(strings.NewReader(c.body)), c.contentType, c.encoding, false, func(_ []Reading, o Outcome) { outcome = o })
-		if r != nil {
-			if got, err := io.ReadAll(r); err != nil || string(got) != c.body {
-				t.Errorf("%q, %v", got, err)
+		for how, r := range map[string]io.Reader{"at once": strings.NewReader(c.body), "byte by byte": iotest.OneByteReader(strings.NewReader(c.body))} {
+			got, outcome := read(t, r, "")
+			if outcome != c.outcome || cmp.Diff(c.want, got) != "" {
+				t.Errorf("%q, %s: %s, %v", c.body, how, outcome, cmp.Diff(c.want, got))
 			}
 		}
-		if outcome != c.outcome || (r == nil) != (c.outcome == "") {
-			t.Errorf("%s, %s: %q", c.contentType, c.encoding, outcome)
+	}
+	// What it is called does not matter.
+	if passed, got, outcome := readStream(t, strings.NewReader(ollama), true); passed != ollama || outcome != Measured || cmp.Diff(measured, got) != "" {
+		t.Errorf("NDJSON that is called a stream: %q, %s %v", passed, outcome, got)
+	}
+}
+
+// An estimate is not less than what passed: a token is a byte of text at least.
+func TestWhatPassedBoundsWhatWasNotMeasured(t *testing.T) {
+	t.Parallel()
+	chunk := func(text string) string {
+		return `data: {"id":"chatcmpl-1","object":"chat.completion.chunk","model":"m","choices":[{"index":0,"delta":{"content":"` + text + `"},"finish_reason":null}],"obfuscation":"xxxxxxx"}` + "\n\n"
+	}
+	for _, c := range []struct {
+		name, body string
+		most       int64
+		outcome    Outcome
+		complete   bool
+	}{
+		{"words", chunk("Hello") + chunk(" you"), 9, Broken, false},
+		{"nothing visible", chunk("") + chunk(""), 2, Broken, false},
+		{"an event that broke off", chunk("Hello") + chunk("you")[:len(chunk("you"))-30], 8, Broken, false},
+		{"the last word came", chunk("Hello") + chatDone, 5, None, true},
+		{"usage came", chunk("Hello") + chatUsage, 0, Measured, true},
+		{"usage came, and more", strings.Replace(chatUsage, `"choices":[]`, `"choices":[{}]`, 1) + chunk("you"), 3, Partial, false},
+		{"a message", messageBegin, 8, Broken, false}, // Hello, and three events without text
+		{"JSON", `{"choices":[{"message":{"role":"assistant","content":"Hello \"you\""}}`, 13, Broken, false},
+		{"lines", `{"message":{"content":"Hello"}}` + "\n" + `{"message":{"content":" y`, 7, Broken, false},
+		{"bytes", "\x00\x01\x02", 3, Broken, false},
+		{"nothing", "", 0, Broken, false},
+	} {
+		var got Result
+		r := NewReader(io.NopCloser(io.MultiReader(strings.NewReader(c.body), iotest.ErrReader(iotest.ErrTimeout))), Options{Length: -1}, func(r *Result) { got = *r })
+		if _, err := io.ReadAll(r); !errors.Is(err, iotest.ErrTimeout) {
+			t.Fatal(err)
 		}
+		if err := r.Close(); err != nil || got.Outcome != c.outcome || got.Passed != c.most || got.Complete != c.complete {
+			t.Errorf("%s: %+v, %v", c.name, got, err)
+		}
+	}
+	// The upstream had all of it, whatever the client took.
+	var got Result
+	r := NewReader(io.NopCloser(strings.NewReader(`{"choices":[{"message":{"content":"Hello`)), Options{Length: 1000}, func(r *Result) { got = *r })
+	if _, err := io.ReadAll(r); err != nil || got.Passed < 900 {
+		t.Errorf("%+v, %v", got, err)
 	}
 }
 
@@ -228,7 +315,7 @@ func TestAStreamIsNotHeldUp(t *testing.T) {
 	t.Parallel()
 	for _, drops := range []bool{false, true} {
 		r, w := io.Pipe()
-		s := NewStream(r, drops, nil)
+		s := NewReader(r, Options{Stream: true, Drops: drops, Length: -1}, nil)
 		go func() {
 			for event := range strings.SplitAfterSeq(messageStream, "\n\n") {
 				_, _ = io.WriteString(w, event)
@@ -257,14 +344,14 @@ func TestPiecesDoNotMatter(t *testing.T) {
 			body = strings.ReplaceAll(body, "\n", "\r\n")
 		}
 		drops := rapid.Bool().Draw(r, "drops")
-		passed, got, outcome := stream(r, strings.NewReader(body), drops)
+		passed, got, outcome := readStream(r, strings.NewReader(body), drops)
 		var pieces []io.Reader
 		for rest := body; rest != ""; {
 			n := rapid.IntRange(1, min(len(rest), 200)).Draw(r, "piece")
 			pieces = append(pieces, strings.NewReader(rest[:n]))
 			rest = rest[n:]
 		}
-		cut, gotCut, outcomeCut := stream(r, io.MultiReader(pieces...), drops)
+		cut, gotCut, outcomeCut := readStream(r, io.MultiReader(pieces...), drops)
 		if cut != passed || outcome != outcomeCut || cmp.Diff(got, gotCut) != "" {
 			r.Fatalf("%q\n%q: %s %v\n%q: %s %v", body, passed, outcome, got, cut, outcomeCut, gotCut)
 		}
@@ -283,11 +370,11 @@ func FuzzStream(f *testing.F) {
 			cut = 0
 		}
 		pieces := io.MultiReader(strings.NewReader(string(body[:cut])), strings.NewReader(string(body[cut:])))
-		passed, got, outcome := stream(t, pieces, false)
+		passed, got, outcome := readStream(t, pieces, false)
 		if passed != string(body) {
 			t.Fatalf("%q became %q", body, passed)
 		}
-		_, gotDropping, outcomeDropping := stream(t, strings.NewReader(string(body)), true)
+		_, gotDropping, outcomeDropping := readStream(t, strings.NewReader(string(body)), true)
 		if outcome != outcomeDropping || cmp.Diff(got, gotDropping) != "" {
 			t.Fatalf("%s %v, and at once %s %v", outcome, got, outcomeDropping, gotDropping)
 		}
@@ -299,7 +386,7 @@ func BenchmarkStream(b *testing.B) {
 	b.SetBytes(int64(len(body)))
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := io.Copy(io.Discard, NewStream(io.NopCloser(strings.NewReader(body)), true, nil)); err != nil {
+		if _, err := io.Copy(io.Discard, NewReader(io.NopCloser(strings.NewReader(body)), Options{Stream: true, Drops: true, Length: -1}, nil)); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -3,137 +3,139 @@ package tokens
 import (
 	"bytes"
 	"encoding/json"
-	"strconv"
 
-	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/counts"
 )
 
-// object is every shape of a provider's usage object in one. Numbers stay as they
-// were written: a fraction or a text is not rounded into a count.
-type object struct {
-	PromptTokens     json.RawMessage `json:"prompt_tokens"`
-	CompletionTokens json.RawMessage `json:"completion_tokens"`
-	InputTokens      json.RawMessage `json:"input_tokens"`
-	OutputTokens     json.RawMessage `json:"output_tokens"`
-
-	PromptDetails     details `json:"prompt_tokens_details"`
-	CompletionDetails details `json:"completion_tokens_details"`
-	InputDetails      details `json:"input_tokens_details"`
-	OutputDetails     details `json:"output_tokens_details"`
-
-	CacheRead     json.RawMessage `json:"cache_read_input_tokens"`
-	CacheCreation json.RawMessage `json:"cache_creation_input_tokens"`
-}
-
-type details struct {
-	Cached    json.RawMessage
-	Reasoning json.RawMessage
-}
-
-// UnmarshalJSON takes what it knows and ignores the rest, also a value that is
-// not an object.
-func (d *details) UnmarshalJSON(data []byte) error {
-	var v struct {
-		Cached    json.RawMessage `json:"cached_tokens"`
-		Reasoning json.RawMessage `json:"reasoning_tokens"`
-	}
-	if json.Unmarshal(data, &v) == nil {
-		d.Cached, d.Reasoning = v.Cached, v.Reasoning
-	}
-	return nil
-}
-
 // Reading is one meter's reading.
-type Reading struct {
-	Meter usage.Meter
-	Value int64
-}
-
-// Read takes the readings from a usage object: of OpenAI's chat completions,
-// embeddings and responses, and of Anthropic's messages. What is not there, or is
-// not a count, is unknown and left out; malformed says that there was such a value.
-//
-// input_tokens counts all input. Anthropic reports what was read from and written
-// to its cache beside its input_tokens; here both are added, so that the meter
-// means the same for every provider. cached_input_tokens is the part of it that
-// came from the cache.
-func Read(raw []byte) (readings []Reading, malformed bool) {
-	o, ok := parse(raw)
-	if !ok {
-		return nil, !isNull(raw)
-	}
-	return o.readings()
-}
-
-func parse(raw []byte) (o object, ok bool) {
-	if err := json.Unmarshal(raw, &o); err != nil || !bytes.HasPrefix(bytes.TrimSpace(raw), []byte("{")) {
-		return object{}, false
-	}
-	return o, true
-}
+type Reading = counts.Reading
 
 func isNull(raw []byte) bool { return bytes.Equal(bytes.TrimSpace(raw), []byte("null")) }
 
-// add takes over what a later report of the same answer says.
-func (o *object) add(later *object) {
-	to, from := o.members(), later.members()
-	for i, v := range from {
-		if len(*v) > 0 && !isNull(*v) {
-			*to[i] = *v
+// report is what an answer has told so far of what it has used.
+type report struct {
+	all     counts.Counts
+	begun   counts.Counts // at the answer's beginning: its output is not yet what it used
+	bad     bool          // usage that is no object
+	tooLong bool
+	told    bool  // what the answer's end tells was told
+	partial bool  // the newest report came beside content, so that others may follow
+	passed  int64 // output since the newest report, in tokens at most
+	id      string
+	model   string
+	later   bool // the answer is made in the background
+}
+
+// take takes a document over, and reports whether it tells of usage at its outermost.
+func (t *report) take(w *walker) (outermost bool) {
+	t.passed += max(w.text, 1)
+	choices := &w.members[slotChoices]
+	beside := choices.found && !emptyList(choices) && !isNull(choices.raw)
+	for _, s := range [...]slot{slotUsage, slotMetadata, slotInner, slotAside} {
+		m := &w.members[s]
+		if !m.found || m.to == 0 && !m.tooLong {
+			continue
 		}
+		c, ok := t.read(m)
+		if !ok {
+			continue
+		}
+		t.all.Add(&c)
+		outermost = outermost || s == slotUsage
+		if s == slotAside && c.None() {
+			continue // meta without counts
+		}
+		t.noted(&c)
+		// Gemini tells all along; Groq and the responses only at the end.
+		t.partial = s == slotUsage && beside || s == slotMetadata
+	}
+	if m := &w.members[slotBegin]; m.found && m.to > 0 {
+		if c, ok := t.read(m); ok {
+			t.begun.Add(&c)
+			c.Forget(counts.Output, counts.Reasoning)
+			t.all.Add(&c)
+		}
+	}
+	for _, s := range [...]slot{slotCountIn, slotCountOut} {
+		m := &w.members[s]
+		if !m.found || m.to == 0 {
+			continue
+		}
+		f := counts.Prompt
+		if s == slotCountOut {
+			f = counts.Output
+		}
+		var c counts.Counts
+		c.Set(f, m.raw)
+		t.all.Add(&c)
+		t.noted(&c)
+		t.partial = false
+	}
+	if m := &w.members[slotBackground]; m.found && string(bytes.TrimSpace(m.raw)) == "true" {
+		t.later = true
+		t.id, t.model = w.members[slotID].text(), w.members[slotModel].text()
+	}
+	return outermost
+}
+
+// noted: what passed until now is counted where output was told.
+func (t *report) noted(c *counts.Counts) {
+	_, output := c.Get(counts.Output)
+	if _, billed := c.Get(counts.BilledOutput); output || billed {
+		t.passed, t.told = 0, true
 	}
 }
 
-func (o *object) members() [14]*json.RawMessage {
-	return [...]*json.RawMessage{
-		&o.PromptTokens, &o.CompletionTokens, &o.InputTokens, &o.OutputTokens, &o.CacheRead, &o.CacheCreation,
-		&o.PromptDetails.Cached, &o.CompletionDetails.Cached, &o.InputDetails.Cached, &o.OutputDetails.Cached,
-		&o.PromptDetails.Reasoning, &o.CompletionDetails.Reasoning, &o.InputDetails.Reasoning, &o.OutputDetails.Reasoning,
+func (t *report) read(m *member) (c counts.Counts, ok bool) {
+	if m.tooLong {
+		t.tooLong = true
+		return c, false
 	}
+	if isNull(m.raw) {
+		return c, false
+	}
+	if !c.Parse(m.raw) {
+		t.bad = true
+		return c, false
+	}
+	return c, true
 }
 
-func (o *object) readings() (readings []Reading, malformed bool) {
-	count := func(candidates ...json.RawMessage) (int64, bool) {
-		for _, c := range candidates {
-			if len(c) == 0 || string(c) == "null" {
-				continue
-			}
-			n, err := strconv.ParseInt(string(c), 10, 64)
-			if err != nil || n < 0 || n > usage.MaxQuantity {
-				malformed = true
-				return 0, false
-			}
-			return n, true
-		}
-		return 0, false
+// text is the string that a member is; empty: it is none.
+func (m *member) text() (s string) {
+	if !m.found || m.tooLong || json.Unmarshal(m.raw, &s) != nil {
+		return ""
 	}
-	add := func(m usage.Meter, v int64, ok bool) {
-		if ok {
-			readings = append(readings, Reading{m, v})
+	return s
+}
+
+func emptyList(m *member) bool {
+	raw := bytes.TrimSpace(m.raw)
+	return !m.tooLong && len(raw) >= 2 && raw[0] == '[' && len(bytes.TrimSpace(raw[1:len(raw)-1])) == 0
+}
+
+// result of the report, as it is now.
+func (t *report) result() Result {
+	all := t.all
+	if out, ok := t.begun.Get(counts.Output); ok {
+		// It counts for no reading by itself, but does not become less either.
+		if have, told := all.Get(counts.Output); told && have < out {
+			all.Raise(counts.Output, out)
+		} else if !told {
+			t.passed = max(t.passed, out)
 		}
 	}
-	input, ok := count(o.PromptTokens, o.InputTokens)
-	before := malformed
-	read, haveRead := count(o.CacheRead)
-	created, haveCreated := count(o.CacheCreation)
-	if ok && (len(o.PromptTokens) == 0 || isNull(o.PromptTokens)) {
-		if haveRead {
-			input += read
-		}
-		if haveCreated {
-			input += created
-		}
-		ok = malformed == before // else a part of it is not known
+	readings, malformed := all.Readings()
+	r := Result{Readings: readings, Passed: t.passed, ID: t.id, Model: t.model, Background: t.later}
+	switch {
+	case t.tooLong:
+		r.Outcome = TooLarge
+	case t.bad || malformed:
+		r.Outcome = Malformed
+	case len(readings) > 0:
+		r.Outcome = Measured
+	default:
+		r.Outcome = None
 	}
-	if input > usage.MaxQuantity {
-		malformed, ok = true, false
-	}
-	add(usage.InputTokens, input, ok)
-	output, ok := count(o.CompletionTokens, o.OutputTokens)
-	add(usage.OutputTokens, output, ok)
-	cached, ok := count(o.PromptDetails.Cached, o.InputDetails.Cached, o.CacheRead)
-	add(usage.CachedInputTokens, cached, ok)
-	reasoning, ok := count(o.CompletionDetails.Reasoning, o.OutputDetails.Reasoning)
-	add(usage.ReasoningTokens, reasoning, ok)
-	return readings, malformed
+	return r
 }

@@ -65,6 +65,7 @@ type Block struct {
 	decisionID words
 	duration   int64s
 	flags      proto.ColUInt32
+	ending     proto.ColUInt8
 	source     words
 	eventID    texts
 	price      words
@@ -96,7 +97,7 @@ func NewBlock() *Block {
 func (b *Block) Reset() {
 	b.rows, b.bytes, b.first, b.last, b.since, b.until = 0, 0, 0, 0, 0, 0
 	b.sequence, b.row, b.streamTime.Data, b.sealed.Data, b.late = b.sequence[:0], b.row[:0], b.streamTime.Data[:0], b.sealed.Data[:0], b.late[:0]
-	b.shard, b.frame, b.traceFlags, b.status, b.flags, b.known = b.shard[:0], b.frame[:0], b.traceFlags[:0], b.status[:0], b.flags[:0], b.known[:0]
+	b.shard, b.frame, b.traceFlags, b.status, b.flags, b.ending, b.known = b.shard[:0], b.frame[:0], b.traceFlags[:0], b.status[:0], b.flags[:0], b.ending[:0], b.known[:0]
 	b.traceID.Buf, b.spanID.Buf = b.traceID.Buf[:0], b.spanID.Buf[:0]
 	b.time.ColInt64, b.duration.ColInt64 = b.time.ColInt64[:0], b.duration.ColInt64[:0]
 	for m := range b.meters {
@@ -204,6 +205,7 @@ func (b *Block) appendTimes(f *ledger.Frame, e Entry, keep []uint32, at int) {
 	n := b.rows - at
 	b.time.ColInt64 = narrow(b.time.ColInt64, &f.Time, n, keep)
 	b.flags = narrow(b.flags, &f.Flags, n, keep)
+	b.ending = narrow(b.ending, &f.Ending, n, keep)
 	b.late = fill(b.late, n, 0)
 	// Late is every event of a minute that ended before this one began.
 	open := int64((e.Time - LateGrace) / minuteMicros * minuteMicros)
@@ -362,6 +364,7 @@ func (b *Block) Calls() proto.Input {
 		{Name: "decision_id", Data: text{&b.decisionID}},
 		{Name: "duration_micros", Data: bits{&b.duration, proto.ColumnTypeUInt64}},
 		{Name: "flags", Data: b.flags},
+		{Name: "ending", Data: b.ending},
 		{Name: "late", Data: b.late},
 		{Name: "source", Data: low{&b.source}},
 		{Name: "event_id", Data: &b.eventID},
