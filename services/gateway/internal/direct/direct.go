@@ -3,8 +3,8 @@
 // http.Transport hands a call to a goroutine that writes and to one that reads, which
 // costs about as much as the rest of a proxied call. Most calls need none of it: their
 // body is in memory or there is none, so that there is nothing to read while something is
-// written. Here those are written and read in turn, by net/http's own Request.Write and
-// ReadResponse; all others go to http.Transport.
+// written. Here those are written and read in turn, as Request.Write writes and by
+// net/http's own ReadResponse; all others go to http.Transport.
 package direct
 
 import (
@@ -95,7 +95,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 			}
 			c = newConnection(conn, addr)
 		}
-		resp, err := t.call(c, r)
+		resp, err := t.call(c, r, body)
 		switch {
 		case err == nil:
 			return resp, nil
@@ -154,7 +154,7 @@ func simple(r *http.Request) (addr string, ok bool) {
 }
 
 // call sends a call over a connection. After an error the connection is closed.
-func (t *Transport) call(c *connection, r *http.Request) (_ *http.Response, err error) {
+func (t *Transport) call(c *connection, r *http.Request, content inmemory.Body) (_ *http.Response, err error) {
 	ctx := r.Context()
 	c.wire.wrote = false
 	stop := context.AfterFunc(ctx, c.abort)
@@ -167,7 +167,7 @@ func (t *Transport) call(c *connection, r *http.Request) (_ *http.Response, err 
 	if err := c.conn.SetDeadline(time.Now().Add(t.timeout)); err != nil {
 		return nil, err
 	}
-	err = r.Write(c.w)
+	err = write(c.w, r, content)
 	if err == nil {
 		err = c.w.Flush()
 	}
