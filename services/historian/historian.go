@@ -52,8 +52,7 @@ type Options struct {
 	// memory: some 300 bytes a row, twice.
 	MaxRows int
 	// MaxAge is how long a call may wait for its block when nothing more comes:
-	// a second when 0. Every block is an insert into three tables, which costs ClickHouse
-	// about 60 ms of a core whatever is in it.
+	// a second when 0. Every block is three inserts, about 60 ms of a core.
 	MaxAge time.Duration
 	// SnapshotEvery is after how many blocks of calls the fold of the ledger is
 	// stored: 64 when 0. A restart reads that many again.
