@@ -51,6 +51,7 @@ func (c *console) routes() problem.Routes {
 		"GET /v1/decisions":              c.getDecisions,
 		"GET /v1/decisions/history":      c.getDecisionHistory,
 		"GET /v1/decisions/{id}/explain": explained.Handler(c.explainer, c.log),
+		"GET /v1/requests/{id}/explain":  explained.Handler(c.explainer, c.log),
 		"GET /v1/corrections":            corrected.Get(c.o.History, c.historyFreshness),
 		"POST /v1/corrections":           corrected.Post(c.corrector, c.log),
 		"GET /v1/history/calls":          c.getCallHistory,

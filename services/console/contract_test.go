@@ -60,11 +60,13 @@ func TestEveryPathAnswersAsTheContractSays(t *testing.T) {
 	}
 	c.Do(plain, contracttest.Exchange{Path: "/v1/plans", Header: map[string]string{"Accept": "application/yaml"}})
 	for _, bad := range []string{"/v1/accounts?limit=0", "/v1/usage?top=x", "/v1/decisions?verdict=maybe", "/v1/decisions/history?cursor=x", "/v1/corrections?limit=0", "/v1/history/calls?group=shoe",
-		"/v1/alerts?limit=-1", "/v1/audit?open=maybe", "/v1/deadletters?limit=99999", "/v1/decisions/x/explain"} {
+		"/v1/alerts?limit=-1", "/v1/audit?open=maybe", "/v1/deadletters?limit=99999", "/v1/decisions/x%20y/explain", "/v1/requests/x%20y/explain"} {
 		c.Do(plain, contracttest.Exchange{Path: bad, Status: 400})
 	}
 	c.Do(plain, contracttest.Exchange{Path: "/v1/accounts/nobody", Status: 404})
-	c.Do(plain, contracttest.Exchange{Path: "/v1/decisions/" + ksuid.New().String() + "/explain", Status: 404})
+	for _, of := range []string{"decisions", "requests"} {
+		c.Do(plain, contracttest.Exchange{Path: "/v1/" + of + "/" + ksuid.New().String() + "/explain", Status: 404})
+	}
 
 	put := func(status int, contentType, query, body string) {
 		t.Helper()
@@ -104,6 +106,8 @@ func TestEveryPathAnswersAsTheContractSays(t *testing.T) {
 		"GET /v1/live 200":                   "a stream that does not end: TestTheLiveStreamMoves",
 		"GET /v1/decisions/{id}/explain 200": "TestADecisionIsExplainedOverHTTP",
 		"GET /v1/decisions/{id}/explain 410": "TestADecisionIsExplainedOverHTTP",
+		"GET /v1/requests/{id}/explain 200":  "TestADecisionIsExplainedOverHTTP",
+		"GET /v1/requests/{id}/explain 410":  "TestADecisionIsExplainedOverHTTP",
 		"GET /healthz 400":                   "net/http's own answer, before any handler: TestWhatIsNoHTTPIsRefused",
 		"PUT /v1/plans 409":                  "TestPlansThatAreBeingAppliedAreAConflict",
 	})

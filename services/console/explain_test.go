@@ -2,7 +2,10 @@ package console
 
 import (
 	"net/http"
+	"net/url"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/nats-io/nats.go/jetstream"
@@ -93,6 +96,35 @@ func TestADecisionIsExplainedOverHTTP(t *testing.T) {
 		t.Error(diff)
 	}
 
+	// By the id of a request that it has refused, given by a client or made by a gateway.
+	made := ksuid.New().String()
+	for i, id := range []string{"client's/own:id", made} {
+		refused := refusedCall("acme", usage.QuotaExceeded)
+		refused.RequestID, refused.DecisionID, refused.Time = id, d.ID, usage.At(time.Now())
+		passed := okCall("acme", 1, 1)
+		passed.Model, passed.RequestID = "small", id // the id stands for a call that passed, too
+		w.publish(refused, passed)
+		for _, path := range []string{"/v1/requests/", "/v1/decisions/"} {
+			var by explain.Explanation
+			decode(t, c.do(exchange{path: path + url.PathEscape(id) + "/explain"}), &by)
+			if by.Decision.ID != d.ID || by.Request == nil || by.Request.RequestID != id || by.Request.Status != 402 || !by.Replay.Same || len(by.Calls) != 4 {
+				t.Errorf("%d: %+v, %+v", i, by.Decision, by.Request)
+			}
+		}
+	}
+	fine := okCall("acme", 1, 1)
+	fine.Model, fine.RequestID = "small", "fine"
+	unknown := refusedCall("acme", usage.BillingStateUnknown)
+	unknown.RequestID, unknown.DecisionID, unknown.Status = "unknown", "", 503
+	w.publish(fine, unknown)
+	for id, says := range map[string]string{"fine": "passed with status 200", "unknown": "refused with BILLING_STATE_UNKNOWN", "never-seen": "no such request"} {
+		var p front.Problem
+		decode(t, c.do(exchange{path: "/v1/requests/" + id + "/explain", status: 404}), &p)
+		if !strings.Contains(p.Detail, says) {
+			t.Errorf("%s: %s", id, p.Detail)
+		}
+	}
+
 	// A decision that no call made has no crossing call.
 	w.apply(&plans.Document{
 		Version:  1,
@@ -112,7 +144,7 @@ func TestADecisionIsExplainedOverHTTP(t *testing.T) {
 	if p.Code != front.CodeNotFound {
 		t.Errorf("%+v", p)
 	}
-	c.do(exchange{path: "/v1/decisions/nonsense/explain", status: 400})
+	c.do(exchange{path: "/v1/decisions/no%20sense/explain", status: 400})
 	c.do(exchange{path: "/v1/decisions/" + d.ID + "/explain?cursor=nonsense", status: 400})
 	c.do(exchange{path: "/v1/decisions/" + d.ID + "/explain?limit=1001", status: 400})
 
@@ -126,6 +158,12 @@ func TestADecisionIsExplainedOverHTTP(t *testing.T) {
 	}
 	decode(t, c.do(exchange{path: "/v1/decisions/" + lifted.ID + "/explain?cursor=1.0", status: 200}), &after)
 	fresh := newContract(t, w.start(Options{Listen: "127.0.0.1:0"}))
+	w.publish(func() usage.Call {
+		late := refusedCall("acme", usage.QuotaExceeded)
+		late.RequestID, late.DecisionID = "late", d.ID
+		return late
+	}())
+	decode(t, fresh.do(exchange{path: "/v1/requests/late/explain", status: 410}), &p)
 	decode(t, fresh.do(exchange{path: "/v1/decisions/" + d.ID + "/explain", status: 410}), &p)
 	if p.Code != front.CodeGone || p.Status != http.StatusGone {
 		t.Errorf("%+v", p)

@@ -67,6 +67,7 @@ func New(o Options) *Explainer {
 
 // Query asks for an explanation.
 type Query struct {
+	// ID of a decision, or of a request that one has refused.
 	ID string
 	// Limit bounds the calls of the page, 1 to MaxPage; 0 means DefaultPage.
 	Limit int
@@ -89,11 +90,13 @@ type Progress struct {
 // none.
 type Explanation struct {
 	Decision Decision `json:"decision"`
-	Replay   Replay   `json:"replay"`
-	Limit    Limit    `json:"limit"`
-	Counter  Counter  `json:"counter"`
-	Reason   Reason   `json:"reason"`
-	Entry    Entry    `json:"entry"`
+	// Request that the decision has refused; nil when it was asked for by its own id.
+	Request *Call   `json:"request,omitempty"`
+	Replay  Replay  `json:"replay"`
+	Limit   Limit   `json:"limit"`
+	Counter Counter `json:"counter"`
+	Reason  Reason  `json:"reason"`
+	Entry   Entry   `json:"entry"`
 	// Crossing is the call that reached the threshold; nil when no call did.
 	Crossing *Call     `json:"crossing_call"`
 	Fed      trace.Fed `json:"fed"`
@@ -286,16 +289,17 @@ type Act struct {
 	Reference string       `json:"reference,omitempty"`
 }
 
-// Explain explains a decision. Beside ErrID, ErrCursor, ErrUnknown, ledger.ErrPurged
+// Explain explains a decision, which may be asked for by the id of a request that it
+// has refused. Beside ErrID, ErrCursor, ErrUnknown, ErrNotRefused, ledger.ErrPurged
 // and ledger.ErrRewound its errors are NATS's and ctx's. A replay that comes to
 // something else is no error: Replay says so.
 func (x *Explainer) Explain(ctx context.Context, q Query) (*Explanation, error) {
-	id, err := ksuid.Parse(q.ID)
-	if err != nil {
-		return nil, fmt.Errorf("%q: %w: it has 27 letters and digits, as in the decision_id of a refusal", q.ID, ErrID)
+	if !requestID(q.ID) {
+		return nil, fmt.Errorf("%q: %w: take the decision_id or the request_id of a refusal", q.ID, ErrID)
 	}
 	below := trace.Newest
 	if q.Cursor != "" {
+		var err error
 		if below, err = trace.ParsePosition(q.Cursor); err != nil {
 			return nil, fmt.Errorf("%q: %w: take the next_cursor of the page before", q.Cursor, ErrCursor)
 		}
@@ -315,7 +319,8 @@ func (x *Explainer) Explain(ctx context.Context, q Query) (*Explanation, error) 
 		defer func() { <-x.slots }()
 		// Somebody else may have asked the same meanwhile.
 		if r = x.cached(q.ID, below, limit); r == nil {
-			if r, err = x.replay(ctx, id, below, &progress{tell: q.Progress, begin: time.Now()}); err != nil {
+			var err error
+			if r, err = x.replayed(ctx, q.ID, below, &progress{tell: q.Progress, begin: time.Now()}); err != nil {
 				return nil, err
 			}
 			x.keep(r)
@@ -331,12 +336,36 @@ func (x *Explainer) Explain(ctx context.Context, q Query) (*Explanation, error) 
 	return &e, nil
 }
 
+// replayed finds the decision of an id and replays it.
+func (x *Explainer) replayed(ctx context.Context, text string, below trace.Position, p *progress) (*replayed, error) {
+	var why error
+	if id, err := ksuid.Parse(text); err == nil {
+		r, err := x.replay(ctx, id, below, p)
+		if !errors.Is(err, ErrUnknown) {
+			return r, err
+		}
+		why = err
+	}
+	found, err := x.requestNewest(ctx, text, p)
+	if errors.Is(err, ErrUnknown) && why != nil {
+		err = why
+	}
+	if err != nil {
+		return nil, err
+	}
+	r, err := x.replay(ctx, found.decision, below, p)
+	if err == nil {
+		r.explanation.Request = found.call
+	}
+	return r, err
+}
+
 // cached returns a replay that holds the page, or nil.
 func (x *Explainer) cached(id string, below trace.Position, limit int) *replayed {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for i, r := range x.cache {
-		if r.explanation.Decision.ID == id && r.covers(below, limit) {
+		if e := &r.explanation; (e.Decision.ID == id || e.Request != nil && e.Request.RequestID == id) && r.covers(below, limit) {
 			x.cache = append(slices.Delete(x.cache, i, i+1), r)
 			return r
 		}

@@ -32,6 +32,7 @@ const (
 type found struct {
 	usage.Decision
 	published bool
+	request   *Call // that it has refused, when that was asked for
 }
 
 // stretch is the part of the ledger that can have led to a decision: an id
@@ -47,6 +48,11 @@ type stretch struct {
 // find looks for a decision: among the published ones, of which 64 revisions a
 // limit are kept, then in the ledger itself, where replaying makes it again.
 func (x *Explainer) find(ctx context.Context, id ksuid.KSUID, p *progress) (found, error) {
+	return x.findOr(ctx, id, p, true)
+}
+
+// findOr is find; with request also the decision that has refused a request of that id.
+func (x *Explainer) findOr(ctx context.Context, id ksuid.KSUID, p *progress, request bool) (found, error) {
 	s, err := x.stretchOf(ctx, id)
 	if err != nil {
 		return found{}, err
@@ -56,14 +62,27 @@ func (x *Explainer) find(ctx context.Context, id ksuid.KSUID, p *progress) (foun
 		return found{}, err
 	}
 	if ok {
-		return found{d, true}, nil
+		return found{Decision: d, published: true}, nil
+	}
+	if request {
+		// Gateways make the ids of requests as those of decisions are made. To look for
+		// one costs less than to replay.
+		r, ok, err := x.requestNear(ctx, id, p)
+		if err != nil {
+			return found{}, err
+		}
+		if ok {
+			f, err := x.findOr(ctx, r.decision, p, false)
+			f.request = r.call
+			return f, err
+		}
 	}
 	for _, shard := range s.shards {
 		if d, ok, err = x.findInShard(ctx, id, shard, s, p); err != nil {
 			return found{}, err
 		}
 		if ok {
-			return found{d, false}, nil
+			return found{Decision: d}, nil
 		}
 	}
 	if s.cut != nil {

@@ -84,6 +84,7 @@ func (x *Explainer) replay(ctx context.Context, id ksuid.KSUID, below trace.Posi
 	t := trace.New(b.trace(&d.Decision, below))
 	r := &replayed{below: below}
 	e := &r.explanation
+	e.Request = d.request
 	e.Decision, e.Limit = decisionOf(&d.Decision), limitOf(&d.Decision)
 	e.Replay = Replay{Published: d.published, Snapshot: b.snapshot, From: b.state.Sequence() + 1}
 	from, to := e.Replay.From, d.Revision

@@ -115,7 +115,7 @@ func (l *shardLog) explain(d usage.Decision, from uint64) (*Explanation, []trace
 		}
 	}
 	describe(t, &d, e, &l.entries[d.Revision-1])
-	judge(t, e, &found{d, true})
+	judge(t, e, &found{Decision: d, published: true})
 	rows, _ := t.Rows()
 	return e, rows
 }

@@ -20,7 +20,7 @@ import (
 // for the command.
 const timeout = time.Minute
 
-// Handler answers /v1/decisions/{id}/explain.
+// Handler answers /v1/decisions/{id}/explain and /v1/requests/{id}/explain.
 func Handler(x *explain.Explainer, log zerolog.Logger) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) { answer(w, r, x, log) }
 }
@@ -52,7 +52,7 @@ func problem(id string, err error) front.Problem {
 	switch {
 	case errors.Is(err, explain.ErrID), errors.Is(err, explain.ErrCursor):
 		return front.BadRequest(err.Error())
-	case errors.Is(err, explain.ErrUnknown):
+	case errors.Is(err, explain.ErrUnknown), errors.Is(err, explain.ErrNotRefused):
 		return front.Problem{Status: http.StatusNotFound, Code: front.CodeNotFound, Detail: err.Error()}
 	case errors.Is(err, ledger.ErrPurged):
 		return front.Problem{Status: http.StatusGone, Code: front.CodeGone, Detail: err.Error()}

@@ -78,7 +78,7 @@ export function ExplainCard() {
           </p>
         </div>
       ) : (
-        !note && <Nothing>Paste the decision_id of a 402, or of a recent refusal above.</Nothing>
+        !note && <Nothing>Paste the decision_id of a 402, its request_id, or that of a recent refusal above.</Nothing>
       )}
     </Card>
   )

@@ -13,7 +13,7 @@ import (
 )
 
 type explainCmd struct {
-	ID         string                 `arg:"" name:"decision-id" help:"The decision_id of a refusal."`
+	ID         string                 `arg:"" name:"id" help:"The decision_id or the request_id of a refusal."`
 	Calls      int                    `default:"20" help:"How many of the calls that fed the counter are shown, newest first."`
 	JSON       bool                   `name:"json" help:"One JSON object instead of text."`
 	Timeout    time.Duration          `default:"10m" help:"How long it may take."`

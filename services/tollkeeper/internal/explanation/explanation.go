@@ -30,7 +30,8 @@ var ErrNotSame = errors.New("the replay does not give what was decided")
 
 // Options of an explanation.
 type Options struct {
-	// ID of the decision, as in the decision_id of a refusal.
+	// ID of the decision or of the request, as in the decision_id and the request_id of
+	// a refusal.
 	ID   string
 	NATS natsconn.Options
 	// Wait is how long NATS may not answer; session.DefaultWait when 0.
@@ -115,6 +116,9 @@ func writeText(out io.Writer, e *explain.Explanation) error {
 	field := func(name, format string, args ...any) {
 		// It writes to memory.
 		_, _ = fmt.Fprintf(fields, "%s\t%s\n", name, fmt.Sprintf(format, args...))
+	}
+	if r := e.Request; r != nil {
+		field("refused", "request %s of account %s at %s, answered %d (entry %d)", r.RequestID, r.Account, moment(r.Time), r.Status, r.Sequence)
 	}
 	field("decision", "%s, revision %d, decided at %s", d.ID, d.Revision, moment(d.DecidedAt))
 	field("limit", "%d %s a %s%s, tier %s, of plans version %s", l.Amount, l.Meter, l.Window, filterText(l), l.Tier, l.PlanVersion)

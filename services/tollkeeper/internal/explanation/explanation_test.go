@@ -508,8 +508,13 @@ func TestADecisionWithoutAPublishedCopyIsFoundInTheLedger(t *testing.T) {
 			t.Errorf("an id %s: %v", name, err)
 		}
 	}
-	for _, id := range []string{"", "x", d.ID + "x"} {
+	for _, id := range []string{"", "a b", d.ID + "\n", strings.Repeat("x", 257), "\xff"} {
 		if _, err := w.x.Explain(t.Context(), explain.Query{ID: id}); !errors.Is(err, explain.ErrID) {
+			t.Errorf("%q: %v", id, err)
+		}
+	}
+	for _, id := range []string{"x", d.ID + "x"} { // which may be a client's
+		if _, err := w.x.Explain(t.Context(), explain.Query{ID: id}); !errors.Is(err, explain.ErrUnknown) {
 			t.Errorf("%q: %v", id, err)
 		}
 	}
