@@ -166,6 +166,7 @@ func (s *Shard) adjustLimit(t touch, l *limit, at usage.Micros, by int64) (late 
 		return false
 	}
 	before := c.cur
+	s.correctOpen(t, before, by)
 	c.cur = adjusted(c.cur, by)
 	if l.leased {
 		if x := s.allowances[allowanceKey{t.account, t.limit, w.number}]; x != nil {

@@ -234,11 +234,11 @@ func anything(t *rapid.T) {
 		log = append(log, folded{Entry: e})
 		st.seq = 1
 	}
-	kinds := []string{"as it is", "as it is", "asks", "asks", "asks", "tiers", "much", "end", "rules", "twins", "move", "move"}
+	kinds := []string{"as it is", "as it is", "asks", "asks", "asks", "tiers", "much", "end", "rules", "twins", "move", "move", "openings"}
 	calm := rapid.Bool().Draw(t, "calm")
 	if calm {
 		// One window, in which accounts change plans while leases of theirs are out.
-		kinds = []string{"as it is", "asks", "asks", "asks", "asks", "asks", "end", "twins", "move", "move"}
+		kinds = []string{"as it is", "asks", "asks", "asks", "asks", "asks", "end", "twins", "move", "move", "openings"}
 	}
 	for range rapid.IntRange(1, 40).Draw(t, "entries") {
 		before := st.now
@@ -262,6 +262,15 @@ func anything(t *rapid.T) {
 				}
 			}
 			e = step{Entry: Entry{Sequence: e.Sequence, Time: e.Time, Control: &Control{PlanSet: set}}}
+		case "openings":
+			open := s.Openings()
+			for i := range open {
+				open[i].Used, open[i].Previous = rapid.Int64Range(0, 9).Draw(t, "used"), rapid.Int64Range(0, 9).Draw(t, "previous")
+				if rapid.IntRange(0, 5).Draw(t, "too late") == 0 {
+					open[i].Since++
+				}
+			}
+			e = step{Entry: Entry{Sequence: e.Sequence, Time: e.Time, Control: &Control{Openings: open}}}
 		case "move":
 			e = step{Entry: Entry{Sequence: e.Sequence, Time: e.Time, Control: &Control{Accounts: []usage.Account{{
 				ID: rapid.SampledFrom(accountIDs).Draw(t, "account"), Plan: rapid.SampledFrom(planIDs).Draw(t, "plan"),

@@ -250,6 +250,9 @@ func (s *Shard) ask(m *LeaseAsk) {
 	x := s.allowances[key]
 	wants := m.Need > 0 || m.Want > 0
 	if x == nil {
+		if key.window == w.number && wants && s.opens[openKey{i, uint32(k)}].since != 0 {
+			return // how much there is is not known yet: the gateway asks again
+		}
 		if !wants || m.Known != 0 || a.flags&closed != 0 || s.dedup.Closed(dedup.Producer(m.Gateway)) {
 			over() // its lease is gone with the allowance it was of, or it wants none
 			return

@@ -238,14 +238,24 @@ func (s *Shard) moveCounters(i uint32, old, limits []limit, oldVersion string) {
 	sameVersion := oldVersion == s.plans.version
 	if !s.sameBlock(old, limits) {
 		fresh := s.block(uint32(len(limits)))
+		from := make([]int, len(limits))
+		for k := range limits {
+			from[k] = s.precursor(old, &limits[k])
+		}
+		for o := range old {
+			if s.core.Version >= keepsCounters && !slices.ContainsFunc(limits, func(l limit) bool { return sameKey(&old[o], &l) }) {
+				s.retire(i, &old[o], &s.counters[first+uint32(o)], s.opens[openKey{i, uint32(o)}])
+			}
+		}
+		s.moveOpen(i, len(old), from)
 		for k := range limits {
 			c := &s.counters[fresh+uint32(k)]
 			c.number = s.windows[limits[k].kind].number
-			if o := s.precursor(old, &limits[k]); o >= 0 {
+			if o := from[k]; o >= 0 {
 				from := &s.counters[first+uint32(o)]
 				c.cur, c.prev, c.number = from.cur, from.prev, from.number
-			} else {
-				s.takeUp(i, &limits[k], c)
+			} else if !s.takeUp(i, uint32(k), &limits[k], c) {
+				s.open(i, uint32(k), &limits[k], c)
 			}
 			for o := range old {
 				from := &s.counters[first+uint32(o)]
@@ -262,9 +272,6 @@ func (s *Shard) moveCounters(i uint32, old, limits []limit, oldVersion string) {
 			c := &s.counters[first+uint32(o)]
 			if c.verdict > uint8(usage.Allow) {
 				s.lift(i, c, &old[o], oldVersion)
-			}
-			if s.core.Version >= keepsCounters && !slices.ContainsFunc(limits, func(l limit) bool { return sameKey(&old[o], &l) }) {
-				s.retire(i, &old[o], c)
 			}
 		}
 		s.release(first, uint32(len(old)))

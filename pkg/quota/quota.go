@@ -41,7 +41,8 @@ const (
 //	      again before it was counted or has come back.
 //	3     a limit that an account loses goes on counting until its window ends, and what
 //	      it counted and gateways hold of it is there when a limit that counts the same
-//	      comes, whatever its name; the denial of a limit of 0 has no end.
+//	      comes, whatever its name; what nothing has counted is taken from the ledger,
+//	      and is open until then; the denial of a limit of 0 has no end.
 const CoreVersion = 3
 
 // The first versions by which what is out outlives a change of plan, by which counters
@@ -156,6 +157,8 @@ type Control struct {
 	Correction *Correction
 	// Core says by which rules the entries after it are folded.
 	Core *Core
+	// Openings say what was used before counters began; not nil: it is such an entry.
+	Openings []Opening
 }
 
 // Correction of an account's usage. Adjustments are signed; a sum does not fall
@@ -295,7 +298,8 @@ type Shard struct {
 	retired     map[uint32][]retired
 	retirements [window.NumKinds]int
 	purged      [window.NumKinds]int32
-	stirred     []*allowance // to be applied in this entry
+	opens       map[openKey]opened // counters of limits that lack what was used before
+	stirred     []*allowance       // to be applied in this entry
 	adjusted    map[adjustmentKey]int64
 	core        Core
 	newer       *NewerError // nothing is folded any more; not state: the entry is met again
@@ -338,6 +342,7 @@ func (s *Shard) init() {
 	s.allowances = make(map[allowanceKey]*allowance)
 	s.adjusted = make(map[adjustmentKey]int64)
 	s.retired = make(map[uint32][]retired)
+	s.opens = make(map[openKey]opened)
 	for _, m := range usage.BuiltInMeters() {
 		s.meter(m)
 	}
@@ -404,7 +409,7 @@ func (s *Shard) Apply(e Entry) *Effects {
 	}
 	s.fire()
 	s.fireLeases()
-	if len(s.retired) > 0 {
+	if len(s.retired)+len(s.opens) > 0 {
 		s.purge()
 	}
 	for len(s.pending) > 0 && s.pending[0].EffectiveAt <= s.now {
@@ -530,6 +535,8 @@ func (s *Shard) control(c *Control) {
 		s.endLeases(lease.Gateway(*c.Closed), c.Complete && s.effects.Lost == 0, c.Marks)
 	case c.Correction != nil:
 		s.correct(c.Correction)
+	case c.Openings != nil:
+		s.takeOpenings(c.Openings)
 	case c.Core != nil:
 		before := s.core.Version
 		s.core = *c.Core
@@ -560,6 +567,9 @@ func (s *Shard) checkControl(c *Control) *usage.InvalidError {
 	}
 	if c.Core != nil {
 		return c.Core.Check()
+	}
+	if c.Openings != nil {
+		return checkOpenings(c.Openings)
 	}
 	return s.checkAccounts(c.Accounts)
 }

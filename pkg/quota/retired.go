@@ -22,6 +22,7 @@ type retired struct {
 	// limit as it was last; only what it counts matters, and its lease terms.
 	limit   *limit
 	counter counter
+	open    opened // see Opening
 	// allowances of the present window and the next, of which gateways hold something;
 	// each has formers only.
 	allowances []*allowance
@@ -62,8 +63,8 @@ func findRetired(list []retired, l *limit) int {
 	return slices.IndexFunc(list, func(r retired) bool { return sameKey(r.limit, l) })
 }
 
-// retire keeps the counter of a limit that an account loses.
-func (s *Shard) retire(i uint32, l *limit, c *counter) *retired {
+// retire keeps the counter of a limit that an account loses, and what it lacks.
+func (s *Shard) retire(i uint32, l *limit, c *counter, open opened) *retired {
 	c.roll(s.windows[l.kind].number)
 	at := findRetired(s.retired[i], l)
 	if at < 0 {
@@ -73,7 +74,7 @@ func (s *Shard) retire(i uint32, l *limit, c *counter) *retired {
 		at = s.addRetired(i, l)
 	}
 	r := &s.retired[i][at]
-	r.counter = counter{cur: c.cur, prev: c.prev, number: c.number}
+	r.counter, r.open = counter{cur: c.cur, prev: c.prev, number: c.number}, open
 	switch {
 	case len(r.allowances) == 0:
 		r.limit = l
@@ -89,8 +90,8 @@ func (s *Shard) retire(i uint32, l *limit, c *counter) *retired {
 }
 
 func (s *Shard) addRetired(i uint32, l *limit) int {
-	if s.retirements[l.kind] == 0 {
-		s.purged[l.kind] = s.windows[l.kind].number
+	if len(s.retired)+len(s.opens) == 0 {
+		s.settlePurged()
 	}
 	s.retirements[l.kind]++
 	s.retired[i] = append(s.retired[i], retired{limit: l})
@@ -124,17 +125,20 @@ func (s *Shard) forgetRetired(i uint32, list []retired, at int) {
 }
 
 // purge forgets what was retired of windows that have ended, unless gateways hold
-// something of the one that begins.
+// something of the one that begins, and what was open.
 func (s *Shard) purge() {
-	ended := [window.NumKinds]bool{}
-	any := false
+	var ended [window.NumKinds]bool
+	any, retires := false, false
 	for k := range s.windows {
-		if s.retirements[k] > 0 && s.purged[k] != s.windows[k].number {
-			ended[k], any = true, true
+		if s.purged[k] != s.windows[k].number {
+			s.purged[k] = s.windows[k].number
+			ended[k], any, retires = true, true, retires || s.retirements[k] > 0
 		}
-		s.purged[k] = s.windows[k].number
 	}
-	if !any {
+	if any {
+		s.closeOpen(&ended)
+	}
+	if !retires {
 		return
 	}
 	for i := range s.retired {
@@ -143,12 +147,20 @@ func (s *Shard) purge() {
 			if !ended[r.limit.kind] {
 				continue
 			}
+			r.open = opened{}
 			if r.counter.roll(s.windows[r.limit.kind].number); len(r.allowances) > 0 {
 				s.soil(i)
 				continue
 			}
 			s.forgetRetired(i, s.retired[i], at)
 		}
+	}
+}
+
+// settlePurged says that nothing that is kept is of an earlier window.
+func (s *Shard) settlePurged() {
+	for k := range s.windows {
+		s.purged[k] = s.windows[k].number
 	}
 }
 
@@ -189,6 +201,7 @@ func (s *Shard) correctRetired(p, meter uint32, c *Correction, at usage.Micros, 
 		case at < w.at:
 			r.counter.prev = adjusted(r.counter.prev, by)
 		default:
+			r.open.owes(r.counter.cur, by)
 			r.counter.cur = adjusted(r.counter.cur, by)
 		}
 	}
@@ -205,7 +218,7 @@ func (s *Shard) park(x *allowance, l *limit) {
 	x.remember(&former{name: l.fullID, escrow: x.escrow})
 	x.escrow, x.entry = lease.NewEscrow(0, termsOf(l, x.key.window)), lease.Entry{}
 	x.retarget(&l.terms)
-	r := s.retire(i, l, &c)
+	r := s.retire(i, l, &c, s.opens[openKey{i, x.key.limit}])
 	x.parked, x.key.limit = l, noLimit
 	if at := slices.IndexFunc(r.allowances, func(y *allowance) bool { return y.key.window == x.key.window }); at >= 0 {
 		s.merge(r.allowances[at], x)
@@ -279,9 +292,9 @@ func (s *Shard) unpark(i uint32, limits []limit) {
 	}
 }
 
-// takeUp gives a limit of an account the count that a retired counter has; false: there
-// is none.
-func (s *Shard) takeUp(i uint32, l *limit, c *counter) bool {
+// takeUp gives a limit of an account the count that a retired counter has, and what it
+// lacks; false: there is none.
+func (s *Shard) takeUp(i, k uint32, l *limit, c *counter) bool {
 	at := findRetired(s.retired[i], l)
 	if at < 0 {
 		return false
@@ -289,6 +302,9 @@ func (s *Shard) takeUp(i uint32, l *limit, c *counter) bool {
 	from := &s.retired[i][at].counter
 	from.roll(s.windows[l.kind].number)
 	c.cur, c.prev, c.number = from.cur, from.prev, from.number
+	if open := s.retired[i][at].open; open.since != 0 {
+		s.opens[openKey{i, k}] = open
+	}
 	return true
 }
 
@@ -370,6 +386,8 @@ func (s *Shard) appendRetired(out []byte, i uint32) []byte {
 		out = binary.AppendVarint(out, r.counter.cur)
 		out = binary.AppendVarint(out, r.counter.prev)
 		out = binary.AppendVarint(out, int64(r.counter.number))
+		out = binary.AppendUvarint(out, r.open.since)
+		out = binary.AppendVarint(out, r.open.owed)
 		out = binary.AppendUvarint(out, uint64(len(r.allowances)))
 		for _, x := range r.allowances {
 			out = binary.AppendVarint(out, int64(x.key.window))
@@ -394,8 +412,9 @@ func (s *Shard) readRetired(r *reader, i uint32, shared map[string]*limit) bool 
 		c := counter{cur: r.varint(), prev: r.varint()}
 		number := r.varint()
 		c.number = int32(number)
+		open := opened{since: r.uvarint(), owed: r.varint()}
 		parked := r.count()
-		if r.bad || parked > 2 {
+		if r.bad || parked > 2 || open.owed < 0 || open.since > s.sequence || open.since == 0 && open.owed != 0 {
 			return false
 		}
 		l := shared[string(text)]
@@ -416,7 +435,7 @@ func (s *Shard) readRetired(r *reader, i uint32, shared map[string]*limit) bool 
 			return false
 		}
 		at := s.addRetired(i, l)
-		s.retired[i][at].counter = c
+		s.retired[i][at].counter, s.retired[i][at].open = c, open
 		for range parked {
 			if !s.readParked(r, i, at, l) {
 				return false

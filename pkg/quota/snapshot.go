@@ -118,7 +118,15 @@ func (s *Shard) appendAccount(out []byte, i uint32) []byte {
 		if c.flags&isRoomy != 0 {
 			verdict |= roomyVerdict
 		}
+		open := s.opens[openKey{i, k}]
+		if open.since != 0 {
+			verdict |= openVerdict
+		}
 		out = append(out, verdict)
+		if open.since != 0 {
+			out = binary.AppendUvarint(out, open.since)
+			out = binary.AppendVarint(out, open.owed)
+		}
 		out = binary.AppendUvarint(out, c.revision)
 		if c.revision != 0 {
 			out = binary.AppendVarint(out, int64(c.published))
@@ -136,8 +144,12 @@ func (s *Shard) appendAccount(out []byte, i uint32) []byte {
 	return out
 }
 
-// roomyVerdict marks a denial that said that there is room.
-const roomyVerdict = 1 << 4
+// Marks of a verdict in a snapshot: a denial that said that there is room, and a
+// counter that is open.
+const (
+	roomyVerdict = 1 << 4
+	openVerdict  = 1 << 5
+)
 
 func (s *Shard) appendSums(out []byte, at uint32) []byte {
 	x := &s.sums[at]
@@ -287,6 +299,7 @@ func Read(data []byte) (*Shard, error) {
 	s.index.slots = make([]slot, slots/2)
 	s.grow()
 	s.rebuildTimers()
+	s.settlePurged()
 	s.effects = Effects{}
 	return s, nil
 }
@@ -349,6 +362,14 @@ func (s *Shard) readAccount(r *reader, accounts int, shared map[string]*limit) b
 		c := &s.counters[a.first+k]
 		c.cur, c.prev, c.number = r.varint(), r.varint(), int32(r.varint())
 		c.verdict = r.byte()
+		if c.verdict&openVerdict != 0 {
+			c.verdict &^= openVerdict
+			open := opened{since: r.uvarint(), owed: r.varint()}
+			if open.since == 0 || open.since > s.sequence || open.owed < 0 {
+				return false
+			}
+			s.opens[openKey{i, k}] = open
+		}
 		if c.verdict&roomyVerdict != 0 {
 			c.verdict, c.flags = c.verdict&^roomyVerdict, isRoomy
 		}

@@ -21,7 +21,7 @@ func (o *owner) sumLeases(now time.Time) {
 func (s *service) stand() []meter.Shard {
 	all := make([]meter.Shard, len(s.owners))
 	for i, o := range s.owners {
-		all[i] = meter.Shard{Number: o.shard, LastBeacon: o.lastBeacon.Load(), Allowances: o.allowances.Load()}
+		all[i] = meter.Shard{Number: o.shard, LastBeacon: o.lastBeacon.Load(), Allowances: o.allowances.Load(), Open: o.open.Load()}
 		if sums := o.leaseUnits.Load(); sums != nil {
 			all[i].Leases = *sums
 		}

@@ -103,6 +103,8 @@ type owner struct {
 	target       uint64 // what the ledger held of the shard at the start
 	ready        bool   // the target is counted
 	allowances   atomic.Int64
+	open         atomic.Int64 // counters that lack what was used before them
+	openings     openings
 	leaseUnits   atomic.Pointer[map[usage.Meter]meter.LeaseUnits]
 	sumAt        time.Time    // when leaseUnits are to be summed again
 	lastBeacon   atomic.Int64 // Unix nanoseconds; of the begin before the first; 0: not ours
@@ -373,6 +375,8 @@ func (o *owner) end() {
 	}
 	o.lastBeacon.Store(0)
 	o.allowances.Store(0)
+	o.open.Store(0)
+	o.openings = openings{}
 	o.leaseUnits.Store(nil)
 	o.sumAt = time.Time{}
 	o.tenure, o.owns, o.ready = nil, false, false
@@ -405,6 +409,9 @@ func (o *owner) idle() bool {
 	busy := o.running
 	if o.snapshotting && !o.ends() {
 		busy--
+	}
+	if o.openings.counting {
+		busy-- // the next owner begins again
 	}
 	return busy == 0 && o.pub.Queued() == 0 && len(o.dead) == 0 && !o.pub.Offered() && o.pub.Flight() == nil && (o.finalDone || o.entries == 0 || !o.last())
 }
@@ -553,6 +560,9 @@ func (o *owner) serve(io context.Context, now time.Time) (wake time.Duration) {
 		} else if due {
 			wake = min(wake, wait)
 		}
+	}
+	if o.ready && !o.stopping {
+		wake = min(wake, o.countOpenings(io, now))
 	}
 	// The state holds decisions that are not yet published; a dead letter must
 	// be kept before a snapshot passes its entry.

@@ -41,6 +41,7 @@ type ControlEntry struct {
 	//	*ControlEntry_Correction
 	//	*ControlEntry_CoreVersion
 	//	*ControlEntry_ClockAdvance
+	//	*ControlEntry_Openings
 	Body          isControlEntry_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -167,6 +168,15 @@ func (x *ControlEntry) GetClockAdvance() *ClockAdvance {
 	return nil
 }
 
+func (x *ControlEntry) GetOpenings() *Openings {
+	if x != nil {
+		if x, ok := x.Body.(*ControlEntry_Openings); ok {
+			return x.Openings
+		}
+	}
+	return nil
+}
+
 type isControlEntry_Body interface {
 	isControlEntry_Body()
 }
@@ -199,6 +209,10 @@ type ControlEntry_ClockAdvance struct {
 	ClockAdvance *ClockAdvance `protobuf:"bytes,16,opt,name=clock_advance,json=clockAdvance,proto3,oneof"`
 }
 
+type ControlEntry_Openings struct {
+	Openings *Openings `protobuf:"bytes,17,opt,name=openings,proto3,oneof"`
+}
+
 func (*ControlEntry_PlanSet) isControlEntry_Body() {}
 
 func (*ControlEntry_AccountSet) isControlEntry_Body() {}
@@ -212,6 +226,8 @@ func (*ControlEntry_Correction) isControlEntry_Body() {}
 func (*ControlEntry_CoreVersion) isControlEntry_Body() {}
 
 func (*ControlEntry_ClockAdvance) isControlEntry_Body() {}
+
+func (*ControlEntry_Openings) isControlEntry_Body() {}
 
 // ClockAdvance takes the time of a shard forward. Only a ledger that was born with
 // a test clock takes it: there the time of every entry is the clock's, which stands
@@ -1155,11 +1171,161 @@ func (x *CoreVersion) GetForeignHorizonMicros() int64 {
 	return 0
 }
 
+// Openings say what accounts had used of limits before these were there, out of the
+// ledger itself: at most 1024.
+type Openings struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Openings      []*Opening             `protobuf:"bytes,1,rep,name=openings,proto3" json:"openings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Openings) Reset() {
+	*x = Openings{}
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Openings) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Openings) ProtoMessage() {}
+
+func (x *Openings) ProtoReflect() protoreflect.Message {
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Openings.ProtoReflect.Descriptor instead.
+func (*Openings) Descriptor() ([]byte, []int) {
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Openings) GetOpenings() []*Opening {
+	if x != nil {
+		return x.Openings
+	}
+	return nil
+}
+
+// Opening is added to a counter that counts since a sequence, once.
+type Opening struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Account string                 `protobuf:"bytes,1,opt,name=account,proto3" json:"account,omitempty"`
+	Meter   string                 `protobuf:"bytes,2,opt,name=meter,proto3" json:"meter,omitempty"`
+	Filter  *Filter                `protobuf:"bytes,3,opt,name=filter,proto3" json:"filter,omitempty"`
+	Window  string                 `protobuf:"bytes,4,opt,name=window,proto3" json:"window,omitempty"`
+	// 0 for lifetime.
+	WindowStartUnixMicros int64 `protobuf:"varint,5,opt,name=window_start_unix_micros,json=windowStartUnixMicros,proto3" json:"window_start_unix_micros,omitempty"`
+	// The entry at which the counter began; what is told here was counted before it.
+	Since uint64 `protobuf:"varint,6,opt,name=since,proto3" json:"since,omitempty"`
+	// In this window, and in the one before.
+	Used          int64 `protobuf:"varint,7,opt,name=used,proto3" json:"used,omitempty"`
+	Previous      int64 `protobuf:"varint,8,opt,name=previous,proto3" json:"previous,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Opening) Reset() {
+	*x = Opening{}
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Opening) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Opening) ProtoMessage() {}
+
+func (x *Opening) ProtoReflect() protoreflect.Message {
+	mi := &file_tollkeeper_v1_control_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Opening.ProtoReflect.Descriptor instead.
+func (*Opening) Descriptor() ([]byte, []int) {
+	return file_tollkeeper_v1_control_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Opening) GetAccount() string {
+	if x != nil {
+		return x.Account
+	}
+	return ""
+}
+
+func (x *Opening) GetMeter() string {
+	if x != nil {
+		return x.Meter
+	}
+	return ""
+}
+
+func (x *Opening) GetFilter() *Filter {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+func (x *Opening) GetWindow() string {
+	if x != nil {
+		return x.Window
+	}
+	return ""
+}
+
+func (x *Opening) GetWindowStartUnixMicros() int64 {
+	if x != nil {
+		return x.WindowStartUnixMicros
+	}
+	return 0
+}
+
+func (x *Opening) GetSince() uint64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
+}
+
+func (x *Opening) GetUsed() int64 {
+	if x != nil {
+		return x.Used
+	}
+	return 0
+}
+
+func (x *Opening) GetPrevious() int64 {
+	if x != nil {
+		return x.Previous
+	}
+	return 0
+}
+
 var File_tollkeeper_v1_control_proto protoreflect.FileDescriptor
 
 const file_tollkeeper_v1_control_proto_rawDesc = "" +
 	"\n" +
-	"\x1btollkeeper/v1/control.proto\x12\rtollkeeper.v1\x1a\x18tollkeeper/v1/call.proto\"\x9d\x04\n" +
+	"\x1btollkeeper/v1/control.proto\x12\rtollkeeper.v1\x1a\x18tollkeeper/v1/call.proto\"\xd4\x04\n" +
 	"\fControlEntry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06author\x18\x02 \x01(\tR\x06author\x123\n" +
@@ -1174,7 +1340,8 @@ const file_tollkeeper_v1_control_proto_rawDesc = "" +
 	"correction\x18\x0e \x01(\v2\x19.tollkeeper.v1.CorrectionH\x00R\n" +
 	"correction\x12?\n" +
 	"\fcore_version\x18\x0f \x01(\v2\x1a.tollkeeper.v1.CoreVersionH\x00R\vcoreVersion\x12B\n" +
-	"\rclock_advance\x18\x10 \x01(\v2\x1b.tollkeeper.v1.ClockAdvanceH\x00R\fclockAdvanceB\x06\n" +
+	"\rclock_advance\x18\x10 \x01(\v2\x1b.tollkeeper.v1.ClockAdvanceH\x00R\fclockAdvance\x125\n" +
+	"\bopenings\x18\x11 \x01(\v2\x17.tollkeeper.v1.OpeningsH\x00R\bopeningsB\x06\n" +
 	"\x04body\"4\n" +
 	"\fClockAdvance\x12$\n" +
 	"\x0eto_unix_micros\x18\x01 \x01(\x03R\ftoUnixMicros\"\x87\x01\n" +
@@ -1246,7 +1413,18 @@ const file_tollkeeper_v1_control_proto_rawDesc = "" +
 	"\treference\x18\b \x01(\tR\treference\"]\n" +
 	"\vCoreVersion\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x124\n" +
-	"\x16foreign_horizon_micros\x18\x02 \x01(\x03R\x14foreignHorizonMicrosBHZFgithub.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1;tollkeeperv1b\x06proto3"
+	"\x16foreign_horizon_micros\x18\x02 \x01(\x03R\x14foreignHorizonMicros\">\n" +
+	"\bOpenings\x122\n" +
+	"\bopenings\x18\x01 \x03(\v2\x16.tollkeeper.v1.OpeningR\bopenings\"\xff\x01\n" +
+	"\aOpening\x12\x18\n" +
+	"\aaccount\x18\x01 \x01(\tR\aaccount\x12\x14\n" +
+	"\x05meter\x18\x02 \x01(\tR\x05meter\x12-\n" +
+	"\x06filter\x18\x03 \x01(\v2\x15.tollkeeper.v1.FilterR\x06filter\x12\x16\n" +
+	"\x06window\x18\x04 \x01(\tR\x06window\x127\n" +
+	"\x18window_start_unix_micros\x18\x05 \x01(\x03R\x15windowStartUnixMicros\x12\x14\n" +
+	"\x05since\x18\x06 \x01(\x04R\x05since\x12\x12\n" +
+	"\x04used\x18\a \x01(\x03R\x04used\x12\x1a\n" +
+	"\bprevious\x18\b \x01(\x03R\bpreviousBHZFgithub.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1;tollkeeperv1b\x06proto3"
 
 var (
 	file_tollkeeper_v1_control_proto_rawDescOnce sync.Once
@@ -1260,7 +1438,7 @@ func file_tollkeeper_v1_control_proto_rawDescGZIP() []byte {
 	return file_tollkeeper_v1_control_proto_rawDescData
 }
 
-var file_tollkeeper_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_tollkeeper_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_tollkeeper_v1_control_proto_goTypes = []any{
 	(*ControlEntry)(nil),   // 0: tollkeeper.v1.ControlEntry
 	(*ClockAdvance)(nil),   // 1: tollkeeper.v1.ClockAdvance
@@ -1277,7 +1455,9 @@ var file_tollkeeper_v1_control_proto_goTypes = []any{
 	(*LeaseMark)(nil),      // 12: tollkeeper.v1.LeaseMark
 	(*Correction)(nil),     // 13: tollkeeper.v1.Correction
 	(*CoreVersion)(nil),    // 14: tollkeeper.v1.CoreVersion
-	(*Quantity)(nil),       // 15: tollkeeper.v1.Quantity
+	(*Openings)(nil),       // 15: tollkeeper.v1.Openings
+	(*Opening)(nil),        // 16: tollkeeper.v1.Opening
+	(*Quantity)(nil),       // 17: tollkeeper.v1.Quantity
 }
 var file_tollkeeper_v1_control_proto_depIdxs = []int32{
 	2,  // 0: tollkeeper.v1.ControlEntry.plan_set:type_name -> tollkeeper.v1.PlanSet
@@ -1287,19 +1467,22 @@ var file_tollkeeper_v1_control_proto_depIdxs = []int32{
 	13, // 4: tollkeeper.v1.ControlEntry.correction:type_name -> tollkeeper.v1.Correction
 	14, // 5: tollkeeper.v1.ControlEntry.core_version:type_name -> tollkeeper.v1.CoreVersion
 	1,  // 6: tollkeeper.v1.ControlEntry.clock_advance:type_name -> tollkeeper.v1.ClockAdvance
-	3,  // 7: tollkeeper.v1.PlanSet.plans:type_name -> tollkeeper.v1.Plan
-	4,  // 8: tollkeeper.v1.Plan.limits:type_name -> tollkeeper.v1.Limit
-	6,  // 9: tollkeeper.v1.Limit.filter:type_name -> tollkeeper.v1.Filter
-	5,  // 10: tollkeeper.v1.Limit.lease:type_name -> tollkeeper.v1.LeaseTerms
-	8,  // 11: tollkeeper.v1.AccountSet.accounts:type_name -> tollkeeper.v1.Account
-	11, // 12: tollkeeper.v1.ProducerClosed.leases:type_name -> tollkeeper.v1.LeaseMarks
-	12, // 13: tollkeeper.v1.LeaseMarks.marks:type_name -> tollkeeper.v1.LeaseMark
-	15, // 14: tollkeeper.v1.Correction.adjustments:type_name -> tollkeeper.v1.Quantity
-	15, // [15:15] is the sub-list for method output_type
-	15, // [15:15] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	15, // 7: tollkeeper.v1.ControlEntry.openings:type_name -> tollkeeper.v1.Openings
+	3,  // 8: tollkeeper.v1.PlanSet.plans:type_name -> tollkeeper.v1.Plan
+	4,  // 9: tollkeeper.v1.Plan.limits:type_name -> tollkeeper.v1.Limit
+	6,  // 10: tollkeeper.v1.Limit.filter:type_name -> tollkeeper.v1.Filter
+	5,  // 11: tollkeeper.v1.Limit.lease:type_name -> tollkeeper.v1.LeaseTerms
+	8,  // 12: tollkeeper.v1.AccountSet.accounts:type_name -> tollkeeper.v1.Account
+	11, // 13: tollkeeper.v1.ProducerClosed.leases:type_name -> tollkeeper.v1.LeaseMarks
+	12, // 14: tollkeeper.v1.LeaseMarks.marks:type_name -> tollkeeper.v1.LeaseMark
+	17, // 15: tollkeeper.v1.Correction.adjustments:type_name -> tollkeeper.v1.Quantity
+	16, // 16: tollkeeper.v1.Openings.openings:type_name -> tollkeeper.v1.Opening
+	6,  // 17: tollkeeper.v1.Opening.filter:type_name -> tollkeeper.v1.Filter
+	18, // [18:18] is the sub-list for method output_type
+	18, // [18:18] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_tollkeeper_v1_control_proto_init() }
@@ -1316,6 +1499,7 @@ func file_tollkeeper_v1_control_proto_init() {
 		(*ControlEntry_Correction)(nil),
 		(*ControlEntry_CoreVersion)(nil),
 		(*ControlEntry_ClockAdvance)(nil),
+		(*ControlEntry_Openings)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1323,7 +1507,7 @@ func file_tollkeeper_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tollkeeper_v1_control_proto_rawDesc), len(file_tollkeeper_v1_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

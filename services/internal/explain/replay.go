@@ -174,6 +174,8 @@ func what(c *tollkeeperv1.ControlEntry) string {
 		return "the test clock advanced to " + moment(usage.Micros(body.ClockAdvance.GetToUnixMicros()))
 	case *tollkeeperv1.ControlEntry_Correction:
 		return correctionText(body.Correction)
+	case *tollkeeperv1.ControlEntry_Openings:
+		return fmt.Sprintf("what %d new limits found used in the ledger", len(body.Openings.GetOpenings()))
 	case *tollkeeperv1.ControlEntry_CoreVersion:
 		return fmt.Sprintf("rules of version %d", body.CoreVersion.GetVersion())
 	}

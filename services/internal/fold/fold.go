@@ -116,6 +116,15 @@ func controlOf(e *tollkeeperv1.ControlEntry) (*quota.Control, error) {
 		}
 	case *tollkeeperv1.ControlEntry_CoreVersion:
 		c.Core = &quota.Core{Version: body.CoreVersion.GetVersion(), Horizon: usage.Micros(body.CoreVersion.GetForeignHorizonMicros())}
+	case *tollkeeperv1.ControlEntry_Openings:
+		c.ID = "" // each is for one counter, once
+		c.Openings = make([]quota.Opening, 0, len(body.Openings.GetOpenings()))
+		for _, o := range body.Openings.GetOpenings() {
+			c.Openings = append(c.Openings, quota.Opening{
+				Account: o.GetAccount(), Meter: usage.Meter(o.GetMeter()), Filter: ledger.FilterFromProto(o.GetFilter()), Window: usage.WindowKind(o.GetWindow()),
+				WindowStart: usage.Micros(o.GetWindowStartUnixMicros()), Since: o.GetSince(), Used: o.GetUsed(), Previous: o.GetPrevious(),
+			})
+		}
 	case *tollkeeperv1.ControlEntry_Tick, *tollkeeperv1.ControlEntry_ClockAdvance:
 		// A tick does nothing that a second one could double. An advance is the
 		// entry's time already: the ledger's reader has read the clock.

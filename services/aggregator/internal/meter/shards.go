@@ -17,7 +17,9 @@ type Shard struct {
 	// LastBeacon is when it was sent, in Unix nanoseconds; 0: the shard is not owned.
 	LastBeacon int64
 	Allowances int64
-	Leases     map[usage.Meter]LeaseUnits // read only
+	// Open counters lack what was used before they began.
+	Open   int64
+	Leases map[usage.Meter]LeaseUnits // read only
 }
 
 // LeaseUnits of a meter; sums of shards, in units of the meter.
@@ -49,6 +51,7 @@ var (
 	ownedDesc      = prometheus.NewDesc("tollkeeper_aggregator_shard_owned", "1 for the shards that this member owns and has fenced, 0 for those that it stands by for.", []string{"shard"}, nil)
 	leaseUnitsDesc = prometheus.NewDesc("tollkeeper_aggregator_lease_units", "Units of shared allowances of owned shards, by meter: outstanding is with gateways that may use it, dead in leases that ended without a word, exposure was handed out again all the same, overdraft was spent beyond the amount.", []string{"meter", "state"}, nil)
 	allowancesDesc = prometheus.NewDesc("tollkeeper_aggregator_shared_allowances", "Allowances (account, limit, window) of owned shards that gateways hold leases of.", nil, nil)
+	openDesc       = prometheus.NewDesc("tollkeeper_aggregator_open_counters", "Counters of new limits in owned shards that lack what was used before the limit was there: it is being counted out of the ledger, and until then the tiers exact and leased hand out nothing of them.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
@@ -56,12 +59,13 @@ func (c *Shards) Describe(to chan<- *prometheus.Desc) {
 	to <- beaconAgeDesc
 	to <- ownedDesc
 	to <- allowancesDesc
+	to <- openDesc
 	to <- leaseUnitsDesc
 }
 
 // Collect implements prometheus.Collector.
 func (c *Shards) Collect(to chan<- prometheus.Metric) {
-	now, age, allowances := time.Now().UnixNano(), int64(0), int64(0)
+	now, age, allowances, open := time.Now().UnixNano(), int64(0), int64(0), int64(0)
 	units := map[usage.Meter]LeaseUnits{}
 	for _, s := range c.Now() {
 		owned := 0.0
@@ -69,6 +73,7 @@ func (c *Shards) Collect(to chan<- prometheus.Metric) {
 			owned, age = 1, max(age, now-s.LastBeacon)
 		}
 		allowances += s.Allowances
+		open += s.Open
 		for meter, n := range s.Leases {
 			u := units[meter]
 			units[meter] = LeaseUnits{u.Outstanding + n.Outstanding, u.Dead + n.Dead, u.Exposure + n.Exposure, u.Overdraft + n.Overdraft}
@@ -77,6 +82,7 @@ func (c *Shards) Collect(to chan<- prometheus.Metric) {
 	}
 	to <- prometheus.MustNewConstMetric(beaconAgeDesc, prometheus.GaugeValue, time.Duration(age).Seconds())
 	to <- prometheus.MustNewConstMetric(allowancesDesc, prometheus.GaugeValue, float64(allowances))
+	to <- prometheus.MustNewConstMetric(openDesc, prometheus.GaugeValue, float64(open))
 	for meter, u := range units {
 		for state, n := range map[string]int64{"outstanding": u.Outstanding, "dead": u.Dead, "exposure": u.Exposure, "overdraft": u.Overdraft} {
 			to <- prometheus.MustNewConstMetric(leaseUnitsDesc, prometheus.GaugeValue, float64(n), string(meter), state)

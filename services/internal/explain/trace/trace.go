@@ -331,6 +331,13 @@ func (t *Trace) move(sequence uint64, before, after int64, rows []row, kind ledg
 	case kind == ledger.KindControl:
 		rows, sum = []row{{index: -1, adds: after - before}}, 0
 		t.Fed.Adjusted += after - before
+	case change:
+		// The limit is new, and its sum was known.
+		found := after - before - sum
+		rows = append([]row{{index: -1, adds: found}}, rows...)
+		t.Fed.Adjusted += found
+		t.Fed.Used -= found
+		sum += found
 	default:
 		t.Fed.Unexplained += after - before - sum
 	}
