@@ -250,7 +250,7 @@ func TestPlansAreAppliedOverHTTP(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	c := newContract(t, w.start(Options{}))
-	yamlHeader := map[string]string{"Content-Type": "application/yaml"}
+	yamlHeader := map[string]string{"Content-Type": "application/yaml", "If-Match": "*"}
 	const first = "version: 1\nplans: [{id: free, limits: [{id: a, meter: calls, window: day, amount: 5}]}]\naccounts: [{id: x, plan: free}]\n"
 
 	var d struct {
@@ -281,7 +281,7 @@ func TestPlansAreAppliedOverHTTP(t *testing.T) {
 	if want := []plans.Problem{{File: "plans.yaml", Line: 2, Column: 72, Pointer: "/plans/0/limits/0/amount", Reason: "amount is below 1", Do: "write a number from 1 on"}}; cmp.Diff(want, bad.Problems) != "" {
 		t.Error(cmp.Diff(want, bad.Problems))
 	}
-	decode(t, c.do(exchange{method: "PUT", path: "/v1/plans", header: map[string]string{"Content-Type": "application/json"}, status: 422, body: "{\n"}), &bad)
+	decode(t, c.do(exchange{method: "PUT", path: "/v1/plans", header: map[string]string{"Content-Type": "application/json", "If-Match": "*"}, status: 422, body: "{\n"}), &bad)
 	c.do(exchange{method: "PUT", path: "/v1/plans", header: map[string]string{"Content-Type": "text/plain"}, status: 415, body: first})
 	c.do(exchange{method: "PUT", path: "/v1/plans", status: 415, body: first})
 	c.do(exchange{method: "PUT", path: "/v1/plans?dry_run=perhaps", header: yamlHeader, status: 400, body: first})

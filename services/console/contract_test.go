@@ -70,9 +70,12 @@ func TestEveryPathAnswersAsTheContractSays(t *testing.T) {
 
 	put := func(status int, contentType, query, body string) {
 		t.Helper()
-		c.Do(plain, contracttest.Exchange{Method: "PUT", Path: "/v1/plans" + query, Header: map[string]string{"Content-Type": contentType}, Body: body, Status: status})
+		c.Do(plain, contracttest.Exchange{Method: "PUT", Path: "/v1/plans" + query, Header: map[string]string{"Content-Type": contentType, "If-Match": `"another"`}, Body: body, Status: status})
 	}
-	put(200, "application/yaml", "?dry_run=true", "version: 1\n")
+	put(412, "application/yaml", "", "version: 1\n")
+	c.Do(plain, contracttest.Exchange{Method: "PUT", Path: "/v1/plans", Header: map[string]string{"Content-Type": "application/yaml", "If-Match": "*"}, Body: "version: 1\n", Status: 409})
+	c.Do(plain, contracttest.Exchange{Method: "PUT", Path: "/v1/plans", Header: map[string]string{"Content-Type": "application/yaml"}, Body: "version: 1\n", Status: 428})
+	c.Do(plain, contracttest.Exchange{Method: "PUT", Path: "/v1/plans?dry_run=true&removals=remove", Header: map[string]string{"Content-Type": "application/yaml"}, Body: "version: 1\n"})
 	put(400, "application/yaml", "?dry_run=perhaps", "version: 1\n")
 	put(413, "application/yaml", "", strings.Repeat("#", plansapi.MaxBody+1))
 	put(415, "text/plain", "", "version: 1\n")
@@ -109,7 +112,6 @@ func TestEveryPathAnswersAsTheContractSays(t *testing.T) {
 		"GET /v1/requests/{id}/explain 200":  "TestADecisionIsExplainedOverHTTP",
 		"GET /v1/requests/{id}/explain 410":  "TestADecisionIsExplainedOverHTTP",
 		"GET /healthz 400":                   "net/http's own answer, before any handler: TestWhatIsNoHTTPIsRefused",
-		"PUT /v1/plans 409":                  "TestPlansThatAreBeingAppliedAreAConflict",
 	})
 }
 

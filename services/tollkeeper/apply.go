@@ -24,9 +24,13 @@ type ApplyOptions struct {
 	NATS natsconn.Options
 	// Author stands in the ledger.
 	Author string
-	// Confirm is asked when something would change; applying goes on when it
-	// returns true.
-	Confirm func() bool
+	// DryRun only shows what would change.
+	DryRun bool
+	// Removals says what becomes of what holds and the file leaves out.
+	Removals plans.Removals
+	// Confirm is asked when something would change; its error says why nothing is
+	// applied.
+	Confirm func() error
 	Out     io.Writer
 	// Wait is how long NATS may not answer; session.DefaultWait when 0.
 	Wait time.Duration
@@ -73,7 +77,11 @@ func (p *applyProgress) end() {
 	}
 }
 
-// Apply shows what a plans file would change and applies it. A file with a
+// ErrNotConfirmed says that nothing was applied because a person did not want it.
+var ErrNotConfirmed = errors.New("nothing was changed")
+
+// Apply shows what a plans file would change and applies it. It returns nil only when the
+// file holds, or for a dry run of what would be applied. A file with a
 // problem changes nothing; its error (*plans.Error) names file, line and reason. After
 // any other error but a *PartialError nothing was changed either, and the error says so.
 func Apply(ctx context.Context, o ApplyOptions) error {
@@ -91,19 +99,26 @@ func Apply(ctx context.Context, o ApplyOptions) error {
 	}
 	defer conn.Close()
 	applier := &plans.Applier{JS: conn.JS, NC: conn.NC, Stall: o.Stall}
-	diff, err := planToApply(conn.Context(), applier, doc, o.Stall)
-	if err != nil {
+	conditions := plans.Conditions{Removals: o.Removals}
+	diff, err := planToApply(conn.Context(), applier, doc, conditions, o.Stall)
+	var removal *plans.RemovalError
+	if err != nil && !errors.As(err, &removal) {
 		return unchanged(conn.Err(err))
 	}
 	if diff.Empty() {
-		_, err := fmt.Fprintln(o.Out, "nothing would change: the file is what holds")
+		_, err := fmt.Fprintln(o.Out, "nothing would change: "+holds(o.Removals))
 		return err
 	}
 	if _, err := fmt.Fprintln(o.Out, strings.TrimRight(diff.String(), "\n")); err != nil {
 		return err
 	}
-	if !o.Confirm() {
-		_, err := fmt.Fprintln(o.Out, "nothing was changed")
+	if removal != nil {
+		return fmt.Errorf("%s leaves out %s that hold now; nothing was changed: remove them with --remove, or keep them and apply the rest with --keep", o.File, removal.Totals.Removed())
+	}
+	if o.DryRun {
+		return nil
+	}
+	if err := o.Confirm(); err != nil {
 		return err
 	}
 	if o.Progress != nil {
@@ -119,7 +134,9 @@ func Apply(ctx context.Context, o ApplyOptions) error {
 	}
 	begun := false
 	applier.Began = func() { begun = true }
-	if diff, err = applier.Apply(conn.Context(), doc, o.Author); err != nil {
+	// What was shown is what is applied, or nothing.
+	conditions.Base = &diff.From
+	if diff, err = applier.ApplyIf(conn.Context(), doc, o.Author, conditions); err != nil {
 		if err = conn.Lost(err); begun {
 			return &PartialError{Stall: o.Stall, Err: err}
 		}
@@ -129,11 +146,19 @@ func Apply(ctx context.Context, o ApplyOptions) error {
 	return err
 }
 
+func holds(r plans.Removals) string {
+	if r == plans.Keep {
+		return "all of the file holds"
+	}
+	return "the file is what holds"
+}
+
 // unchanged says of an error that nothing was changed; problems of the file say it
 // themselves, since they name what to change in it.
 func unchanged(err error) error {
 	var problem *plans.Error
-	if errors.As(err, &problem) {
+	var changed *plans.ChangedError
+	if errors.As(err, &problem) || errors.As(err, &changed) {
 		return err
 	}
 	return fmt.Errorf("nothing was changed: %w", err)
@@ -159,7 +184,7 @@ func (e *PartialError) Unwrap() error { return e.Err }
 
 // planToApply gives up after stall, by a cause instead of a deadline: each request to
 // NATS keeps the session's, which is shorter.
-func planToApply(ctx context.Context, applier *plans.Applier, doc *plans.Document, stall time.Duration) (plans.Diff, error) {
+func planToApply(ctx context.Context, applier *plans.Applier, doc *plans.Document, c plans.Conditions, stall time.Duration) (plans.Diff, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	if stall > 0 {
@@ -168,7 +193,7 @@ func planToApply(ctx context.Context, applier *plans.Applier, doc *plans.Documen
 		})
 		defer late.Stop()
 	}
-	diff, err := applier.Plan(ctx, doc)
+	diff, err := applier.PlanIf(ctx, doc, c)
 	if err != nil && ctx.Err() != nil {
 		return diff, context.Cause(ctx)
 	}

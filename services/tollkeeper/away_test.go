@@ -75,7 +75,7 @@ func TestEveryCommandSaysSoonThatNATSIsAway(t *testing.T) {
 		says string
 	}{
 		"apply": {func(ctx context.Context) error {
-			return Apply(ctx, ApplyOptions{File: planFile(t), NATS: o, Wait: away, Stall: time.Minute, Out: io.Discard, Confirm: func() bool { return true }})
+			return Apply(ctx, ApplyOptions{File: planFile(t), NATS: o, Wait: away, Stall: time.Minute, Out: io.Discard, Confirm: func() error { return nil }})
 		}, "nothing was changed: "},
 		"correct": {func(ctx context.Context) error {
 			return Correct(ctx, CorrectOptions{Act: act, NATS: o, Wait: away, Out: io.Discard})
@@ -127,7 +127,7 @@ func TestAnApplyThatLosesNATSBeforeItsFirstWriteChangedNothing(t *testing.T) {
 	began := time.Now()
 	err = Apply(t.Context(), ApplyOptions{
 		File: planFile(t), NATS: natsconn.Options{URL: "nats://" + w.Addr(), Logger: zerolog.Nop()}, Wait: away, Stall: time.Minute, Out: &out,
-		Confirm: func() bool { w.Cut(); return true }, // while somebody makes up his mind
+		Confirm: func() error { w.Cut(); return nil }, // while somebody makes up his mind
 	})
 	soon(t, err, began, "nothing was changed: ", "went away", "--nats-wait")
 	if !strings.Contains(out.String(), "free") {

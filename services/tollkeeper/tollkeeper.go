@@ -300,14 +300,28 @@ func (s *stack) applyPlans(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	diff, err := applier.Apply(ctx, doc, "up")
+	diff, kept, err := applyKeeping(ctx, applier, doc)
 	if err != nil {
 		return err
 	}
 	if !diff.Empty() {
 		s.o.Logger.Info().Str("plans", name).Int("plans_changed", len(diff.Plans)).Int("accounts_changed", len(diff.Accounts)).Msg("plans applied")
 	}
+	if kept != "" {
+		s.o.Logger.Warn().Str("plans", name).Str("kept", kept).Msg("the plans file leaves out what holds; it was kept; remove it with tollkeeper apply --remove")
+	}
 	return nil
+}
+
+// applyKeeping applies a file at a start. What was added since the file was written is
+// kept, and told: a restart is no reason to cut off customers.
+func applyKeeping(ctx context.Context, applier *plans.Applier, doc *plans.Document) (diff plans.Diff, kept string, err error) {
+	diff, err = applier.Change(ctx, "up", func(now *plans.Document) *plans.Document {
+		all := plans.KeepAll(now, doc)
+		kept = plans.Compare(all, doc).Totals.Removed()
+		return all
+	})
+	return diff, kept, err
 }
 
 func (s *stack) demoUpstream(ctx context.Context, ready func()) error {

@@ -134,31 +134,40 @@ func (a *Applier) current(ctx context.Context, s *store) (Applied, error) {
 // holds or, when another act was left unfinished, from what that one would make
 // hold. Problems of the document are of type *Error.
 func (a *Applier) Plan(ctx context.Context, doc *Document) (Diff, error) {
-	if err := Check(doc); err != nil {
-		return Diff{}, err
-	}
-	s, err := openStore(ctx, a.JS)
+	now, err := a.before(ctx, doc)
 	if err != nil {
 		return Diff{}, err
-	}
-	now, err := a.current(ctx, s)
-	if err != nil {
-		return Diff{}, err
-	}
-	if now.Unfinished != "" && now.Unfinished != Version(doc) {
-		// Some of it may hold already, and it would be completed first.
-		m, rev, _, pending, err := s.read(ctx, pendingKey)
-		if err != nil {
-			return Diff{}, err
-		}
-		if m != nil {
-			now.Document, now.closed, now.Revision = pending.Document, pending.Closed, rev
-		}
 	}
 	if err := planfile.CheckMove(now.Document, now.closed, doc); err != nil {
 		return Diff{}, err
 	}
 	return compareApplied(now, doc), nil
+}
+
+// before is what holds when doc comes to be applied.
+func (a *Applier) before(ctx context.Context, doc *Document) (Applied, error) {
+	if err := Check(doc); err != nil {
+		return Applied{}, err
+	}
+	s, err := openStore(ctx, a.JS)
+	if err != nil {
+		return Applied{}, err
+	}
+	now, err := a.current(ctx, s)
+	if err != nil {
+		return Applied{}, err
+	}
+	if now.Unfinished != "" && now.Unfinished != Version(doc) {
+		// Some of it may hold already, and it would be completed first.
+		m, rev, _, pending, err := s.read(ctx, pendingKey)
+		if err != nil {
+			return Applied{}, err
+		}
+		if m != nil {
+			now.Document, now.closed, now.Revision, now.Version, now.Author = pending.Document, pending.Closed, rev, m.Version, m.Act.Author
+		}
+	}
+	return now, nil
 }
 
 func compareApplied(now Applied, doc *Document) Diff {
@@ -174,11 +183,11 @@ func compareApplied(now Applied, doc *Document) Diff {
 // done: applying again completes it.
 func (a *Applier) Apply(ctx context.Context, doc *Document, author string) (Diff, error) {
 	watched, ctx, end := a.watched(ctx)
-	diff, err := watched.apply(ctx, doc, author)
+	diff, err := watched.apply(ctx, doc, author, Conditions{Removals: Remove})
 	return diff, end(err)
 }
 
-func (a *Applier) apply(ctx context.Context, doc *Document, author string) (Diff, error) {
+func (a *Applier) apply(ctx context.Context, doc *Document, author string, c Conditions) (Diff, error) {
 	if err := Check(doc); err != nil {
 		return Diff{}, err
 	}
@@ -195,6 +204,9 @@ func (a *Applier) apply(ctx context.Context, doc *Document, author string) (Diff
 	}
 	now, err := a.current(ctx, s)
 	if err != nil {
+		return Diff{}, err
+	}
+	if doc, err = c.decide(now, doc); err != nil {
 		return Diff{}, err
 	}
 	return a.replace(ctx, s, geometry, now, doc, author)

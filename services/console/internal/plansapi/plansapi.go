@@ -22,6 +22,39 @@ import (
 // MaxBody of a document, bytes.
 const MaxBody = 16 << 20
 
+// Codes of problems.
+const (
+	CodeRequired = "PRECONDITION_REQUIRED"
+	CodeFailed   = "PRECONDITION_FAILED"
+	CodeRemoves  = "WOULD_REMOVE"
+)
+
+// none stands for the version of plans that were never applied.
+const none = "none"
+
+// etag is the entity tag of the plans that hold, in whatever form they are told.
+func etag(version string) string {
+	if version == "" {
+		version = none
+	}
+	return `"` + version + `"`
+}
+
+// version is the inverse of etag.
+func version(tag string) (string, bool) {
+	v, ok := strings.CutPrefix(strings.TrimSpace(tag), `"`)
+	if ok {
+		v, ok = strings.CutSuffix(v, `"`)
+	}
+	if !ok || v == "" || strings.ContainsAny(v, `",`) {
+		return "", false
+	}
+	if v == none {
+		v = ""
+	}
+	return v, true
+}
+
 // Door is /v1/plans. Its methods may be called concurrently.
 type Door struct {
 	Applier *plans.Applier
@@ -40,6 +73,7 @@ func (d *Door) Get(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Vary", "Accept")
+	w.Header().Set("ETag", etag(applied.Version))
 	if strings.Contains(r.Header.Get("Accept"), "yaml") {
 		data, err := yaml.MarshalWithOptions(applied.Document, yaml.UseJSONMarshaler())
 		if err != nil {
@@ -92,6 +126,26 @@ func (d *Door) Put(w http.ResponseWriter, r *http.Request) {
 		front.BadRequest("dry_run is true or false").Write(w)
 		return
 	}
+	conditions := plans.Conditions{Removals: plans.Removals(r.URL.Query().Get("removals"))}
+	switch conditions.Removals {
+	case "", plans.Refuse, plans.Keep, plans.Remove:
+	default:
+		front.BadRequest("removals is refuse, keep or remove").Write(w)
+		return
+	}
+	match := r.Header.Get("If-Match")
+	switch {
+	case match == "" && !dryRun:
+		front.Problem{Status: http.StatusPreconditionRequired, Code: CodeRequired, Detail: "send the ETag of GET /v1/plans that the document was made from as If-Match: a document replaces what others have changed since. If-Match: * replaces whatever holds"}.Write(w)
+		return
+	case match != "" && match != "*":
+		base, ok := version(match)
+		if !ok {
+			front.BadRequest("If-Match is one ETag of GET /v1/plans, or *").Write(w)
+			return
+		}
+		conditions.Base = &base
+	}
 	author := r.URL.Query().Get("author")
 	if author == "" {
 		author = "console"
@@ -120,15 +174,23 @@ func (d *Door) Put(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	var diff plans.Diff
 	if dryRun {
-		diff, err = d.Applier.Plan(ctx, doc)
+		diff, err = d.Applier.PlanIf(ctx, doc, conditions)
 	} else {
-		diff, err = d.Applier.Apply(ctx, doc, author)
+		diff, err = d.Applier.ApplyIf(ctx, doc, author, conditions)
 	}
 	if err != nil {
-		problemOf(err).Write(w)
+		p := problemOf(err)
+		var changed *plans.ChangedError
+		if errors.As(err, &changed) {
+			w.Header().Set("ETag", etag(changed.Version))
+		} else if p.Status == http.StatusConflict && conditions.Base != nil && errors.Is(err, plans.ErrConflict) {
+			p.Status, p.Code = http.StatusPreconditionFailed, CodeFailed
+		}
+		p.Write(w)
 		return
 	}
 	if !dryRun {
+		w.Header().Set("ETag", etag(diff.To))
 		d.Log.Info().Str("author", author).Str("version", diff.To).Msg("plans applied")
 		d.Changed()
 	}
@@ -142,7 +204,13 @@ func (d *Door) Put(w http.ResponseWriter, r *http.Request) {
 func problemOf(err error) front.Problem {
 	var bad *plans.Error
 	var busy *plans.BusyError
+	var changed *plans.ChangedError
+	var removal *plans.RemovalError
 	switch {
+	case errors.As(err, &removal):
+		return front.Problem{Status: http.StatusConflict, Code: CodeRemoves, Title: "The plans would remove what holds", Detail: "the document leaves out " + removal.Totals.Removed() + " that hold now, and nothing was changed: send it with removals=remove to remove them, or with removals=keep to keep them"}
+	case errors.As(err, &changed):
+		return front.Problem{Status: http.StatusPreconditionFailed, Code: CodeFailed, Detail: changed.Error()}
 	case errors.As(err, &bad):
 		return front.Problem{Status: http.StatusUnprocessableEntity, Code: front.CodeBadPlans, Title: "The plans can't be used", Detail: "nothing was changed; " + bad.Problems[0].String(), Problems: bad.Problems, More: bad.More}
 	case errors.As(err, &busy):

@@ -2,6 +2,7 @@ package planfile
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -23,6 +24,7 @@ type Diff struct {
 	To       string          `json:"to"`
 	Plans    []PlanChange    `json:"plans"`
 	Accounts []AccountChange `json:"accounts"`
+	Totals   Totals          `json:"totals"`
 }
 
 // PlanChange is a plan that was added, removed or changed.
@@ -102,6 +104,7 @@ func Compare(before, next *Document) Diff {
 			d.Accounts = append(d.Accounts, change)
 		}
 	})
+	d.count(old, now)
 	return d
 }
 
@@ -217,7 +220,7 @@ func number(n int64) string {
 // toldAccounts bounds the accounts that String tells one by one.
 const toldAccounts = 50
 
-// String is the difference for people, a line each.
+// String is the difference for people, a line each, with the totals at its end.
 func (d Diff) String() string {
 	if d.Empty() {
 		return "nothing changes"
@@ -230,20 +233,35 @@ func (d Diff) String() string {
 			writeFields(&b, "        ", l.Kind, l.Fields)
 		}
 	}
-	for _, a := range d.Accounts[:min(len(d.Accounts), toldAccounts)] {
+	accounts := d.Accounts
+	if len(accounts) > toldAccounts {
+		// What is removed must be seen first: it may be a mistake.
+		accounts = slices.Clone(accounts)
+		slices.SortStableFunc(accounts, func(x, y AccountChange) int {
+			switch {
+			case x.Kind == Removed && y.Kind != Removed:
+				return -1
+			case y.Kind == Removed && x.Kind != Removed:
+				return 1
+			}
+			return 0
+		})
+	}
+	for _, a := range accounts[:min(len(accounts), toldAccounts)] {
 		fmt.Fprintf(&b, "%s account %s\n", sign(a.Kind), a.ID)
 		if a.Kind != Removed {
 			writeFields(&b, "    ", a.Kind, a.Fields)
 		}
 	}
-	if more := len(d.Accounts) - toldAccounts; more > 0 {
+	if more := accounts[min(len(accounts), toldAccounts):]; len(more) > 0 {
 		counts := map[Kind]int{}
-		for _, a := range d.Accounts[toldAccounts:] {
+		for _, a := range more {
 			counts[a.Kind]++
 		}
-		fmt.Fprintf(&b, "… and %d more accounts (%d added, %d changed, %d removed)\n", more, counts[Added], counts[Changed], counts[Removed])
+		fmt.Fprintf(&b, "… and %d more accounts (%d added, %d changed, %d removed)\n", len(more), counts[Added], counts[Changed], counts[Removed])
 	}
-	return strings.TrimSuffix(b.String(), "\n")
+	b.WriteString(d.Totals.String())
+	return b.String()
 }
 
 func sign(k Kind) string {

@@ -111,7 +111,11 @@ func TestADifferenceTellsTheTerms(t *testing.T) {
         lease.term: (none) → 5s
         lease.patience: (none) → 400ms
         lease.release_after: (none) → 30s
-        lease.max_exposure: (none) → 100`
+        lease.max_exposure: (none) → 100
+accounts  0 added, 0 changed, 0 removed, 0 unchanged
+keys      0 added, 0 changed, 0 removed, 0 unchanged
+plans     0 added, 1 changed, 0 removed, 0 unchanged
+limits    0 added, 1 changed, 0 removed, 0 unchanged`
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}

@@ -12,13 +12,16 @@ import (
 	"github.com/mattn/go-isatty"
 
 	"github.com/tollkeeper/tollkeeper/services/internal/config"
+	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper"
 )
 
 type applyCmd struct {
 	File       string                 `short:"f" required:"" type:"path" help:"Plans file, YAML or JSON."`
-	DryRun     bool                   `help:"Only show what would change."`
+	DryRun     bool                   `help:"Only show what would change; fails if it would be refused."`
 	Yes        bool                   `short:"y" help:"Apply without asking."`
+	Remove     bool                   `xor:"left-out" help:"Remove accounts, keys, plans and limits that hold and that the file leaves out."`
+	Keep       bool                   `xor:"left-out" help:"Keep them. Without --remove or --keep a file that leaves out any changes nothing."`
 	Author     string                 `help:"Who does it; stands in the ledger. The user's name when empty."`
 	Timeout    time.Duration          `default:"1m" help:"How long it may go on without any progress; all of it may take longer."`
 	NATSURL    string                 `name:"nats-url" env:"TOLLKEEPER_NATS_URL" help:"NATS of the Tollkeeper; the one that runs in the data directory when empty."`
@@ -50,7 +53,13 @@ func (c *applyCmd) Run(ctx context.Context) error {
 		}
 	}
 	o := tollkeeper.ApplyOptions{
-		File: c.File, NATS: c.NATS.Options(c.NATSURL, "apply", log), Author: c.Author, Out: os.Stdout, Confirm: c.confirm, Wait: c.NATSWait, Stall: c.Timeout,
+		File: c.File, NATS: c.NATS.Options(c.NATSURL, "apply", log), Author: c.Author, Out: os.Stdout, DryRun: c.DryRun, Confirm: c.confirm, Wait: c.NATSWait, Stall: c.Timeout,
+	}
+	switch {
+	case c.Remove:
+		o.Removals = plans.Remove
+	case c.Keep:
+		o.Removals = plans.Keep
 	}
 	if isatty.IsTerminal(os.Stderr.Fd()) {
 		o.Progress = os.Stderr
@@ -58,17 +67,17 @@ func (c *applyCmd) Run(ctx context.Context) error {
 	return tollkeeper.Apply(ctx, o)
 }
 
-func (c *applyCmd) confirm() bool {
+func (c *applyCmd) confirm() error {
 	switch {
-	case c.DryRun:
-		return false
 	case c.Yes:
-		return true
+		return nil
 	case !isatty.IsTerminal(os.Stdin.Fd()):
-		fmt.Println("say --yes to apply it: there is nobody here to ask")
-		return false
+		return fmt.Errorf("%w: there is no terminal to ask; say --yes to apply it", tollkeeper.ErrNotConfirmed)
 	}
 	fmt.Print("apply it? [y/N] ")
 	line, err := bufio.NewReader(os.Stdin).ReadString('\n')
-	return err == nil && strings.EqualFold(strings.TrimSpace(line), "y")
+	if err != nil || !strings.EqualFold(strings.TrimSpace(line), "y") {
+		return fmt.Errorf("%w: it was not confirmed", tollkeeper.ErrNotConfirmed)
+	}
+	return nil
 }
