@@ -36,6 +36,7 @@ type rollupSum struct {
 	attempts, refused uint64
 	duration          uint64
 	meters            [usage.NumBuiltIn]int64
+	known             [usage.NumBuiltIn]uint64 // admitted calls that reported the meter
 	custom            []usage.Quantity
 	last              uint64
 }
@@ -88,6 +89,7 @@ func (r *rollup) add(b *Block, at int, custom []ledger.CustomMeter, keep []uint3
 		for m := range s.meters {
 			if known&(1<<m) != 0 {
 				s.meters[m] = addSaturated(s.meters[m], b.meters[m].ColInt64[i])
+				s.known[m]++
 			}
 		}
 		if len(custom) == 0 {
@@ -147,6 +149,7 @@ func (r *rollup) input(b *Block) proto.Input {
 		attempts, refused, duration proto.ColUInt64
 		last                        proto.ColUInt64
 		meters                      [usage.NumBuiltIn]proto.ColInt64
+		known                       [usage.NumBuiltIn]proto.ColUInt64
 		account, model, code        words
 		customEnds                  proto.ColUInt64
 		customNames                 texts
@@ -163,6 +166,7 @@ func (r *rollup) input(b *Block) proto.Input {
 		last = append(last, s.last)
 		for m := range meters {
 			meters[m] = append(meters[m], s.meters[m])
+			known[m] = append(known[m], s.known[m])
 		}
 		slices.SortFunc(s.custom, func(x, y usage.Quantity) int { return strings.Compare(string(x.Meter), string(y.Meter)) })
 		for _, q := range s.custom {
@@ -186,6 +190,9 @@ func (r *rollup) input(b *Block) proto.Input {
 	)
 	for m, name := range usage.BuiltInMeters() {
 		in = append(in, proto.InputColumn{Name: string(name), Data: meters[m]})
+		if m != int(usage.CallsIndex) { // an admitted call is one, unless it says else
+			in = append(in, proto.InputColumn{Name: "known_" + string(name), Data: known[m]})
+		}
 	}
 	return append(in,
 		proto.InputColumn{Name: "custom", Data: sums{customEnds, &customNames, customValues}},
