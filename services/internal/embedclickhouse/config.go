@@ -214,10 +214,13 @@ const configXML = `<clickhouse>
 </clickhouse>
 `
 
-// The engine's own start runs as "default", and needs SYSTEM LISTEN without a read-only profile to
-// open the ports: so what "default" may do is bound by its grants, and what it may set by
-// constraints. Should it close a listener, the supervisor sees that and restarts the engine. The
-// profile "default" stays empty, because merges and mutations in the background run under it.
+// The engine's own start runs as "default", in the process and without a password, and needs
+// SYSTEM LISTEN without a read-only profile to open the ports. It can't be another user, and a
+// network tells it from a client of this machine as little. So it is granted nothing else, and the
+// two queries of the start use up its quota, whose interval is ten years and begins with the
+// process. No quota counts a SELECT without a table, and the function file() reads every file: a
+// query of more than one element, which any SELECT is, is refused as well.
+// The profile "default" stays empty, because merges and mutations in the background run under it.
 const usersXML = `<clickhouse>
   <profiles>
     <default/>
@@ -225,10 +228,12 @@ const usersXML = `<clickhouse>
       <allow_introspection_functions>0</allow_introspection_functions>
       <max_execution_time>60</max_execution_time>
       <max_memory_usage>4294967296</max_memory_usage>
+      <max_ast_elements>1</max_ast_elements>
       <constraints>
         <allow_introspection_functions><readonly/></allow_introspection_functions>
         <max_execution_time><min>1</min><max>60</max></max_execution_time>
         <max_memory_usage><min>1</min><max>4294967296</max></max_memory_usage>
+        <max_ast_elements><readonly/></max_ast_elements>
       </constraints>
     </guest>
     <analyst>
@@ -248,17 +253,20 @@ const usersXML = `<clickhouse>
       <max_memory_usage>0</max_memory_usage>
     </service>
   </profiles>
-  <quotas><default/></quotas>
+  <quotas>
+    <default/>
+    <start>
+      <interval><duration>315360000</duration><queries>2</queries></interval>
+    </start>
+  </quotas>
   <users>
     <default>
       <password></password>
       <networks><ip>127.0.0.0/8</ip><ip>::1</ip></networks>
       <profile>guest</profile>
-      <quota>default</quota>
+      <quota>start</quota>
       <grants>
         <query>GRANT SYSTEM LISTEN ON *.*</query>
-        <query>GRANT SHOW, SELECT ON tollkeeper.*</query>
-        <query>GRANT SELECT ON system.parts</query>
       </grants>
     </default>
     <analyst>
