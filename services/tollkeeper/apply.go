@@ -106,7 +106,7 @@ func Apply(ctx context.Context, o ApplyOptions) error {
 		return unchanged(conn.Err(err))
 	}
 	if diff.Empty() {
-		_, err := fmt.Fprintln(o.Out, "nothing would change: "+holds(o.Removals))
+		_, err := fmt.Fprintln(o.Out, "nothing would change: the file holds")
 		return err
 	}
 	if _, err := fmt.Fprintln(o.Out, strings.TrimRight(diff.String(), "\n")); err != nil {
@@ -144,13 +144,6 @@ func Apply(ctx context.Context, o ApplyOptions) error {
 	}
 	_, err = fmt.Fprintf(o.Out, "applied: version %s\n", diff.To)
 	return err
-}
-
-func holds(r plans.Removals) string {
-	if r == plans.Keep {
-		return "all of the file holds"
-	}
-	return "the file is what holds"
 }
 
 // unchanged says of an error that nothing was changed; problems of the file say it

@@ -184,7 +184,7 @@ func TestAFileRemovesOnlyWhatItIsToldToRemove(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	diff, kept, err := applyKeeping(t.Context(), applier, doc)
+	diff, kept, err := applier.ApplyKeeping(t.Context(), doc, "up")
 	if err != nil || kept != "2 accounts, 2 keys" || diff.Totals.Limits.Changed != 1 || len(held().Accounts) != 3 {
 		t.Errorf("up: %v, kept %q, %+v", err, kept, diff.Totals)
 	}
@@ -192,7 +192,7 @@ func TestAFileRemovesOnlyWhatItIsToldToRemove(t *testing.T) {
 	if err := apply(func(o *ApplyOptions) { o.Removals = plans.Remove }); err != nil || len(held().Accounts) != 1 {
 		t.Errorf("removed: %v, %d accounts", err, len(held().Accounts))
 	}
-	if err := apply(nil); err != nil || out.String() != "nothing would change: the file is what holds\n" {
+	if err := apply(nil); err != nil || out.String() != "nothing would change: the file holds\n" {
 		t.Errorf("again: %v: %s", err, out.String())
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"net/url"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -164,7 +163,7 @@ func TestACorrectionUnblocksAndEverybodyAgrees(t *testing.T) {
 	query := "SELECT sum(calls), sum(adjusted_calls), (SELECT count() FROM tollkeeper.corrections WHERE account = '" + account + "') FROM tollkeeper.v_usage_hourly WHERE account = '" + account + "'"
 	want := fmt.Sprintf("%d\t%d\t1", calls, by)
 	eventually(ctx, t, "ClickHouse has "+want, func() (bool, string) {
-		_, body := get(ctx, "http://"+u.clickhouseHTTP+"/?query="+url.QueryEscape(query))
+		_, body := u.history(ctx, query)
 		return strings.TrimSpace(string(body)) == want, string(body)
 	})
 	_, body = get(ctx, "http://"+u.api+"/v1/corrections?account="+account)

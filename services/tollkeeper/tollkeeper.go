@@ -300,7 +300,8 @@ func (s *stack) applyPlans(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	diff, kept, err := applyKeeping(ctx, applier, doc)
+	// What was added since the file was written is kept: a restart cuts nobody off.
+	diff, kept, err := applier.ApplyKeeping(ctx, doc, "up")
 	if err != nil {
 		return err
 	}
@@ -311,17 +312,6 @@ func (s *stack) applyPlans(ctx context.Context) (err error) {
 		s.o.Logger.Warn().Str("plans", name).Str("kept", kept).Msg("the plans file leaves out what holds; it was kept; remove it with tollkeeper apply --remove")
 	}
 	return nil
-}
-
-// applyKeeping applies a file at a start. What was added since the file was written is
-// kept, and told: a restart is no reason to cut off customers.
-func applyKeeping(ctx context.Context, applier *plans.Applier, doc *plans.Document) (diff plans.Diff, kept string, err error) {
-	diff, err = applier.Change(ctx, "up", func(now *plans.Document) *plans.Document {
-		all := plans.KeepAll(now, doc)
-		kept = plans.Compare(all, doc).Totals.Removed()
-		return all
-	})
-	return diff, kept, err
 }
 
 func (s *stack) demoUpstream(ctx context.Context, ready func()) error {

@@ -22,11 +22,13 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/services/internal/embedclickhouse"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/demo"
 )
 
 // up is the real program, run as its README says, on free ports.
 type up struct {
+	dir                                                   string
 	api, gateway, admin, nats, clickhouse, clickhouseHTTP string
 	out                                                   string // file of its standard output
 	s                                                     *system
@@ -41,6 +43,7 @@ func startUp(t *testing.T, dir string, args ...string) *up {
 	var u *up
 	for range 3 {
 		u = &up{
+			dir: dir,
 			api: freeAddr(t), gateway: freeAddr(t), admin: freeAddr(t), nats: freeAddr(t), clickhouse: freeAddr(t), clickhouseHTTP: freeAddr(t),
 			out: outFile(t), s: &system{t: t, running: map[string]*exec.Cmd{}, ended: map[string]chan struct{}{}},
 		}
@@ -109,6 +112,15 @@ func (u *up) interrupt(t *testing.T, by syscall.Signal) time.Duration {
 }
 
 // get reads a URL; the answer's status is 0 while nobody answers.
+// history asks ClickHouse as an analyst does.
+func (u *up) history(ctx context.Context, query string) (status int, body []byte) {
+	c, err := embedclickhouse.ReadCredentials(filepath.Join(u.dir, "clickhouse"))
+	if err != nil {
+		return 0, []byte(err.Error())
+	}
+	return get(ctx, "http://"+u.clickhouseHTTP+"/?query="+url.QueryEscape(query), "X-ClickHouse-User", embedclickhouse.AnalystUser, "X-ClickHouse-Key", c.AnalystPassword)
+}
+
 func get(ctx context.Context, u string, header ...string) (status int, body []byte) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u, nil)
 	if err != nil {
@@ -246,7 +258,7 @@ func TestTheFirstMinutesOfANewcomer(t *testing.T) {
 	}
 	query := "SELECT countIf(code = ''), countIf(code = 'QUOTA_EXCEEDED') FROM tollkeeper.v_calls WHERE account = 'litware'"
 	eventually(ctx, t, "ClickHouse over HTTP", func() (bool, string) {
-		status, body := get(ctx, "http://"+u.clickhouseHTTP+"/?query="+url.QueryEscape(query))
+		status, body := u.history(ctx, query)
 		fields := strings.Fields(string(body))
 		if status != http.StatusOK || len(fields) != 2 {
 			return false, string(body)

@@ -101,3 +101,14 @@ func (a *Applier) ApplyIf(ctx context.Context, doc *Document, author string, c C
 	diff, err := watched.apply(ctx, doc, author, c)
 	return diff, end(err)
 }
+
+// ApplyKeeping makes all of doc hold beside what it leaves out, which is kept and told in
+// words ("2 accounts, 1 key"; empty for none). What others apply meanwhile is kept too.
+func (a *Applier) ApplyKeeping(ctx context.Context, doc *Document, author string) (diff Diff, kept string, err error) {
+	diff, err = a.Change(ctx, author, func(now *Document) *Document {
+		all := planfile.Keep(now, doc)
+		kept = Compare(all, doc).Totals.Removed()
+		return all
+	})
+	return diff, kept, err
+}

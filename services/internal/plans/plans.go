@@ -36,9 +36,6 @@ func Compare(before, next *Document) Diff { return planfile.Compare(before, next
 // replacing the one with the same id.
 func Merge(doc, extra *Document) *Document { return planfile.Merge(doc, extra) }
 
-// KeepAll returns a copy of next with all that it leaves out of now.
-func KeepAll(now, next *Document) *Document { return planfile.Keep(now, next) }
-
 // Version identifies the content of a document.
 func Version(d *Document) string { return planfile.Version(d) }
 
