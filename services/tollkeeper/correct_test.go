@@ -32,6 +32,7 @@ func (u *up) send(ctx context.Context, t *testing.T, method, path string, v any)
 		t.Fatal(err)
 	}
 	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("If-Match", "*") // nobody else applies plans here
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		t.Fatal(err)
