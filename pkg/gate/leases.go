@@ -192,7 +192,7 @@ func (g *Gate) unanswered(t *table.Table, a *Account, parts []wallet.Part, v Ver
 // openWallet makes the purses of this run.
 func (g *Gate) openWallet(nc *nats.Conn, js jetstream.JetStream, out Outbox, shards uint32) (*wallet.Wallet, error) {
 	w, err := wallet.New(wallet.Options{
-		Conn: nc, JS: js, Gateway: out.Producer(), Name: g.o.Leases.Name, Shards: shards, Now: g.LedgerNow,
+		Conn: nc, JS: js, Gateway: out.Producer(), Name: g.o.Leases.Name, Shards: shards, Now: g.LedgerNow, TestClock: g.table.Load().TestClock(),
 		Skew: g.o.Leases.Skew, Wait: g.o.Leases.Wait,
 		MaxPurses: g.o.Leases.MaxPurses, MaxShelved: g.o.Leases.MaxShelved, MaxWaiting: g.o.Leases.MaxWaiting, MaxHolds: g.o.Leases.MaxReservations,
 		Logger: g.o.Logger, Registerer: g.o.Registerer, Journal: wallet.JournalOf(out),

@@ -1,9 +1,6 @@
 package tollkeeper_test
 
 import (
-	"bytes"
-	"errors"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
@@ -18,68 +15,38 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/trace"
 )
 
-// sharedData returns a file of the data that stands beside the repository. It is
-// not a part of it: without it the test is skipped, loudly, but not in CI.
-func sharedData(t *testing.T, name string) string {
-	t.Helper()
-	dir := os.Getenv("TOLLKEEPER_SHARED_DATA")
-	if dir == "" {
-		dir = filepath.Join("..", "..", "..", "shared", "data")
-	}
-	file := filepath.Join(dir, name)
-	_, err := os.Stat(file)
-	switch {
-	case err == nil:
-	case errors.Is(err, fs.ErrNotExist) && os.Getenv("CI") != "true":
-		t.Skipf("NOT RUN: %s is not there; put the shared data beside the repository or name it with TOLLKEEPER_SHARED_DATA", file)
-	default:
-		t.Fatal(err)
-	}
-	return file
-}
+// testDataVariable names a folder with published traces, which are no part of the
+// repository: azure-llm-2023/AzureLLMInferenceTrace_conv.csv and _code.csv.
+const testDataVariable = "TOLLKEEPER_TEST_DATA"
 
-func azure(t *testing.T, name string) []trace.Row {
+func azure(t *testing.T, dir, name string) []trace.Row {
 	t.Helper()
-	file := sharedData(t, filepath.Join("azure-llm-2023", "AzureLLMInferenceTrace_"+name+".csv"))
-	r, f, err := trace.Open("azure-llm", file, trace.Mapping{})
+	f := trace.Format{Name: trace.Azure, Mapping: trace.Mapping{Times: trace.Times{Zone: time.UTC}}}
+	r, closer, err := f.Open(filepath.Join(dir, "azure-llm-2023", "AzureLLMInferenceTrace_"+name+".csv"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = f.Close() }()
-	rows, err := trace.Load(r, 1<<20)
+	defer func() { _ = closer.Close() }()
+	rows, err := trace.Load(r, nil, &trace.Bad{}, trace.LoadOptions{Most: 1 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}
+	trace.Sort(rows)
 	return rows
 }
 
 // The published hour of two real services goes through gateway, ledger, counters
-// and ClickHouse without a call or a token lost or doubled.
+// and ClickHouse without a call or a token lost or doubled, and is refused where it
+// would have been then. TestAGeneratedTraceIsConserved holds the same of made-up
+// traffic, everywhere.
 func TestTheAzureTracesAreConserved(t *testing.T) {
 	t.Parallel()
-	conv, code := azure(t, "conv"), azure(t, "code")
+	dir := os.Getenv(testDataVariable)
+	if dir == "" {
+		t.Skipf("NOT RUN: set %s to a folder with the published traces to run this test with real data", testDataVariable)
+	}
+	conv, code := azure(t, dir, "conv"), azure(t, dir, "code")
 	s := newSystem(t)
-	run := func(t *testing.T, rows []trace.Row, limits ...plans.Limit) *replay.Report {
-		t.Helper()
-		report, err := tollkeeper.Replay(within(t, 2*time.Minute), tollkeeper.ReplayOptions{
-			Rows: rows, Limits: limits, KeepTime: len(limits) == 0, NATS: s.natsOptions(), ClickHouse: s.historyOptions(), SpoolDir: t.TempDir(), Logger: zerolog.Nop(),
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		var out bytes.Buffer
-		if err := report.Write(&out); err != nil {
-			t.Fatal(err)
-		}
-		t.Log(out.String())
-		if err := report.Err(); err != nil {
-			t.Error(err)
-		}
-		return report
-	}
-	points := func(r *replay.Report) map[string]replay.Totals {
-		return map[string]replay.Totals{"gateway": r.Gateway, "ledger": r.Ledger, "counters": r.Counters, "ClickHouse": r.History}
-	}
 	for name, want := range map[string]struct {
 		rows                 []trace.Row
 		calls, input, output int64
@@ -88,26 +55,31 @@ func TestTheAzureTracesAreConserved(t *testing.T) {
 		"code": {code, 8_819, 18_059_974, 245_896},
 	} {
 		t.Run(name, func(t *testing.T) {
-			for point, got := range points(run(t, want.rows)) {
+			report := s.replay(t, tollkeeper.ReplayOptions{Rows: want.rows, KeepTime: true})
+			for point, got := range points(report) {
 				if got.Admitted != want.calls || got.Refused != 0 || got.Meters[usage.InputTokens] != want.input || got.Meters[usage.OutputTokens] != want.output {
 					t.Errorf("%s has %+v, want %d calls, %d and %d tokens", point, got, want.calls, want.input, want.output)
 				}
 			}
 		})
 	}
-	t.Run("conv with a lifetime limit of 10,000 calls", func(t *testing.T) {
-		report := run(t, conv, plans.Limit{ID: "calls", Meter: "calls", Window: "lifetime", Amount: 10_000, Tier: "eventual"})
-		for point, got := range points(report) {
-			if got.Admitted+got.Refused != 19_366 || got.Admitted < 10_000 {
-				t.Errorf("%s has %d admitted and %d refused calls of 19,366, the limit being 10,000", point, got.Admitted, got.Refused)
-			}
-		}
-		if len(report.Overshoots) != 1 {
-			t.Fatalf("overshoots: %+v", report.Overshoots)
-		}
-		// Report.Err has compared it with the bound.
-		if o := report.Overshoots[0]; o.Bound <= 0 || o.DecisionLatency <= 0 {
-			t.Errorf("the overshoot is stated without a bound: %+v", o)
+	t.Run("conv by its own minutes, exact", func(t *testing.T) {
+		limits := []plans.Limit{{ID: "calls", Meter: "calls", Window: "minute", Amount: 300, Tier: "exact"}}
+		report := replayAlone(t, tollkeeper.ReplayOptions{Rows: conv, Limits: limits})
+		if n := len(report.Refused); n != 2_760 || report.Refused[0].Line != 824 {
+			t.Errorf("%d rows are refused, the first is %+v; want 2,760 from line 824 on", n, report.Refused[0])
 		}
 	})
+}
+
+func points(r *replay.Report) map[string]replay.Totals {
+	return map[string]replay.Totals{"gateway": r.Gateway, "ledger": r.Ledger, "counters": r.Counters, "ClickHouse": r.History}
+}
+
+// replayAlone replays into a Tollkeeper of its own, whose clock is the trace's.
+func replayAlone(t *testing.T, o tollkeeper.ReplayOptions) *replay.Report {
+	t.Helper()
+	o.KeepTime, o.Logger = true, zerolog.New(zerolog.NewTestWriter(t)).Level(zerolog.ErrorLevel)
+	report, err := tollkeeper.ReplayInto(within(t, 2*time.Minute), tollkeeper.ReplayTarget{Isolated: true, Out: t.Output(), Logger: o.Logger}, o)
+	return checked(t, report, err)
 }

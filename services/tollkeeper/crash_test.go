@@ -63,8 +63,8 @@ func TestKilledInTheMiddleOfAReplayNothingIsLostOrDoubled(t *testing.T) {
 			if err := report.Err(); err != nil {
 				t.Error(err)
 			}
-			if report.Seen.Failed > 0 {
-				t.Errorf("%d calls got no answer, the last: %v", report.Seen.Failed, report.Seen.LastError)
+			if report.Seen.Failures > 0 {
+				t.Errorf("%d calls got no answer, the last: %v", report.Seen.Failures, report.Seen.LastError)
 			}
 			if got := report.Ledger.Admitted; got != 6000 {
 				t.Errorf("the ledger has %d admitted calls, sent were 6000", got)
@@ -104,15 +104,15 @@ func TestAKilledGatewayLosesNothingItHadSent(t *testing.T) {
 			}
 			<-restarted
 			answered, counted := report.Clients.Admitted, report.Ledger.Admitted
-			t.Logf("clients saw %d calls answered and %d unanswered (last: %v); the ledger has %d: %d more were answered than sent", answered, report.Seen.Failed, report.Seen.LastError, counted, max(answered-counted, 0))
+			t.Logf("clients saw %d calls answered and %d unanswered (last: %v); the ledger has %d: %d more were answered than sent", answered, report.Seen.Failures, report.Seen.LastError, counted, max(answered-counted, 0))
 			if !report.Ledger.Equal(report.Counters) || !report.Ledger.Equal(report.History) {
 				t.Errorf("ledger %+v, counters %+v, ClickHouse %+v", report.Ledger, report.Counters, report.History)
 			}
-			if report.Seen.Failed == 0 {
+			if report.Seen.Failures == 0 {
 				t.Error("no call was under way when the gateway was killed: the test shows nothing")
 			}
-			if counted > answered+report.Seen.Failed {
-				t.Errorf("the ledger has %d calls, %d were sent at most", counted, answered+report.Seen.Failed)
+			if counted > answered+report.Seen.Failures {
+				t.Errorf("the ledger has %d calls, %d were sent at most", counted, answered+report.Seen.Failures)
 			}
 			if safe && counted < answered {
 				t.Errorf("%d answered calls are missing, with spool-before-answer", answered-counted)

@@ -16,8 +16,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/rs/zerolog"
 
+	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/internal/embedclickhouse"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
@@ -84,7 +86,37 @@ func newSystem(t testing.TB) *system {
 	s.readPassword()
 	s.start("aggregator")
 	s.start("historian")
+	s.awaitLedger()
 	return s
+}
+
+// awaitLedger waits until the services have made the ledger.
+func (s *system) awaitLedger() {
+	s.t.Helper()
+	nc, err := natsconn.Connect(s.t.Context(), s.natsOptions())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		_, err := ledger.ReadGeometry(ctx, js)
+		if err == nil {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			s.t.Fatalf("the services have made no ledger: %v", err)
+		}
+	}
 }
 
 func freeAddr(t testing.TB) string {

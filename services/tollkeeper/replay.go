@@ -6,14 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net"
 	"net/http"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -24,12 +22,15 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/gate"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/testclock"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/pkg/window"
 	"github.com/tollkeeper/tollkeeper/services/gateway"
 	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/drive"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/modelserver"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/replay"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/session"
@@ -38,13 +39,18 @@ import (
 
 // ReplayOptions of a replay.
 type ReplayOptions struct {
+	// Rows in order of time.
 	Rows []trace.Row
 	// Limits that every account of the replay gets; none by default.
 	Limits []plans.Limit
 	// Speed: seconds of the trace in one second; 0 as fast as possible.
 	Speed float64
 	// KeepTime keeps the trace's own time stamps as event time.
-	KeepTime    bool
+	KeepTime bool
+	// TestClock: the ledger has a test clock, which the replay moves through the
+	// trace. Without it the ledger's time is now, and KeepTime is refused with limits
+	// that end.
+	TestClock   bool
 	Concurrency int
 
 	// NATS and ClickHouse of a Tollkeeper that runs.
@@ -54,7 +60,7 @@ type ReplayOptions struct {
 	SpoolDir string
 
 	Logger zerolog.Logger
-	// Progress gets a line a second.
+	// Progress gets a line or a bar of progress.
 	Progress io.Writer
 	// Gateway, if set, gives the gateway in front of the upstream at a URL
 	// instead of one of the replay's own. It must have metering of /v1/chat at
@@ -73,10 +79,14 @@ type ReplayGateway interface {
 	URL() string
 }
 
-// Replay drives a trace through a gateway of its own, in front of a model
-// server of its own, into a Tollkeeper that runs, and reports what clients,
-// gateway, ledger, counters and history have of it. Every replay has accounts of
-// its own, so that it is not mixed up with other traffic.
+// ErrInterrupted says that a replay was broken off: its report is of what was sent.
+var ErrInterrupted = errors.New("interrupted")
+
+// Replay drives a trace through a gateway of its own, in front of an upstream of its
+// own, into a Tollkeeper that runs, and reports what clients, gateway, ledger,
+// counters and history have of it. Every replay has accounts of its own, so that it
+// is not mixed up with other traffic; they are removed at the end. When ctx is done
+// it stops sending and ends in order, with a report and ErrInterrupted.
 func Replay(ctx context.Context, o ReplayOptions) (*replay.Report, error) {
 	if o.Patience <= 0 {
 		o.Patience = time.Minute
@@ -84,8 +94,14 @@ func Replay(ctx context.Context, o ReplayOptions) (*replay.Report, error) {
 	if o.Progress == nil {
 		o.Progress = io.Discard
 	}
+	if o.Concurrency <= 0 {
+		o.Concurrency = 32
+	}
 	if len(o.Rows) == 0 {
 		return nil, errors.New("the trace has no rows (after the filters)")
+	}
+	if err := checkTimes(&o, time.Now()); err != nil {
+		return nil, err
 	}
 	r := &replayRun{o: o, id: strings.ToLower(ksuid.New().String()[19:])}
 	o.NATS.Name = "tollkeeper replay"
@@ -94,9 +110,11 @@ func Replay(ctx context.Context, o ReplayOptions) (*replay.Report, error) {
 		return nil, err
 	}
 	defer conn.Close()
-	r.nc, r.js = conn.NC, conn.JS
-	if err := r.awaitLedger(ctx); err != nil {
-		return nil, err
+	r.nc, r.js, r.shards = conn.NC, conn.JS, conn.Geometry.Shards
+	if o.TestClock {
+		if r.clock, err = testclock.Open(ctx, r.js); err != nil {
+			return nil, err
+		}
 	}
 	if r.history, err = history.Open(ctx, o.ClickHouse); err != nil {
 		return nil, err
@@ -105,22 +123,31 @@ func Replay(ctx context.Context, o ReplayOptions) (*replay.Report, error) {
 	return report, errors.Join(err, r.history.Close())
 }
 
-// awaitLedger waits for a ledger to exist: a Tollkeeper may just be starting.
-func (r *replayRun) awaitLedger(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	for {
-		g, err := ledger.ReadGeometry(ctx, r.js)
-		if err == nil {
-			r.shards = g.Shards
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("there is no ledger: is a Tollkeeper running there? %w", err)
-		case <-time.After(50 * time.Millisecond):
+// aheadAtMost is how far rows may be in the future of a ledger whose time is now.
+const aheadAtMost = time.Minute
+
+// checkTimes refuses what would limit nothing without saying so.
+func checkTimes(o *ReplayOptions, now time.Time) error {
+	if !o.KeepTime {
+		return nil
+	}
+	first, last := &o.Rows[0], &o.Rows[len(o.Rows)-1]
+	if usage.At(first.Time) < usage.OldestTimeMicros || usage.At(last.Time) > usage.NewestTimeMicros {
+		return fmt.Errorf("rows are from %s to %s: times from 2000 to 2199 can be counted; leave out --keep-time, so that calls happen now", first.Time.Format(time.RFC3339), last.Time.Format(time.RFC3339))
+	}
+	if o.TestClock {
+		return nil
+	}
+	for _, l := range o.Limits {
+		if l.Window != string(usage.Lifetime) {
+			return fmt.Errorf("--keep-time with a limit per %s: the Tollkeeper that runs counts by its own clock, which is now, so that rows from %s to %s would be limited by nothing; "+
+				"use --isolated, which gives the replay a ledger whose clock is the trace's, or leave out --keep-time, so that calls happen now", l.Window, first.Time.Format(time.RFC3339), last.Time.Format(time.RFC3339))
 		}
 	}
+	if last.Time.After(now.Add(aheadAtMost)) {
+		return fmt.Errorf("--keep-time: %s:%d is of %s, which is in the future of the Tollkeeper that runs, where no call can be; use --isolated, which gives the replay a ledger whose clock is the trace's", last.File, last.Line, last.Time.Format(time.RFC3339))
+	}
+	return nil
 }
 
 // replayRun is the state of one replay.
@@ -131,17 +158,28 @@ type replayRun struct {
 	js      jetstream.JetStream
 	shards  uint32
 	history *history.History
+	clock   *testclock.Clock // nil: the ledger's time is now
 
-	accounts map[string]string // the trace's name → the account's id
-	ours     map[string]bool   // ids
+	names    []string // of the trace's accounts
+	ids      []string // of the ledger's, in the same order
+	ours     map[string]bool
+	rows     []replay.RowOf
+	keys     []string          // API keys
 	prefixes map[string]string // the trace's route → the path it has at the gateway
-	held     sync.Map          // account id → longest latency of a decision, time.Duration
+	watch    *replay.Watch
 }
 
-func (r *replayRun) run(ctx context.Context) (*replay.Report, error) {
-	if err := r.open(ctx); err != nil {
-		return nil, err
+// closeTimeout bounds what a replay does after it was interrupted, but for the points
+// to catch up.
+const closeTimeout = 30 * time.Second
+
+func (r *replayRun) run(asked context.Context) (report *replay.Report, err error) {
+	// What was begun is ended in order, also after an interruption.
+	ctx := context.WithoutCancel(asked)
+	if err := r.open(asked); err != nil {
+		return nil, errors.Join(err, r.close(ctx))
 	}
+	defer func() { err = errors.Join(err, r.close(ctx)) }()
 	stream, err := r.js.Stream(ctx, ledger.Stream)
 	if err != nil {
 		return nil, fmt.Errorf("ledger: %w", err)
@@ -150,7 +188,7 @@ func (r *replayRun) run(ctx context.Context) (*replay.Report, error) {
 
 	life, end := context.WithCancel(ctx)
 	defer end()
-	upstream, err := r.serveModel(life)
+	upstream, err := r.serveUpstream(life)
 	if err != nil {
 		return nil, err
 	}
@@ -158,24 +196,32 @@ func (r *replayRun) run(ctx context.Context) (*replay.Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	mirror := ledger.NewMirror(r.nc, r.js, ledger.MirrorOptions{Bucket: ledger.DecisionsBucket}, (*decisionWatch)(r))
+	r.watch = &replay.Watch{Ours: r.ours, Log: r.o.Logger}
+	mirror := ledger.NewMirror(r.nc, r.js, ledger.MirrorOptions{Bucket: ledger.DecisionsBucket}, r.watch)
 	watched := make(chan error, 1)
 	go func() { watched <- mirror.Run(life) }()
 
-	seen, err := r.drive(ctx, gw.url)
-	if err != nil {
+	seen, driven := r.drive(asked, gw)
+	interrupted := asked.Err() != nil
+	if driven != nil && !interrupted || seen == nil {
 		end()
-		return nil, errors.Join(err, gw.wait(), <-watched)
+		return nil, errors.Join(driven, gw.wait(), <-watched)
 	}
-	report := &replay.Report{Seen: seen, Clients: clientTotals(seen)}
+	report = replay.NewReport(r.o.Rows, r.rows, seen)
+	report.Interrupted = interrupted
 	err = r.collect(ctx, report, gw, from)
 	end()
-	return report, errors.Join(err, gw.wait(), <-watched, r.close(ctx))
+	if err = errors.Join(err, gw.wait(), <-watched); err == nil && interrupted {
+		err = ErrInterrupted
+	}
+	return report, err
 }
 
 // close takes the replay's accounts and plan out of the plans file; what they
 // used stays.
 func (r *replayRun) close(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
+	defer cancel()
 	applier := &plans.Applier{JS: r.js, NC: r.nc}
 	_, err := applier.Change(ctx, "replay", func(now *plans.Document) *plans.Document {
 		doc := *now
@@ -184,7 +230,7 @@ func (r *replayRun) close(ctx context.Context) error {
 		return &doc
 	})
 	if err != nil {
-		return fmt.Errorf("close the replay's accounts (they end with .%s): %w", r.id, err)
+		return fmt.Errorf("remove the replay's accounts (they end with .%s): %w", r.id, err)
 	}
 	return nil
 }
@@ -193,44 +239,41 @@ func (r *replayRun) say(format string, args ...any) {
 	_, _ = fmt.Fprintf(r.o.Progress, format+"\n", args...) // for people; its loss harms nothing
 }
 
-func (r *replayRun) key(row trace.Row) string {
-	k := row.Key
-	if k == "" {
-		k = "1"
-	}
-	return "tk_replay_" + r.id + "_" + row.Account + "_" + k
-}
-
 // open makes the replay's accounts, with their keys and limits.
 func (r *replayRun) open(ctx context.Context) error {
-	r.accounts, r.ours = map[string]string{}, map[string]bool{}
+	r.ours, r.rows = map[string]bool{}, make([]replay.RowOf, len(r.o.Rows))
 	extra := &plans.Document{Version: plans.FormatVersion}
 	planID := ""
 	if len(r.o.Limits) > 0 {
 		planID = "replay-" + r.id
 		extra.Plans = []plans.Plan{{ID: planID, Limits: r.o.Limits}}
 	}
-	index := map[string]int{}
-	keys := map[string]bool{}
-	for _, row := range r.o.Rows {
-		id, ok := r.accounts[row.Account]
+	accounts := map[string]int32{}
+	keys := map[[2]string]int32{}
+	for i := range r.o.Rows {
+		row := &r.o.Rows[i]
+		a, ok := accounts[row.Account]
 		if !ok {
-			id = row.Account + "." + r.id
-			r.accounts[row.Account], r.ours[id] = id, true
-			index[row.Account] = len(extra.Accounts)
-			extra.Accounts = append(extra.Accounts, plans.Account{ID: id, Plan: planID})
+			a = int32(len(r.ids))
+			accounts[row.Account] = a
+			r.names, r.ids = append(r.names, row.Account), append(r.ids, row.Account+"."+r.id)
+			r.ours[r.ids[a]] = true
+			extra.Accounts = append(extra.Accounts, plans.Account{ID: r.ids[a], Plan: planID})
 		}
-		if k := r.key(row); !keys[k] {
-			keys[k] = true
-			a := &extra.Accounts[index[row.Account]]
-			a.Keys = append(a.Keys, plans.Key{ID: fmt.Sprintf("%s-%d", r.id, len(keys)), SHA256: plans.HashKey(k)})
+		k, ok := keys[[2]string{row.Account, row.Key}]
+		if !ok {
+			k = int32(len(r.keys))
+			keys[[2]string{row.Account, row.Key}] = k
+			r.keys = append(r.keys, fmt.Sprintf("tk_replay_%s_%d", r.id, k))
+			extra.Accounts[a].Keys = append(extra.Accounts[a].Keys, plans.Key{ID: fmt.Sprintf("%s-%d", r.id, k+1), SHA256: plans.HashKey(r.keys[k])})
 		}
+		r.rows[i] = replay.RowOf{Account: a, Key: k}
 	}
 	applier := &plans.Applier{JS: r.js, NC: r.nc}
 	if _, err := applier.Change(ctx, "replay", func(now *plans.Document) *plans.Document { return plans.Merge(now, extra) }); err != nil {
 		return fmt.Errorf("open the replay's accounts: %w", err)
 	}
-	r.say("%d calls of %d accounts (suffix .%s), %d keys", len(r.o.Rows), len(r.accounts), r.id, len(keys))
+	r.say("%d calls of %d accounts (suffix .%s), %d keys", len(r.o.Rows), len(r.ids), r.id, len(r.keys))
 	return nil
 }
 
@@ -239,10 +282,11 @@ func (r *replayRun) open(ctx context.Context) error {
 // the others share one.
 func (r *replayRun) config(upstream string) gateway.Config {
 	var c gateway.Config
+	reserve := r.reserve()
 	add := func(name, prefix string) {
 		c.Routes = append(c.Routes, gateway.RouteConfig{
 			Name: name, Prefix: prefix, StripPrefix: prefix != "/", Upstream: upstream, Profile: "problem",
-			Model: gateway.ModelConfig{JSON: "model"}, Usage: gateway.UsageJSON, MetersHeader: modelserver.MetersHeader,
+			Model: gateway.ModelConfig{JSON: "model"}, Usage: gateway.UsageJSON, MetersHeader: modelserver.MetersHeader, Reserve: reserve,
 		})
 	}
 	r.prefixes = map[string]string{}
@@ -260,16 +304,38 @@ func (r *replayRun) config(upstream string) gateway.Config {
 // mostRoutes of a trace are told apart.
 const mostRoutes = 400
 
-func (r *replayRun) path(row trace.Row) string { return r.prefixes[row.Route] + "/v1/chat/completions" }
+// reserve bounds meters of the trace's own, which a limit of the tiers exact and
+// leased has: no call uses more than the most that was recorded.
+func (r *replayRun) reserve() map[string]int64 {
+	most := map[string]int64{}
+	for _, l := range r.o.Limits {
+		m := usage.Meter(l.Meter)
+		if l.Tier == string(usage.TierEventual) || m == usage.Calls || tokens(m) {
+			continue
+		}
+		for i := range r.o.Rows {
+			for _, q := range r.o.Rows[i].Meters {
+				if q.Meter == m {
+					most[l.Meter] = max(most[l.Meter], q.Value, 1)
+				}
+			}
+		}
+	}
+	return most
+}
 
-func (r *replayRun) serveModel(ctx context.Context) (url string, err error) {
+func tokens(m usage.Meter) bool {
+	return m == usage.InputTokens || m == usage.OutputTokens || m == usage.CachedInputTokens || m == usage.ReasoningTokens
+}
+
+func (r *replayRun) serveUpstream(ctx context.Context) (url string, err error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return "", fmt.Errorf("listen for the model server: %w", err)
+		return "", fmt.Errorf("listen for the upstream: %w", err)
 	}
 	go func() {
-		if err := telemetry.Serve(ctx, telemetry.ServeOptions{Listener: l, Handler: modelserver.Handler(modelserver.Options{})}); err != nil {
-			r.o.Logger.Error().Err(err).Msg("model server")
+		if err := drive.ServeUpstream(ctx, l); err != nil {
+			r.o.Logger.Error().Err(err).Msg("the replay's upstream ended")
 		}
 	}()
 	return "http://" + l.Addr().String(), nil
@@ -308,6 +374,9 @@ func (r *replayRun) openGateway(ctx context.Context, upstream string) (*replayGa
 	return &replayGateway{url: g.URL(), done: done, foreign: true}, nil
 }
 
+// gatewayStop is time enough for everything that a replay's gateway holds.
+const gatewayStop = 10 * time.Second
+
 func (r *replayRun) startGateway(ctx context.Context, upstream string) (*replayGateway, error) {
 	g := &replayGateway{done: make(chan error, 1)}
 	spool := r.o.SpoolDir
@@ -321,7 +390,7 @@ func (r *replayRun) startGateway(ctx context.Context, upstream string) (*replayG
 	ready := make(chan struct{})
 	o := gateway.Options{
 		NATS: r.o.NATS, Config: r.config(upstream), Listen: "127.0.0.1:0", AdminListen: "127.0.0.1:0", Name: "replay-" + r.id,
-		TrustEventTime: r.o.KeepTime, SpoolDir: spool, Logger: r.o.Logger,
+		TrustEventTime: r.o.KeepTime, SpoolDir: spool, Logger: r.o.Logger, StopTimeout: gatewayStop,
 		// A replay measures what is counted: an aggregator that is away for a
 		// while must not turn its calls into 503.
 		Unknown: gate.Unknown{Mode: gate.PassUnknown, MaxCalls: 1 << 30},
@@ -329,6 +398,9 @@ func (r *replayRun) startGateway(ctx context.Context, upstream string) (*replayG
 			g.url, g.admin = "http://"+proxy.String(), "http://"+admin.String()
 			close(ready)
 		},
+	}
+	if r.clock != nil {
+		o.TestClock, o.Leases.Skew = r.clock.Now, drive.Skew
 	}
 	go func() { g.done <- gateway.Run(ctx, o) }()
 	select {
@@ -388,50 +460,56 @@ func getJSON(ctx context.Context, url string, v any) error {
 	return errors.Join(err, resp.Body.Close())
 }
 
-// drive sends the rows and prints progress.
-func (r *replayRun) drive(ctx context.Context, url string) (*replay.Seen, error) {
+// drive sends the rows and shows progress.
+func (r *replayRun) drive(ctx context.Context, gw *replayGateway) (*drive.Seen, error) {
 	var answered atomic.Int64
-	half := int64(len(r.o.Rows) / 2)
-	stop := make(chan struct{})
-	var printer sync.WaitGroup
-	printer.Go(func() {
-		tick := time.NewTicker(time.Second)
-		defer tick.Stop()
-		last := int64(0)
-		for {
-			select {
-			case <-stop:
-				return
-			case <-tick.C:
-				n := answered.Load()
-				r.say("  %3d %%  %d of %d calls, %d a second", n*100/int64(len(r.o.Rows)), n, len(r.o.Rows), n-last)
-				last = n
-			}
+	o := drive.Options{
+		Rows: r.o.Rows, Account: func(i int) int { return int(r.rows[i].Account) }, Speed: r.o.Speed, KeepTime: r.o.KeepTime,
+		Concurrency: r.o.Concurrency, Host: strings.TrimPrefix(gw.url, "http://"), Answered: &answered, Half: r.o.Halfway,
+		Key:  func(i int) string { return r.keys[r.rows[i].Key] },
+		Path: func(i int) string { return r.prefixes[r.o.Rows[i].Route] + "/v1/chat/completions" },
+	}
+	var windows []window.Kind
+	for _, l := range r.o.Limits {
+		kind, _ := window.Parse(usage.WindowKind(l.Window)) // the plan was checked
+		windows = append(windows, kind)
+		if usage.Tier(l.Tier).Leased() {
+			o.Ordered = true
+			o.Reserve = o.Reserve || l.Meter != string(usage.Calls)
 		}
-	})
-	seen, err := replay.Drive(ctx, replay.DriveOptions{
-		Rows: r.o.Rows, Speed: r.o.Speed, KeepTime: r.o.KeepTime, Concurrency: r.o.Concurrency, URL: url, Key: r.key, Path: r.path,
-		Progress: func() {
-			if answered.Add(1) == half && r.o.Halfway != nil {
-				r.o.Halfway()
-			}
-		},
-	})
-	close(stop)
-	printer.Wait()
+	}
+	if r.clock != nil {
+		o.Steps = &drive.Steps{Advance: r.clock.Advance, Settled: func(ctx context.Context) error {
+			_, err := gw.settled(ctx, r.o.Patience)
+			return err
+		}, Windows: windows}
+	}
+	stop := replay.ShowProgress(r.o.Progress, &answered, int64(len(r.o.Rows)))
+	seen, err := drive.Run(ctx, o)
+	stop()
 	return seen, err
 }
 
-func clientTotals(seen *replay.Seen) replay.Totals {
-	t := replay.Totals{Meters: map[usage.Meter]int64{}}
-	for _, a := range seen.Accounts {
-		t.Admitted += a.Admitted
-		t.Refused += a.Refusals()
-		for m, v := range a.Meters {
-			t.Meters[m] += v
+// settled waits until everything that the gateway took is in the ledger.
+func (g *replayGateway) settled(ctx context.Context, patience time.Duration) (gateway.Sent, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	wait := time.Millisecond
+	for {
+		s, err := g.sent(ctx)
+		if err != nil {
+			return s, fmt.Errorf("ask the gateway how much it has sent: %w", err)
 		}
+		if s.Acked == s.Added {
+			return s, nil
+		}
+		select {
+		case <-ctx.Done():
+			return s, fmt.Errorf("the ledger has acknowledged %d of %d calls of the gateway after %s", s.Acked, s.Added, patience)
+		case <-time.After(wait):
+		}
+		wait = min(2*wait, 10*time.Millisecond)
 	}
-	return t
 }
 
 // collect waits until each point has everything, and reads it.
@@ -439,154 +517,60 @@ func (r *replayRun) collect(ctx context.Context, report *replay.Report, gw *repl
 	ctx, cancel := context.WithTimeout(ctx, r.o.Patience)
 	defer cancel()
 	r.say("  all sent; waiting until gateway, ledger, counters and ClickHouse have caught up")
-	for !gw.foreign {
-		s, err := gw.sent(ctx)
+	if !gw.foreign {
+		s, err := gw.settled(ctx, r.o.Patience)
 		if err != nil {
-			return fmt.Errorf("ask the gateway what it has sent: %w", err)
+			return err
 		}
-		if s.Acked == s.Added {
-			report.Gateway = replay.Totals{Admitted: s.Sent.Admitted, Refused: s.Sent.Refused, Meters: s.Sent.Meters}
-			break
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("the gateway has %d of %d calls acknowledged after %s", s.Acked, s.Added, r.o.Patience)
-		case <-time.After(10 * time.Millisecond):
-		}
+		report.Gateway = replay.Totals{Admitted: s.Sent.Admitted, Refused: s.Sent.Refused, Meters: s.Sent.Meters}
 	}
 	var err error
-	if report.Fold, err = replay.ReadLedger(ctx, r.js, from, func(a []byte) bool { return r.ours[string(a)] }); err != nil {
+	if report.Fold, err = r.readLedger(ctx, from); err != nil {
 		return err
 	}
 	report.Ledger = report.Fold.Totals
 	if gw.foreign {
-		if err := r.settleLedger(ctx, report, from); err != nil {
+		report.GatewayUnknown = true
+		if report.Fold, err = replay.SettledLedger(ctx, report.Fold, func() (replay.LedgerFold, error) { return r.readLedger(ctx, from) }); err != nil {
 			return err
 		}
+		report.Ledger = report.Fold.Totals
 	}
-	ids := slices.Sorted(maps.Keys(r.ours))
+	ids := slices.Sorted(slices.Values(r.ids))
 	if report.Counters, err = replay.ReadCounters(ctx, r.nc, r.shards, ids, report.Fold.LastOfShard); err != nil {
 		return err
 	}
-	if report.History, err = r.readHistory(ctx, ids, report.Fold); err != nil {
+	if report.History, err = replay.ReadHistory(ctx, r.history, ids, report.Fold); err != nil {
 		return err
 	}
-	r.overshoots(report)
+	r.limits(report)
 	return nil
 }
 
-// settleLedger waits until nothing more of ours comes into the ledger for a
-// while: a foreign gateway may have a spool to send.
-func (r *replayRun) settleLedger(ctx context.Context, report *replay.Report, from uint64) error {
-	const quiet = 2 * time.Second
-	since, last := time.Now(), report.Ledger.Admitted+report.Ledger.Refused
-	for time.Since(since) < quiet {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(200 * time.Millisecond):
-		}
-		fold, err := replay.ReadLedger(ctx, r.js, from, func(a []byte) bool { return r.ours[string(a)] })
-		if err != nil {
-			return err
-		}
-		report.Fold, report.Ledger = fold, fold.Totals
-		if n := fold.Admitted + fold.Refused; n != last {
-			since, last = time.Now(), n
-		}
-	}
-	report.GatewayUnknown = true
-	return nil
+// readLedger reads what the ledger has of ours, and when it took what led to denials.
+func (r *replayRun) readLedger(ctx context.Context, from uint64) (replay.LedgerFold, error) {
+	return replay.ReadLedger(ctx, r.js, from, func(a []byte) bool { return r.ours[string(a)] }, r.watch.Stored)
 }
 
-// readHistory waits until the history has the ledger's newest call of ours.
-func (r *replayRun) readHistory(ctx context.Context, ids []string, fold replay.LedgerFold) (replay.Totals, error) {
-	var last uint64
-	for _, s := range fold.LastOfShard {
-		last = max(last, s)
-	}
-	for {
-		sum, newest, err := r.askHistory(ctx, ids)
-		if err == nil && newest >= last {
-			return sum, nil
-		}
-		// ClickHouse may be away for a moment: that is what a replay may be
-		// there to show.
-		select {
-		case <-ctx.Done():
-			return sum, errors.Join(fmt.Errorf("ClickHouse has the ledger up to %d of %d after %s", newest, last, r.o.Patience), err)
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
-}
-
-func (r *replayRun) askHistory(ctx context.Context, ids []string) (sum replay.Totals, newest uint64, err error) {
-	sum.Meters = map[usage.Meter]int64{}
-	for chunk := range slices.Chunk(ids, history.MaxAccounts) {
-		t, err := r.history.Totals(ctx, history.TotalsQuery{Accounts: chunk})
-		if err != nil {
-			return sum, 0, fmt.Errorf("ClickHouse: %w", err)
-		}
-		newest = max(newest, t.LastSequence)
-		sum.Admitted += t.Admitted
-		sum.Refused += t.Refused
-		for m, v := range t.Meters {
-			sum.Meters[m] += v
-		}
-	}
-	return sum, newest, nil
-}
-
-// overshoots compares what accounts were let to use of lifetime limits of calls
-// with the bound of the eventual tier.
-func (r *replayRun) overshoots(report *replay.Report) {
+// limits looks how each limit was kept. Windows that end can be told only where calls
+// kept their time in a ledger whose clock is the trace's.
+func (r *replayRun) limits(report *replay.Report) {
 	count := report.Fold.Latest
 	if r.o.KeepTime {
 		// The calls carry recorded times: their way is bounded by their answer
 		// and their frame's.
 		count = report.Seen.Longest + report.Fold.Transit
 	}
+	decided := r.watch.Longest()
 	for _, l := range r.o.Limits {
-		if l.Meter != string(usage.Calls) || l.Window != string(usage.Lifetime) || l.Filter != nil {
+		kind, _ := window.Parse(usage.WindowKind(l.Window)) // the plan was checked
+		if kind != window.Lifetime && r.clock == nil {
 			continue
 		}
-		for _, name := range slices.Sorted(maps.Keys(report.Seen.Accounts)) {
-			t := report.Seen.Accounts[name]
-			var decision time.Duration
-			if v, ok := r.held.Load(r.accounts[name]); ok {
-				decision = v.(time.Duration)
-			}
-			report.Overshoots = append(report.Overshoots, replay.Overshoot{
-				Account: name, Limit: l.Amount, Admitted: t.Admitted, CountLatency: count, DecisionLatency: decision,
-				Bound: replay.MostWithin(t.AdmittedAt, count+decision),
-			})
+		limit := replay.Limit{ID: l.ID, Meter: usage.Meter(l.Meter), Window: kind, Amount: l.Amount, Tier: usage.Tier(l.Tier)}
+		if l.Lease != nil {
+			limit.MaxExposure = l.Lease.MaxExposure
 		}
-	}
-}
-
-// decisionWatch is another holder of decisions: it notes how long after its
-// ledger entry a deny was held.
-type decisionWatch replayRun
-
-// Reset has the decisions of before; they say nothing about latency.
-func (*decisionWatch) Reset([]ledger.Change) {}
-
-// Stale says that decisions may be missed for a while.
-func (w *decisionWatch) Stale(reason error) {
-	w.o.Logger.Warn().Err(reason).Msg("decisions are not heard for a moment")
-}
-
-// Apply notes the latency of a deny of ours.
-func (w *decisionWatch) Apply(c ledger.Change) {
-	if c.Value == nil || strings.HasPrefix(c.Key, "checkpoint.") {
-		return
-	}
-	d, err := ledger.UnmarshalDecision(c.Value)
-	if err != nil || d.Verdict != usage.Deny || !w.ours[d.Account] {
-		return
-	}
-	latency := time.Since(d.DecidedAt.Time())
-	if v, ok := w.held.Load(d.Account); !ok || v.(time.Duration) < latency {
-		w.held.Store(d.Account, latency)
+		report.Check(r.o.Rows, r.rows, limit, func(account int) (time.Duration, time.Duration) { return count, decided[r.ids[account]] })
 	}
 }

@@ -119,35 +119,52 @@ func ReplayInto(ctx context.Context, t ReplayTarget, o ReplayOptions) (*replay.R
 	return replayAlone(ctx, t, o)
 }
 
-// replayAlone starts everything, replays, and stops everything.
+// scratchSync is how often frames of a scratch directory are forced to disk.
+const scratchSync = 2 * time.Minute
+
+// replayAlone starts everything, replays, and stops everything. Its ledger's time is
+// the trace's where the calls keep theirs.
 func replayAlone(ctx context.Context, t ReplayTarget, o ReplayOptions) (report *replay.Report, err error) {
+	if len(o.Rows) == 0 {
+		return nil, errors.New("the trace has no rows (after the filters)")
+	}
+	o.TestClock = o.KeepTime
+	if err := checkTimes(&o, time.Now()); err != nil {
+		return nil, err
+	}
 	dir, err := os.MkdirTemp("", "tollkeeper-replay-")
 	if err != nil {
 		return nil, fmt.Errorf("make a scratch directory: %w", err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	life, stop := context.WithCancel(ctx)
+	// An interruption ends the replay, which ends this.
+	life, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	up := make(chan Addresses, 1)
 	done := make(chan error, 1)
-	go func() {
-		done <- Run(life, Options{
-			Engines: engine.Options{
-				DataDir: dir, EngineDir: t.EngineDir, NATSListen: "127.0.0.1:0", ClickHouseListen: "127.0.0.1:0",
-				ClickHouseHTTPListen: "127.0.0.1:0", Progress: t.Out,
-			},
-			Logger: t.Logger, Ready: func(a Addresses) { up <- a },
-		})
-	}()
+	whole := Options{
+		Engines: engine.Options{
+			DataDir: dir, EngineDir: t.EngineDir, NATSListen: "127.0.0.1:0", ClickHouseListen: "127.0.0.1:0",
+			ClickHouseHTTPListen: "127.0.0.1:0", Progress: t.Out,
+			// The directory is removed at the end: after a power cut there is nothing to
+			// go on with.
+			NATSSync: scratchSync,
+		},
+		Logger: t.Logger, Ready: func(a Addresses) { up <- a },
+	}
+	if o.TestClock {
+		whole.TestClock = o.Rows[0].Time
+	}
+	go func() { done <- Run(life, whole) }()
 	select {
 	case a := <-up:
 		o.NATS, o.ClickHouse = natsconn.Options{URL: a.NATS, Logger: t.Logger}, a.ClickHouseOptions
 		o.ClickHouse.Logger = t.Logger
 	case err := <-done:
-		if err == nil {
-			err = ctx.Err()
-		}
 		return nil, err
+	case <-ctx.Done():
+		stop()
+		return nil, errors.Join(ErrInterrupted, <-done)
 	}
 	report, err = Replay(ctx, o)
 	stop()

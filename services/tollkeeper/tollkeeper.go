@@ -47,6 +47,9 @@ type Options struct {
 	ClickHouse history.Options
 	// Shards of a ledger that does not exist yet; 0 is the ledger's default.
 	Shards uint32
+	// TestClock gives a ledger that does not exist yet a test clock, which stands at
+	// this time until somebody advances it (pkg/testclock). Zero: its time is now.
+	TestClock time.Time
 	// Currency of the costs of a ledger that does not exist yet (ISO 4217);
 	// usage.DefaultCurrency when empty.
 	Currency string
@@ -246,7 +249,7 @@ func (s *stack) provision(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("jetstream: %w", err)
 	}
-	geometry, err := ledger.Provision(ctx, js, ledger.ProvisionOptions{Shards: s.o.Shards, Currency: s.o.Currency, Notice: func(text string) { s.o.Logger.Warn().Msg(text) }})
+	geometry, err := ledger.Provision(ctx, js, ledger.ProvisionOptions{TestClock: s.o.TestClock, Shards: s.o.Shards, Currency: s.o.Currency, Notice: func(text string) { s.o.Logger.Warn().Msg(text) }})
 	s.shards = geometry.Shards
 	return err
 }

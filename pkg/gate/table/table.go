@@ -371,6 +371,9 @@ func (t *Table) EventTime(began time.Time) time.Time {
 	return t.policy.TestClock().Time()
 }
 
+// TestClock reports whether the ledger has a test clock.
+func (t *Table) TestClock() bool { return t.policy.TestClock != nil }
+
 // LedgerTime is the ledger's time when our own clock shows now.
 func (t *Table) LedgerTime(now usage.Micros) usage.Micros {
 	if t.policy.TestClock != nil {

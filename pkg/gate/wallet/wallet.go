@@ -65,6 +65,9 @@ type Options struct {
 	Shards uint32
 	// Now is the ledger's time as the gateway estimates it.
 	Now func() usage.Micros
+	// TestClock: Now jumps, so that a reading of a few milliseconds ago may be of
+	// another window.
+	TestClock bool
 	// Skew, Wait, MaxPurses, MaxShelved, MaxWaiting and MaxHolds have defaults. A call that is
 	// denied early, because others hold what is left, waits a quarter of Wait for it
 	// to come back, and all of Wait where calls reserve: what others have reserved
@@ -170,7 +173,12 @@ func (w *Wallet) tell() lease.Micros {
 
 // Clock is the ledger's time as it was read a few milliseconds ago, for those who
 // have no time to read a clock: Skew has room for it.
-func (w *Wallet) Clock() lease.Micros { return lease.Micros(w.clock.Load()) }
+func (w *Wallet) Clock() lease.Micros {
+	if w.o.TestClock {
+		return w.tell()
+	}
+	return lease.Micros(w.clock.Load())
+}
 
 // How often the clock is read and, when nobody has a purse, looked at.
 const (

@@ -9,6 +9,7 @@ type (
 	Plan     = planfile.Plan
 	Limit    = planfile.Limit
 	Filter   = planfile.Filter
+	Lease    = planfile.Lease
 	Account  = planfile.Account
 	Key      = planfile.Key
 	Problem  = planfile.Problem

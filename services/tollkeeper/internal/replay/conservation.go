@@ -1,3 +1,5 @@
+// Package replay checks that what recorded traffic sent through a gateway is what was
+// written down, counted and kept, and how its limits were kept.
 package replay
 
 import (
@@ -33,10 +35,10 @@ func (t Totals) Equal(o Totals) bool {
 }
 
 // within reports whether o agrees in all that t knows: clients don't know the
-// meters that the gateway measures.
-func (t Totals) within(o Totals) bool {
+// meters that the gateway measures, nor the estimates for calls that reported none.
+func (t Totals) within(o Totals, estimates map[usage.Meter]bool) bool {
 	for m, v := range t.Meters {
-		if o.Meters[m] != v {
+		if o.Meters[m] != v && !(estimates[m] && o.Meters[m] > v) {
 			return false
 		}
 	}
@@ -58,6 +60,8 @@ func nonZero(m map[usage.Meter]int64) map[usage.Meter]int64 {
 type LedgerFold struct {
 	Totals
 	Frames, Duplicates, Gaps int64
+	// Estimated is how many calls hold estimates in place of readings.
+	Estimated int64
 	// Last is the newest sequence that was read.
 	Last uint64
 	// LastOfShard is the newest sequence with a call of the accounts, by shard.
@@ -70,8 +74,8 @@ type LedgerFold struct {
 }
 
 // ReadLedger folds the ledger from a sequence to its present end, for the
-// accounts that ours reports.
-func ReadLedger(ctx context.Context, js jetstream.JetStream, from uint64, ours func(account []byte) bool) (LedgerFold, error) {
+// accounts that ours reports. stored hears of every entry when the server stored it.
+func ReadLedger(ctx context.Context, js jetstream.JetStream, from uint64, ours func(account []byte) bool, stored func(sequence uint64, at time.Time)) (LedgerFold, error) {
 	fold := LedgerFold{Totals: newTotals(), LastOfShard: map[uint32]uint64{}}
 	stream, err := js.Stream(ctx, ledger.Stream)
 	if err != nil {
@@ -90,6 +94,7 @@ func ReadLedger(ctx context.Context, js jetstream.JetStream, from uint64, ours f
 	frame := ledger.Frame{CostsIn: geometry.Currency}
 	errEnd := errors.New("end")
 	err = ledger.Read(ctx, js, ledger.ReadOptions{Stream: ledger.Stream, From: from}, func(m ledger.Message) error {
+		stored(m.Sequence, m.StoredAt)
 		if kind, shard, err := ledger.ParseSubject(m.Subject); err == nil && kind == ledger.KindCalls {
 			if err := ledger.DecodeCalls(&frame, m.Subject, m.Header, m.Data); err == nil {
 				set := seen[shard]
@@ -140,7 +145,7 @@ func (l *LedgerFold) frame(f *ledger.Frame, set *dedup.Set, m ledger.Message, ou
 	}
 	l.Frames++
 	l.LastOfShard[f.Shard] = m.Sequence
-	l.Transit = max(l.Transit, m.Time.Sub(f.SealedAt.Time()))
+	l.Transit = max(l.Transit, m.StoredAt.Sub(f.SealedAt.Time()))
 	for i := range f.N {
 		if !mine[f.Account.ID(i)] {
 			continue
@@ -148,12 +153,15 @@ func (l *LedgerFold) frame(f *ledger.Frame, set *dedup.Set, m ledger.Message, ou
 		if len(f.Source.At(i)) > 0 && !set.Foreign(dedup.ForeignID(f.Account.At(i), f.Source.At(i), f.EventID.At(i)), usage.At(m.Time)) {
 			continue
 		}
-		l.Latest = max(l.Latest, m.Time.Sub(usage.Micros(f.Time.At(i)).Time()))
+		l.Latest = max(l.Latest, m.StoredAt.Sub(usage.Micros(f.Time.At(i)).Time()))
 		if !f.Admitted(i) {
 			l.Refused++
 			continue
 		}
 		l.Admitted++
+		if flags, ok := f.Flags.Get(i); ok && usage.Flags(flags)&usage.Estimated != 0 {
+			l.Estimated++
+		}
 		for b, meter := range usage.BuiltInMeters() {
 			if v, ok := f.Meters[b].Get(i); ok {
 				l.Meters[meter] += v
@@ -165,6 +173,28 @@ func (l *LedgerFold) frame(f *ledger.Frame, set *dedup.Set, m ledger.Message, ou
 			}
 		}
 	}
+}
+
+// SettledLedger reads the ledger until nothing more of ours has come into it for a
+// while: a foreign gateway may have a spool to send.
+func SettledLedger(ctx context.Context, fold LedgerFold, read func() (LedgerFold, error)) (LedgerFold, error) {
+	const quiet = 2 * time.Second
+	since, last := time.Now(), fold.Admitted+fold.Refused
+	for time.Since(since) < quiet {
+		select {
+		case <-ctx.Done():
+			return fold, ctx.Err()
+		case <-time.After(200 * time.Millisecond):
+		}
+		var err error
+		if fold, err = read(); err != nil {
+			return fold, err
+		}
+		if n := fold.Admitted + fold.Refused; n != last {
+			since, last = time.Now(), n
+		}
+	}
+	return fold, nil
 }
 
 // ReadCounters asks the aggregator for the accounts' counters, once it has
@@ -223,17 +253,4 @@ func askUsage(ctx context.Context, nc *nats.Conn, shard uint32, accounts []strin
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
-}
-
-// MostWithin returns the largest number of times within any span of the given
-// length: the peak of "rate x latency". times are sorted.
-func MostWithin(times []time.Time, span time.Duration) int {
-	most, lo := 0, 0
-	for hi := range times {
-		for times[hi].Sub(times[lo]) > span {
-			lo++
-		}
-		most = max(most, hi-lo+1)
-	}
-	return most
 }
