@@ -269,11 +269,15 @@ type Call struct {
 	Model     string       `json:"model,omitempty"`
 	Region    string       `json:"region,omitempty"`
 	Status    uint16       `json:"status,omitempty"`
-	Source    string       `json:"source,omitempty"`
-	EventID   string       `json:"event_id,omitempty"`
-	Producer  string       `json:"producer,omitempty"`
-	Frame     uint64       `json:"frame,omitempty"`
-	Gateway   string       `json:"gateway,omitempty"`
+	// Ending is how it ended, as usage.Ending names it; Estimated: some of what it used
+	// is an estimate.
+	Ending    string `json:"ending,omitempty"`
+	Estimated bool   `json:"estimated,omitempty"`
+	Source    string `json:"source,omitempty"`
+	EventID   string `json:"event_id,omitempty"`
+	Producer  string `json:"producer,omitempty"`
+	Frame     uint64 `json:"frame,omitempty"`
+	Gateway   string `json:"gateway,omitempty"`
 	// Act is the control entry.
 	Act *Act `json:"act,omitempty"`
 }

@@ -330,6 +330,7 @@ func callOf(f *ledger.Frame, r trace.Row, at usage.Micros) Call {
 	c := f.Call(int(r.Index))
 	out.Time, out.Account, out.KeyID, out.RequestID = c.Time, c.Account, c.KeyID, c.RequestID
 	out.Method, out.Route, out.Model, out.Region, out.Status = c.Method, c.Route, c.Model, c.Region, c.Status
+	out.Ending, out.Estimated = c.Ending.String(), c.Flags&usage.Estimated != 0
 	out.Source, out.EventID, out.Gateway = c.Source, c.EventID, f.Gateway
 	if c.TraceID != [16]byte{} {
 		out.TraceID = hex.EncodeToString(c.TraceID[:])

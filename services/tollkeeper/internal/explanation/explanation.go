@@ -165,10 +165,18 @@ func writeText(out io.Writer, e *explain.Explanation) error {
 	return nil
 }
 
+// ended says how a call ended, and whether what it added is an estimate.
+func ended(c *explain.Call) string {
+	if c.Estimated {
+		return strings.TrimSpace(c.Ending + " (estimate)")
+	}
+	return c.Ending
+}
+
 func writeCalls(b *strings.Builder, e *explain.Explanation) {
 	fmt.Fprintf(b, "\ncalls that fed the counter, newest first\n")
 	w := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
-	_, _ = fmt.Fprintln(w, "  entry\ttime\taccount\tadds\tused after\trequest\troute\tmodel") // to memory
+	_, _ = fmt.Fprintln(w, "  entry\ttime\taccount\tadds\tused after\trequest\troute\tmodel\tended") // to memory
 	for i := range e.Calls {
 		c := &e.Calls[i]
 		if c.Index < 0 {
@@ -176,10 +184,10 @@ func writeCalls(b *strings.Builder, e *explain.Explanation) {
 			if c.Act != nil {
 				text, who = c.Act.What, "by "+c.Act.Author+" ("+c.Act.ID+")"
 			}
-			_, _ = fmt.Fprintf(w, "  %d\t%s\t%s\t%+d\t%d\t%s\t\t\n", c.Sequence, moment(c.StreamTime), text, c.Adds, c.UsedAfter, who)
+			_, _ = fmt.Fprintf(w, "  %d\t%s\t%s\t%+d\t%d\t%s\t\t\t\n", c.Sequence, moment(c.StreamTime), text, c.Adds, c.UsedAfter, who)
 			continue
 		}
-		_, _ = fmt.Fprintf(w, "  %d.%d\t%s\t%s\t%+d\t%d\t%s\t%s\t%s\n", c.Sequence, c.Index, moment(c.Time), c.Account, c.Adds, c.UsedAfter, identityOr(c.RequestID, c.EventID), strings.TrimSpace(c.Method+" "+c.Route), c.Model)
+		_, _ = fmt.Fprintf(w, "  %d.%d\t%s\t%s\t%+d\t%d\t%s\t%s\t%s\t%s\n", c.Sequence, c.Index, moment(c.Time), c.Account, c.Adds, c.UsedAfter, identityOr(c.RequestID, c.EventID), strings.TrimSpace(c.Method+" "+c.Route), c.Model, ended(c))
 	}
 	_ = w.Flush() // to memory
 	if e.NextCursor != "" {
