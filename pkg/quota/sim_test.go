@@ -45,8 +45,9 @@ type simPlan struct {
 	complete          int // of the kills: every call that was answered is in the spool
 	failovers         int // per second
 	skew              bool
-	changes           int // raises, corrections and foreign calls per second
-	moves             int // of acme to another plan with the same limits, per second
+	changes           int  // raises, corrections and foreign calls per second
+	moves             int  // of acme to another plan with the same limits, per second
+	bare              bool // or to one without any
 	broken            string
 }
 
@@ -69,7 +70,10 @@ var simParts = []struct {
 }
 
 // simTeams are the plans that acme may have.
-var simTeams = [...]string{"team", "team-b", "team-c"}
+var simTeams = [...]string{"team", "team-b", "team-c", bareTeam}
+
+// bareTeam has no limits.
+const bareTeam = "team-bare"
 
 func limitOf(part int, team string) string {
 	return cmp.Or(simParts[part].plan, team) + "/" + simParts[part].limit
@@ -85,6 +89,10 @@ func (p *simPlan) plans(amount int64) *PlanSet {
 	}
 	set := &PlanSet{Version: fmt.Sprint(amount), Plans: []usage.Plan{{ID: "org", Limits: []usage.Limit{limit("calls", usage.Calls, 2*amount)}}}}
 	for i, id := range simTeams {
+		if id == bareTeam {
+			set.Plans = append(set.Plans, usage.Plan{ID: id})
+			continue
+		}
 		limits := []usage.Limit{limit("calls", usage.Calls, amount), limit("tokens", usage.InputTokens, 2*amount)}
 		if i == 2 {
 			slices.Reverse(limits)
@@ -178,6 +186,7 @@ type simWorld struct {
 	outside, kills           int
 	denied, early, failovers int
 	byWindow                 map[simIdentity]int64 // units that were counted
+	openings                 int
 }
 
 func newSimWorld(p simPlan) *simWorld {
@@ -397,7 +406,7 @@ func (w *simWorld) change() {
 				n = min(n, l.Used)
 			}
 		}
-		if n == 0 {
+		if n == 0 || w.team == bareTeam {
 			return
 		}
 		fx := w.append(Entry{Control: &Control{ID: fmt.Sprint("c", w.number), Correction: &Correction{Account: "acme", Adjustments: []usage.Quantity{{Meter: usage.Calls, Value: -n}}}}})
@@ -423,7 +432,10 @@ func (w *simWorld) change() {
 
 // move gives acme another plan with the same limits; gateways hear of it in a while.
 func (w *simWorld) move() {
-	team := simTeams[w.rng.IntN(len(simTeams))]
+	team := simTeams[w.rng.IntN(len(simTeams)-1)]
+	if w.bare && w.chance(400) {
+		team = bareTeam
+	}
 	if team == w.team {
 		return
 	}
@@ -431,6 +443,18 @@ func (w *simWorld) move() {
 	w.moved++
 	n := w.moved
 	w.append(Entry{Control: &Control{Accounts: []usage.Account{{ID: "acme", Parent: "org", Plan: team}}}})
+	if open := w.s.Openings(); len(open) > 0 {
+		// The owner reads the ledger for what was counted before, which takes a while.
+		w.openings += len(open)
+		for i := range open {
+			for part, p := range simParts {
+				if p.plan == "" && p.meter == open[i].Meter {
+					open[i].Used = max(0, w.byWindow[simIdentity{part, open[i].WindowStart}])
+				}
+			}
+		}
+		w.after(w.upTo(20*w.delay), func() { w.append(Entry{Control: &Control{Openings: open}}) })
+	}
 	for _, g := range w.gateways {
 		w.after(w.upTo(10*w.delay), func() {
 			if !g.alive || g.told > n {
@@ -645,12 +669,16 @@ func (w *simWorld) attempt(c *simClient) {
 	now := w.clock(g)
 	for start := now - now%(60*second); start <= noon+60*second; start += 60 * second {
 		var parts []lease.Part
+		var of []int
 		for part, p := range simParts {
+			if p.plan == "" && g.team == bareTeam {
+				continue
+			}
 			n := int64(1)
 			if p.meter != usage.Calls {
 				n = c.tokens
 			}
-			parts = append(parts, lease.Part{Purse: w.purse(g, part, start), Amount: n})
+			parts, of = append(parts, lease.Part{Purse: w.purse(g, part, start), Amount: n}), append(of, part)
 		}
 		out, at := lease.Take(parts, lease.Micros(now))
 		switch out {
@@ -662,8 +690,8 @@ func (w *simWorld) attempt(c *simClient) {
 			event := usage.Call{Account: "acme", Time: max(now, start)}
 			event.Quantities.Set(usage.InputTokens, c.tokens)
 			g.pending = append(g.pending, event)
-			for part := range parts {
-				w.admit(simIdentity{part, start}, parts[part].Amount)
+			for i := range parts {
+				w.admit(simIdentity{of[i], start}, parts[i].Amount)
 			}
 			if out == lease.AdmittedLow {
 				w.pump(g)
@@ -723,6 +751,9 @@ func (w *simWorld) audit() {
 		w.fail("%d calls are in the sums of acme, %d of org, %d were counted", got, org.All.Admitted, w.counted+w.outside)
 	}
 	for part, p := range simParts {
+		if p.plan == "" && w.team == bareTeam {
+			continue
+		}
 		u := org.Limits[0]
 		for _, l := range acme.Limits {
 			if l.LimitID == limitOf(part, w.team) {
@@ -731,10 +762,13 @@ func (w *simWorld) audit() {
 		}
 		for i, got := range [...]int64{u.Used, u.Previous} {
 			id := simIdentity{part, u.PeriodStart - usage.Micros(i)*60*second}
+			if w.bare && i > 0 {
+				break // a limit that was away when its window ended says nothing of that one
+			}
 			if got != w.byWindow[id] {
 				w.fail("%s: %d units are in the counter, %d were counted (window %d)", u.LimitID, got, w.byWindow[id], i)
 			}
-			if w.kills+w.outside == 0 && w.changes == 0 && got != w.admitted[id] {
+			if w.kills+w.outside == 0 && w.changes == 0 && !w.bare && got != w.admitted[id] {
 				w.fail("%s: %d units are counted, %d were admitted (window %d)", u.LimitID, got, w.admitted[id], i)
 			}
 		}
@@ -845,6 +879,18 @@ func TestNoMoreIsAdmittedWhereAnAccountChangesPlans(t *testing.T) {
 	}
 	simWorlds(t, "exact, moving", moving(usage.TierExact))
 	simWorlds(t, "leased, moving", moving(usage.TierLeased))
+}
+
+// To and fro between plans with a limit and one without: what gateways were admitted
+// under the limit in a window is never more than its amount, however often it was away,
+// and its counter has every call of the window.
+func TestNoMoreIsAdmittedWhereALimitGoesAwayAndComesBack(t *testing.T) {
+	t.Parallel()
+	simWorlds(t, "exact, to and fro", func(seed uint64) simPlan {
+		p := randomSim(seed)
+		p.moves, p.bare = 500+int(seed*97%4000), true
+		return p
+	})
 }
 
 // A simulation that can't fail proves nothing.
