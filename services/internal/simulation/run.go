@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -123,6 +124,11 @@ func (w *world) build() {
 		{id: "org", plan: "team", share: 0},
 		{id: "org/a", parent: "org", plan: "exact", share: 3},
 		{id: "org/b", parent: "org", share: 2},
+	}
+	for s := range uint32(shards) {
+		w.control(s, &tollkeeperv1.ControlEntry{Id: w.ksuid().String(), Body: &tollkeeperv1.ControlEntry_CoreVersion{CoreVersion: &tollkeeperv1.CoreVersion{
+			Version: quota.CoreVersion, ForeignHorizonMicros: int64(dedup.DefaultHorizon),
+		}}})
 	}
 	w.plan(plans(1), "v1")
 	for s := range uint32(shards) {
