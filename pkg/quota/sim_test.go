@@ -443,7 +443,10 @@ func (w *simWorld) move() {
 	w.moved++
 	n := w.moved
 	w.append(Entry{Control: &Control{Accounts: []usage.Account{{ID: "acme", Parent: "org", Plan: team}}}})
-	if open := w.s.Openings(); len(open) > 0 {
+	open := w.s.Openings()
+	// What was open before is on its way.
+	open = slices.DeleteFunc(open, func(o Opening) bool { return o.Since != w.s.Sequence() })
+	if len(open) > 0 {
 		// The owner reads the ledger for what was counted before, which takes a while.
 		w.openings += len(open)
 		for i := range open {
