@@ -11,6 +11,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/bench"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/proxied"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/sized"
 )
 
 // BenchOptions of a bench.
@@ -25,6 +26,8 @@ type BenchOptions struct {
 	// each kind of call in a round.
 	Callers int
 	Load    time.Duration
+	// Import is how many accounts are imported, Kills how often everything is killed then.
+	Import, Kills int
 	// Parts to measure; all when empty.
 	Parts  []string
 	Logger zerolog.Logger
@@ -35,6 +38,7 @@ type BenchOptions struct {
 const (
 	BenchPipeline = "pipeline" // publish, count, keep, decide, admit
 	BenchProxied  = "proxied"  // calls through the gateway
+	BenchSize     = "size"     // import, memory and restart with many accounts
 )
 
 // Bench measures the pipeline beside the raw limits of what it stands on, on
@@ -48,6 +52,11 @@ func Bench(ctx context.Context, o BenchOptions) error {
 		if err := bench.Run(ctx, bench.Options{
 			Rounds: o.Rounds, Calls: o.Calls, Accounts: o.Accounts, Shards: o.Shards, Crossings: o.Crossings, Seed: o.Seed, EngineDir: o.EngineDir, Logger: o.Logger, Out: o.Out,
 		}); err != nil {
+			return err
+		}
+	}
+	if wanted(BenchSize) {
+		if err := sized.Run(ctx, sized.Options{Accounts: o.Import, Kills: o.Kills, Program: o.Program, EngineDir: o.EngineDir, Out: o.Out}); err != nil {
 			return err
 		}
 	}
