@@ -50,6 +50,7 @@ type system struct {
 	dir     string
 	listen  []string // its flags and addresses
 	gateway string
+	api     string
 	cmd     *exec.Cmd
 	log     *os.File
 	client  *http.Client
@@ -92,7 +93,9 @@ func (s *system) prepare(upstream string) error {
 		if err != nil {
 			return fmt.Errorf("find a free port: %w", err)
 		}
-		s.gateway = l.Addr().String()
+		if s.gateway = l.Addr().String(); flag == "api" {
+			s.api = s.gateway
+		}
 		s.listen = append(s.listen, "--"+flag+"-listen="+s.gateway)
 		if err := l.Close(); err != nil {
 			return fmt.Errorf("find a free port: %w", err)
@@ -241,49 +244,52 @@ func (s *system) measure(ctx context.Context) error {
 	})); err != nil {
 		return err
 	}
-	used := apply.ProcessState.UserTime() + apply.ProcessState.SystemTime()
+	applied := apply.ProcessState.UserTime() + apply.ProcessState.SystemTime()
 	_, err := fmt.Fprintf(s.o.Out, "\n%d accounts × 3 limits, a key each; everything in one process, the ClickHouse engine in another\n"+
 		"  import (tollkeeper apply)          %8.1f s   %.0f accounts/s; %.1f s until the last one's call is admitted; apply itself used %.1f s of CPU, the rest is the disk's and the server's\n",
-		s.o.Accounts, took.Seconds(), float64(s.o.Accounts)/took.Seconds(), usable.Seconds(), used.Seconds())
+		s.o.Accounts, took.Seconds(), float64(s.o.Accounts)/took.Seconds(), usable.Seconds(), applied.Seconds())
 	if err != nil {
 		return err
 	}
 	if err := s.memory("after the import"); err != nil {
 		return err
 	}
-	var refused, admitted []float64
+	var refused, admitted, used []float64
 	for range s.o.Kills {
-		r, a, err := s.restart(ctx)
+		r, err := s.restart(ctx)
 		if err != nil {
 			return s.failed(err)
 		}
-		refused, admitted = append(refused, r.Seconds()), append(admitted, a.Seconds())
+		refused, admitted, used = append(refused, r.refused.Seconds()), append(admitted, r.admitted.Seconds()), append(used, r.used.Seconds())
 	}
 	if len(refused) == 0 {
 		return nil
 	}
-	if _, err := fmt.Fprintf(s.o.Out, "  kill -9 → first right 402 / 200    %8.2f s / %.2f s   median of %d; nothing but 503 or no answer before\n", median(refused), median(admitted), len(refused)); err != nil {
+	if _, err := fmt.Fprintf(s.o.Out, "  kill -9 → first right 402 / 200    %8.2f s / %.2f s   median of %d, for which the process used %.1f s of CPU; nothing but 503 or no answer before\n", median(refused), median(admitted), len(refused), median(used)); err != nil {
 		return err
 	}
 	return s.memory("after the restarts")
 }
 
-// restart kills everything and returns how long after the new start a spent account is
-// refused, and one that never called is admitted. Any other answer is an error.
-func (s *system) restart(ctx context.Context) (refused, admitted time.Duration, err error) {
+// recovery is how long after a new start a spent account is refused, and one that never
+// called is admitted, and the CPU time that the process has used by then.
+type recovery struct{ refused, admitted, used time.Duration }
+
+// restart kills everything and starts it again. A wrong answer meanwhile is an error.
+func (s *system) restart(ctx context.Context) (r recovery, err error) {
 	if err := s.kill(); err != nil {
-		return 0, 0, err
+		return r, err
 	}
 	began := time.Now()
 	if err := s.start(); err != nil {
-		return 0, 0, err
+		return r, err
 	}
 	var wrong error
 	if err := until(ctx, readyWithin, "the first right answers after a kill", func(ctx context.Context) bool {
 		switch status, body := s.ask(ctx, 0); status {
 		case http.StatusPaymentRequired:
-			if refused == 0 {
-				refused = time.Since(began)
+			if r.refused == 0 {
+				r.refused = time.Since(began)
 			}
 		case 0, http.StatusServiceUnavailable:
 		default:
@@ -292,18 +298,56 @@ func (s *system) restart(ctx context.Context) (refused, admitted time.Duration, 
 		s.next++
 		switch status, body := s.ask(ctx, 1+s.next%(s.o.Accounts-1)); status {
 		case http.StatusOK:
-			if admitted == 0 {
-				admitted = time.Since(began)
+			if r.admitted == 0 {
+				r.admitted = time.Since(began)
 			}
 		case 0, http.StatusServiceUnavailable:
 		default:
 			wrong = errors.Join(wrong, fmt.Errorf("an account with everything left was answered %d %s", status, body))
 		}
-		return wrong != nil || refused > 0 && admitted > 0
+		return wrong != nil || r.refused > 0 && r.admitted > 0
 	}); err != nil {
-		return 0, 0, err
+		return r, err
 	}
-	return refused, admitted, wrong
+	if wrong != nil {
+		return r, wrong
+	}
+	if r.used, err = s.used(); err != nil {
+		return r, err
+	}
+	// The next kill must hit all of it, and so must the end.
+	return r, until(ctx, readyWithin, "everything is up again", func(ctx context.Context) bool {
+		c, err := (&net.Dialer{}).DialContext(ctx, "tcp", s.api)
+		if err != nil {
+			return false
+		}
+		_ = c.Close() // it has answered
+		return true
+	})
+}
+
+// ticksPerSecond of /proc, on every Linux that Go runs on.
+const ticksPerSecond = 100
+
+// used is the CPU time of the process, its children not included.
+func (s *system) used() (time.Duration, error) {
+	data, err := os.ReadFile("/proc/" + strconv.Itoa(s.cmd.Process.Pid) + "/stat")
+	if err != nil {
+		return 0, fmt.Errorf("read the CPU time of tollkeeper: %w", err)
+	}
+	f := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
+	var ticks int64
+	for _, i := range []int{11, 12} { // utime, stime
+		if i >= len(f) {
+			return 0, errors.New("read the CPU time of tollkeeper: /proc says less than expected")
+		}
+		n, err := strconv.ParseInt(f[i], 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("read the CPU time of tollkeeper: %w", err)
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * time.Second / ticksPerSecond, nil
 }
 
 // memory prints the resident memory of the process, the greatest too.
