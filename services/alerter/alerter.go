@@ -16,10 +16,11 @@ import (
 	"github.com/rs/zerolog"
 
 	"github.com/tollkeeper/tollkeeper/pkg/alert"
-	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/services/alerter/internal/deliver"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
+	"github.com/tollkeeper/tollkeeper/services/internal/seen"
 	"github.com/tollkeeper/tollkeeper/services/internal/telemetry"
 )
 
@@ -280,7 +281,7 @@ func serve(ctx context.Context, o *Options, m *metrics, deliveries []*deliver.De
 func newEvaluator(o *Options, js jetstream.JetStream, m *metrics, ready readinessSink) *evaluator {
 	e := &evaluator{
 		js: js, log: o.Logger, ready: ready, metrics: m, links: o.Links, every: o.SaveEvery, now: time.Now,
-		known: make([]episodeState, len(o.Rules)), sets: map[uint32]*dedup.Set{},
+		known: make([]episodeState, len(o.Rules)), seen: seen.New(0), rules: map[uint32]rules{}, stopped: map[uint32]*quota.NewerError{},
 		step: o.Rules[0].Step, maxLag: o.Rules[0].MaxLag,
 	}
 	for _, r := range o.Rules {

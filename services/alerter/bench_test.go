@@ -9,6 +9,7 @@ import (
 
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/services/internal/seen"
 )
 
 // BenchmarkFold is the whole way of a frame of 1,000 calls of 100,000 accounts
@@ -36,7 +37,7 @@ func BenchmarkFold(b *testing.B) {
 	i := 0
 	for b.Loop() {
 		if i%len(frames) == 0 {
-			clear(e.sets) // the frames come again
+			e.seen = seen.New(0) // the frames come again
 		}
 		msg.Sequence++
 		at = at.Add(time.Millisecond)

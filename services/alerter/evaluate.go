@@ -11,12 +11,14 @@ import (
 	"github.com/cenkalti/backoff/v5"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/rs/zerolog"
-	"github.com/segmentio/ksuid"
 
 	"github.com/tollkeeper/tollkeeper/pkg/alert"
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
+	"github.com/tollkeeper/tollkeeper/pkg/quota"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/schemas/gen/tollkeeperv1"
+	"github.com/tollkeeper/tollkeeper/services/internal/seen"
 )
 
 // detector is a fold of the ledger's calls that says when an episode of its
@@ -50,6 +52,21 @@ type position struct {
 	// Next is the first entry that was not read.
 	Next      uint64                  `json:"next_sequence"`
 	Detectors map[string]alert.Memory `json:"detectors"`
+	// Rules are the newest that the ledger has stated, by shard: the entries that say so
+	// are not read again.
+	Rules map[uint32]rules `json:"rules,omitempty"`
+}
+
+// rules by which a shard is folded, as the ledger states them.
+type rules struct {
+	Version uint32       `json:"core_version"`
+	Horizon usage.Micros `json:"foreign_horizon_micros"`
+}
+
+func (r rules) entry() *tollkeeperv1.ControlEntry {
+	return &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_CoreVersion{
+		CoreVersion: &tollkeeperv1.CoreVersion{Version: r.Version, ForeignHorizonMicros: int64(r.Horizon)},
+	}}
 }
 
 const positionKey = "position"
@@ -79,7 +96,10 @@ type evaluator struct {
 	mu        sync.Mutex
 	detectors []detector
 	known     []episodeState // of each detector, as last seen in KV
-	sets      map[uint32]*dedup.Set
+	seen      *seen.Fold
+	rules     map[uint32]rules
+	stopped   map[uint32]*quota.NewerError // shards whose rules only a newer program knows
+	fresh     []uint32                     // rows of a frame, reused
 	frame     ledger.Frame
 	next      uint64       // first entry not read
 	stream    usage.Micros // highest stream time
@@ -160,6 +180,9 @@ func (e *evaluator) prepare(ctx context.Context) (uint64, error) {
 		}
 		from = max(from, at)
 	}
+	for shard, r := range pos.Rules {
+		e.foldAct(shard, 0, e.seen.Pass(shard, 0), r.entry())
+	}
 	e.next = max(from, 1)
 	e.lastSave, e.lastSync = e.now(), e.now()
 	return e.next, nil
@@ -222,62 +245,82 @@ func (e *evaluator) handle(ctx context.Context, m ledger.Message) error {
 }
 
 func (e *evaluator) fold(m ledger.Message) {
-	kind, shard, err := ledger.ParseSubject(m.Subject)
+	kind, number, err := ledger.ParseSubject(m.Subject)
 	if err != nil {
 		return // not ours to judge: the aggregator's
 	}
-	set := e.sets[shard]
-	if set == nil {
-		set = dedup.New(usage.Micros(e.lookback.Microseconds()))
-		e.sets[shard] = set
+	shard := e.seen.Pass(number, usage.At(m.Time))
+	if e.stopped[number] != nil {
+		return
 	}
 	switch kind {
 	case ledger.KindCalls:
-		e.foldCalls(set, m)
+		e.foldCalls(shard, m)
 	case ledger.KindControl, ledger.KindClosing:
 		entry, err := ledger.DecodeAct(kind, m.Header, m.Data)
 		if err != nil {
 			return // dead-lettered by the aggregator
 		}
-		if p := entry.GetProducerClosed().GetProducer(); len(p) == len(dedup.Producer{}) {
-			set.Close(dedup.Producer(p), e.stream)
-		}
+		e.foldAct(number, m.Sequence, shard, entry)
 	}
 }
 
-func (e *evaluator) foldCalls(set *dedup.Set, m ledger.Message) {
+// foldAct folds a control entry, by the rules that the ledger itself states.
+func (e *evaluator) foldAct(number uint32, sequence uint64, shard *seen.Shard, entry *tollkeeperv1.ControlEntry) {
+	if c := entry.GetCoreVersion(); c != nil {
+		e.rules[number] = rules{c.GetVersion(), usage.Micros(c.GetForeignHorizonMicros())}
+	}
+	if newer := seen.Beyond(number, sequence, entry); newer != nil {
+		e.stopped[number] = newer
+		e.log.Error().Err(newer).Uint32("shard", number).Msg("the alerter is older than the ledger's rules; it watches the shard no more; upgrade it")
+		return
+	}
+	shard.Control(entry)
+}
+
+func (e *evaluator) foldCalls(shard *seen.Shard, m ledger.Message) {
 	f := &e.frame
 	if err := ledger.DecodeCalls(f, m.Subject, m.Header, m.Data); err != nil {
 		e.metrics.frames.WithLabelValues("undecodable").Inc() // dead-lettered by the aggregator
 		return
 	}
-	if f.Producer != ksuid.Nil {
-		// A gap is the aggregator's to alarm; after a restart every producer
-		// seems to have one.
-		if v, _ := set.Frame(dedup.Producer(f.Producer), f.Number); v == dedup.Duplicate {
-			e.metrics.frames.WithLabelValues("duplicate").Inc()
-			return
-		}
+	// A gap is the aggregator's to alarm; after a restart every producer seems to
+	// have one.
+	fresh := shard.Calls(f, e.fresh)
+	switch {
+	case fresh.Verdict == dedup.Duplicate:
+		e.metrics.frames.WithLabelValues("duplicate").Inc()
+		return
+	case fresh.Invalid:
+		e.metrics.frames.WithLabelValues("undecodable").Inc() // dead-lettered by the aggregator
+		return
 	}
 	e.metrics.frames.WithLabelValues("counted").Inc()
-	for i := range f.N {
-		account := f.Account.At(i)
-		if source, id := f.Source.At(i), f.EventID.At(i); len(source) > 0 && len(id) > 0 {
-			if !set.Foreign(dedup.ForeignID(account, source, id), e.stream) {
-				continue
-			}
+	if fresh.Keep == nil {
+		for i := range f.N {
+			e.observe(i)
 		}
-		at := min(usage.Micros(f.Time.At(i)), e.stream)
-		code := usage.Code(f.Code.At(i))
-		inTime := false
-		for _, d := range e.detectors {
-			if d.Observe(account, code, at) {
-				inTime = true
-			}
+		return
+	}
+	e.fresh = fresh.Keep[:0]
+	for _, i := range fresh.Keep {
+		e.observe(int(i))
+	}
+}
+
+// observe shows a call of the frame to the detectors.
+func (e *evaluator) observe(i int) {
+	f := &e.frame
+	account, code := f.Account.At(i), usage.Code(f.Code.At(i))
+	at := min(usage.Micros(f.Time.At(i)), e.stream)
+	inTime := false
+	for _, d := range e.detectors {
+		if d.Observe(account, code, at) {
+			inTime = true
 		}
-		if !inTime {
-			e.metrics.late.Inc()
-		}
+	}
+	if !inTime {
+		e.metrics.late.Inc()
 	}
 }
 
@@ -383,6 +426,11 @@ func (e *evaluator) tick(ctx context.Context) {
 	switch {
 	case e.stream == 0:
 		e.ready.NotReady("the ledger is being read")
+	case len(e.stopped) > 0:
+		for _, newer := range e.stopped {
+			e.ready.NotReady(newer.Error() + ": alerts about its accounts are missing; upgrade the alerter")
+			break
+		}
 	case lag > e.maxLag:
 		e.ready.NotReady(fmt.Sprintf("the pipeline is %s behind: alerts are late, and resolves are held back", lag.Round(time.Second)))
 	default:
@@ -454,7 +502,7 @@ func (e *evaluator) save(ctx context.Context) error {
 	if e.aborted || e.stream == 0 {
 		return nil
 	}
-	pos := position{Next: e.next, From: e.next, Detectors: map[string]alert.Memory{}}
+	pos := position{Next: e.next, From: e.next, Detectors: map[string]alert.Memory{}, Rules: e.rules}
 	oldest := e.stream
 	for _, d := range e.detectors {
 		m := d.Memory()

@@ -333,6 +333,55 @@ func TestRulesAndTheirTestsUseMetricsThatExist(t *testing.T) {
 	}
 }
 
+// A runbook that sends somebody to a setting, a path or a view that is not there costs
+// the time that it was written to save.
+func TestRunbooksNameSettingsPathsAndViewsThatExist(t *testing.T) {
+	t.Parallel()
+	settings := map[string]bool{}
+	err := filepath.WalkDir(filepath.Join(root, "services"), func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || filepath.Ext(path) != ".go" {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		for _, m := range regexp.MustCompile(`env:"(TOLLKEEPER_[A-Z_]+)`).FindAllSubmatch(text, -1) {
+			settings[string(m[1])] = true
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(settings) < 20 {
+		t.Fatalf("only %d settings were found", len(settings))
+	}
+	paths, views := string(read(t, "schemas/openapi.yaml")), migrations(t)
+	entries, err := os.ReadDir(filepath.Join(root, "dashboards/runbooks"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		text := string(read(t, "dashboards/runbooks/"+e.Name()))
+		for _, name := range regexp.MustCompile(`TOLLKEEPER_[A-Z_]+`).FindAllString(text, -1) {
+			if !settings[name] {
+				t.Errorf("%s: no program has the setting %s", e.Name(), name)
+			}
+		}
+		for _, path := range regexp.MustCompile(`/v1/[a-z0-9/_-]+`).FindAllString(text, -1) {
+			if !strings.Contains(paths, "  "+path+":") {
+				t.Errorf("%s: openapi.yaml has no path %s", e.Name(), path)
+			}
+		}
+		for _, view := range regexp.MustCompile(`\bv_[a-z_]+`).FindAllString(text, -1) {
+			if !strings.Contains(views, "CREATE VIEW IF NOT EXISTS "+view+"\n") && !strings.Contains(views, "CREATE VIEW IF NOT EXISTS "+view+" ") {
+				t.Errorf("%s: there is no view %s", e.Name(), view)
+			}
+		}
+	}
+}
+
 type dashboard struct {
 	UID, Title string
 	Templating struct {
