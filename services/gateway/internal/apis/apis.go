@@ -130,17 +130,20 @@ func Of(method, path string, provider bool) Operation {
 	if method == http.MethodOptions || method == http.MethodHead {
 		return Operation{Known: true, Unused: nothing} // no answer that could have been made
 	}
-	segments := strings.Split(strings.TrimRight(strings.TrimPrefix(path, "/"), "/"), "/")
-	for i := range segments {
-		anchored := provider && i == 0 || i > 0 && slices.Contains(versions, segments[i-1])
+	rest := strings.TrimRight(strings.TrimPrefix(path, "/"), "/")
+	anchored := provider
+	for more := true; more; {
 		for k := range table {
 			e := &table[k]
-			if (anchored || len(e.Maxima) > 0) && slices.Contains(strings.Fields(e.methods), method) && matches(e.path, segments[i:]) {
+			if (anchored || len(e.Maxima) > 0) && e.has(method) && matches(e.path, rest) {
 				o := e.Operation
 				o.Known = true
 				return o
 			}
 		}
+		var segment string
+		segment, rest, more = strings.Cut(rest, "/")
+		anchored = slices.Contains(versions, segment)
 	}
 	if provider && (method == http.MethodGet || method == http.MethodDelete) {
 		return Operation{Known: true, Unused: nothing}
@@ -148,19 +151,35 @@ func Of(method, path string, provider bool) Operation {
 	return Operation{}
 }
 
-func matches(pattern string, segments []string) bool {
-	for pattern != "" {
-		var head string
-		head, pattern, _ = strings.Cut(pattern, "/")
-		switch {
-		case head == "**":
+// has reports whether an entry is for a method.
+func (e *entry) has(method string) bool {
+	for rest, m := e.methods, ""; rest != ""; {
+		if m, rest, _ = strings.Cut(rest, " "); m == method {
 			return true
-		case len(segments) == 0 || segments[0] == "" || head != "*" && head != segments[0]:
+		}
+	}
+	return false
+}
+
+func matches(pattern, path string) bool {
+	for more := true; pattern != ""; {
+		var head, segment string
+		head, pattern, _ = strings.Cut(pattern, "/")
+		if head == "**" {
+			return true
+		}
+		if !more {
 			return false
 		}
-		segments = segments[1:]
+		segment, path, more = strings.Cut(path, "/")
+		switch {
+		case segment == "" || head != "*" && head != segment:
+			return false
+		case pattern == "":
+			return !more
+		}
 	}
-	return len(segments) == 0
+	return false // an empty pattern is no entry's
 }
 
 // Maxima are all members that bound a request's output.

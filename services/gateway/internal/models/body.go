@@ -87,6 +87,9 @@ var characters = []string{"", "utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1"
 // legible: the body is not said to be in other characters.
 func legible(types []string) bool {
 	for _, t := range types {
+		if t == "application/json" {
+			continue // most are
+		}
 		_, params, err := mime.ParseMediaType(t)
 		if err != nil && strings.Contains(strings.ToLower(t), "charset") || !slices.Contains(characters, strings.ToLower(params["charset"])) {
 			return false
@@ -158,11 +161,29 @@ func modelName(s *tokens.Scanner) (string, error) {
 		}
 		return "", nil
 	}
+	if name, ok := ascii(value); ok {
+		return name, nil
+	}
 	var name string
 	if err := json.Unmarshal(value, &name); err != nil {
 		return "", nil // not a name: the upstream will say what it thinks of it
 	}
 	return name, nil
+}
+
+// ascii is what a JSON string says in which every byte stands for itself, as in most
+// names; false: it has others, or is none.
+func ascii(value []byte) (string, bool) {
+	last := len(value) - 1
+	if last < 1 || value[0] != '"' || value[last] != '"' {
+		return "", false
+	}
+	for _, c := range value[1:last] {
+		if c < ' ' || c > '~' || c == '"' || c == '\\' {
+			return "", false
+		}
+	}
+	return string(value[1:last]), true
 }
 
 // whole is a body that was read in part, and closes as the one it was.

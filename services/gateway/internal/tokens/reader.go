@@ -355,6 +355,7 @@ func (s *events) release() {
 
 // scan takes bytes to the end of an event, or all.
 func (s *events) scan(p []byte) (taken int, ended bool) {
+	feed := -1
 	for i := 0; i < len(p); {
 		if s.cr {
 			if s.cr = false; p[i] == '\n' {
@@ -362,18 +363,14 @@ func (s *events) scan(p []byte) (taken int, ended bool) {
 				continue
 			}
 		}
-		line := p[i:]
-		end := bytes.IndexByte(line, '\n')
-		if end >= 0 {
-			line = line[:end]
-		}
+		feed = next(p, i, feed, '\n')
+		line := p[i:feed]
 		if cr := bytes.IndexByte(line, '\r'); cr >= 0 {
-			end, line = cr, line[:cr]
+			line = line[:cr]
 		}
 		s.part(line, i)
-		i += len(line)
-		if end < 0 {
-			continue
+		if i += len(line); i == len(p) {
+			break
 		}
 		s.cr = p[i] == '\r'
 		i++

@@ -86,16 +86,19 @@ func (s *Scanner) Write(p []byte) (int, error) {
 // passString goes on from p[i], which is inside a string, and returns the index of
 // the last byte it took.
 func (s *Scanner) passString(p []byte, i int) int {
-	from := i
+	from, quote := i, -1
 	for ; i < len(p); i++ {
 		if s.escaped {
 			s.escaped = false
 			continue
 		}
-		switch p[i] {
-		case '\\':
+		quote = next(p, i, quote, '"')
+		if e := bytes.IndexByte(p[i:quote], '\\'); e >= 0 {
 			s.escaped = true
-		case '"':
+			i += e
+			continue
+		}
+		if i = quote; i < len(p) {
 			s.inString = false
 			s.keep(p[from : i+1])
 			if s.state == inKey {
@@ -106,6 +109,19 @@ func (s *Scanner) passString(p []byte, i int) int {
 	}
 	s.keep(p[from:])
 	return i
+}
+
+// next is the index of the first c from i on, len(p) without one; known was that from
+// before i, or is -1. So p is looked through once, also where other bytes that matter
+// stand before each c.
+func next(p []byte, i, known int, c byte) int {
+	if known >= i {
+		return known
+	}
+	if n := bytes.IndexByte(p[i:], c); n >= 0 {
+		return i + n
+	}
+	return len(p)
 }
 
 func (s *Scanner) keep(p []byte) {

@@ -255,24 +255,20 @@ func (w *walker) outside(c byte) {
 // pass goes on from p[i], which is inside a string, and returns the index behind what
 // it took.
 func (w *walker) pass(p []byte, i, base int) int {
-	from := i
+	from, quote := i, -1
 	for i < len(p) {
 		if w.escaped {
 			w.escaped = false
 			i++
 			continue
 		}
-		n := bytes.IndexByte(p[i:], '"')
-		end := i + n
-		if n < 0 {
-			end = len(p)
-		}
-		if e := bytes.IndexByte(p[i:end], '\\'); e >= 0 {
+		quote = next(p, i, quote, '"')
+		if e := bytes.IndexByte(p[i:quote], '\\'); e >= 0 {
 			w.escaped = true
 			i += e + 1
 			continue
 		}
-		if i = end; n < 0 {
+		if i = quote; i == len(p) {
 			break
 		}
 		w.inString = false
