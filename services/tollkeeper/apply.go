@@ -10,10 +10,10 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
-	"github.com/schollz/progressbar/v3"
 
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/applied"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/session"
 )
 
@@ -40,41 +40,6 @@ type ApplyOptions struct {
 	// Progress is a terminal that shows how far it is when it takes long; nil
 	// shows nothing.
 	Progress io.Writer
-}
-
-// progressAfter is from when on a person wants to see that it gets on.
-const progressAfter = 2 * time.Second
-
-// applyProgress draws a bar when applying takes long.
-type applyProgress struct {
-	out   io.Writer
-	now   func() time.Time
-	begun time.Time
-	bar   *progressbar.ProgressBar
-}
-
-// show is called with how much is done; total is 0 when that is not known.
-func (p *applyProgress) show(done, total int) {
-	now := p.now()
-	if p.begun.IsZero() {
-		p.begun = now
-	}
-	if total == 0 || now.Sub(p.begun) < progressAfter {
-		return
-	}
-	if p.bar == nil {
-		p.bar = progressbar.NewOptions(total, progressbar.OptionSetWriter(p.out), progressbar.OptionSetDescription("entries and records"),
-			progressbar.OptionShowCount(), progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionClearOnFinish())
-	}
-	p.bar.ChangeMax(total)
-	_ = p.bar.Set(done) // for people; its loss harms nothing
-}
-
-// end takes the bar away.
-func (p *applyProgress) end() {
-	if p.bar != nil {
-		_ = p.bar.Clear() // as above
-	}
 }
 
 // ErrNotConfirmed says that nothing was applied because a person did not want it.
@@ -122,9 +87,9 @@ func Apply(ctx context.Context, o ApplyOptions) error {
 		return err
 	}
 	if o.Progress != nil {
-		p := &applyProgress{out: o.Progress, now: time.Now}
-		defer p.end()
-		applier.Progress = p.show
+		p := &applied.Progress{Out: o.Progress, Now: time.Now}
+		defer p.End()
+		applier.Progress = p.Show
 	}
 	if o.Stall > 0 {
 		// One answer may take as long as all of it may make no progress.

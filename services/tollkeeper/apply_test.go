@@ -21,28 +21,6 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/internal/plans"
 )
 
-func TestProgressIsShownOfWhatTakesLong(t *testing.T) {
-	t.Parallel()
-	now := time.Unix(1, 0)
-	var out bytes.Buffer
-	p := &applyProgress{out: &out, now: func() time.Time { return now }}
-	p.show(0, 0)
-	for i := range 19 {
-		now = now.Add(100 * time.Millisecond)
-		p.show(i, 1000)
-	}
-	p.end()
-	if out.Len() != 0 {
-		t.Errorf("before two seconds: %q", out.String())
-	}
-	now = now.Add(200 * time.Millisecond)
-	p.show(500, 1000)
-	if !strings.Contains(out.String(), "entries and records") {
-		t.Errorf("after two seconds: %q", out.String())
-	}
-	p.end()
-}
-
 // ledgerOf one shard, without plans.
 func ledgerOf(t *testing.T) (url string, applier *plans.Applier) {
 	t.Helper()
