@@ -87,6 +87,9 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 		return t.next.RoundTrip(r)
 	}
 	for {
+		if r.Context().Err() != nil {
+			return nil, context.Cause(r.Context())
+		}
 		c, reused := t.idle.take(addr)
 		if !reused {
 			conn, err := t.dial(r.Context(), "tcp", addr)
@@ -157,7 +160,7 @@ func simple(r *http.Request) (addr string, ok bool) {
 func (t *Transport) call(c *connection, r *http.Request, content inmemory.Body) (_ *http.Response, err error) {
 	ctx := r.Context()
 	c.wire.wrote = false
-	stop := context.AfterFunc(ctx, c.abort)
+	stop := func() bool { return true }
 	defer func() {
 		if err != nil {
 			stop()
@@ -167,6 +170,7 @@ func (t *Transport) call(c *connection, r *http.Request, content inmemory.Body) 
 	if err := c.conn.SetDeadline(time.Now().Add(t.timeout)); err != nil {
 		return nil, err
 	}
+	stop = context.AfterFunc(ctx, c.abort) // whose deadline must be the last one
 	err = write(c.w, r, content)
 	if err == nil {
 		err = c.w.Flush()
@@ -174,20 +178,24 @@ func (t *Transport) call(c *connection, r *http.Request, content inmemory.Body) 
 	if c.wire.wrote && t.sent != nil {
 		t.sent(r)
 	}
-	if err != nil {
+	if err != nil && !c.wire.wrote {
 		return nil, err
 	}
+	// An upstream may refuse a call and close the connection before it has all of it.
+	cut := err
 	resp, err := c.answer(r)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(cut, err)
 	}
-	if err := c.conn.SetDeadline(time.Time{}); err != nil {
-		return nil, err
+	if !c.has(resp) {
+		if err := c.conn.SetDeadline(time.Time{}); err != nil {
+			return nil, err
+		}
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err // and the deadline that says so may have been taken back
 	}
-	b := &body{t: t, c: c, ctx: ctx, stop: stop, from: resp.Body, last: resp.Close}
+	b := &body{t: t, c: c, ctx: ctx, stop: stop, from: resp.Body, last: resp.Close || cut != nil}
 	if resp.Body == http.NoBody {
 		b.end(true)
 		return resp, nil
@@ -240,6 +248,12 @@ func (c *connection) answer(r *http.Request) (*http.Response, error) {
 			return resp, nil
 		}
 	}
+}
+
+// has reports whether all of an answer's body is here, so that nothing waits for the
+// connection before its next call.
+func (c *connection) has(resp *http.Response) bool {
+	return resp.Body == http.NoBody || resp.ContentLength >= 0 && resp.ContentLength <= int64(c.r.Buffered())
 }
 
 // wire counts and bounds what goes over a connection.

@@ -113,7 +113,7 @@ func (p *pool) close() {
 // that the upstream has made of it, or bytes that answer nothing.
 type probe struct {
 	raw   syscall.RawConn // nil: can't be looked at
-	read  func(fd uintptr) bool
+	read  func(fd uintptr)
 	byte  [1]byte
 	state error
 }
@@ -125,7 +125,7 @@ func newProbe(conn net.Conn) *probe {
 			p.raw = raw
 		}
 	}
-	p.read = func(fd uintptr) bool {
+	p.read = func(fd uintptr) {
 		n, err := syscall.Read(int(fd), p.byte[:])
 		switch {
 		case err != nil:
@@ -135,7 +135,6 @@ func newProbe(conn net.Conn) *probe {
 		default:
 			p.state = net.ErrClosed
 		}
-		return true
 	}
 	return p
 }
@@ -148,7 +147,8 @@ func (p *probe) quiet() bool {
 		return true
 	}
 	p.state = nil
-	if err := p.raw.Read(p.read); err != nil {
+	// Not Read, which has the deadline of the last call's answer.
+	if err := p.raw.Control(p.read); err != nil {
 		return false
 	}
 	return errors.Is(p.state, syscall.EAGAIN)
