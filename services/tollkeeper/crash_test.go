@@ -41,7 +41,7 @@ func TestKilledInTheMiddleOfAReplayNothingIsLostOrDoubled(t *testing.T) {
 			ctx := within(t, 2*time.Minute)
 			restarted := make(chan struct{})
 			report, err := tollkeeper.Replay(ctx, tollkeeper.ReplayOptions{
-				Rows: madeUpTrace(6000, 20), Speed: 3, Concurrency: 16, NATS: s.natsOptions(), ClickHouse: s.historyOptions(),
+				Rows: madeUpTrace(6000, 20), Speed: 3, Concurrency: 16, Wait: time.Minute, NATS: s.natsOptions(), ClickHouse: s.historyOptions(),
 				SpoolDir: t.TempDir(), Logger: zerolog.Nop(),
 				Halfway: func() {
 					go func() {
@@ -86,7 +86,7 @@ func TestAKilledGatewayLosesNothingItHadSent(t *testing.T) {
 			restarted := make(chan struct{})
 			dir := t.TempDir()
 			report, err := tollkeeper.Replay(ctx, tollkeeper.ReplayOptions{
-				Rows: madeUpTrace(6000, 20), Speed: 3, Concurrency: 16, NATS: s.natsOptions(), ClickHouse: s.historyOptions(), Logger: zerolog.Nop(),
+				Rows: madeUpTrace(6000, 20), Speed: 3, Concurrency: 16, Wait: time.Minute, NATS: s.natsOptions(), ClickHouse: s.historyOptions(), Logger: zerolog.Nop(),
 				Gateway: func(upstream string) (tollkeeper.ReplayGateway, error) {
 					g := s.gateway(upstream, dir, safe)
 					return g, g.Await(ctx)

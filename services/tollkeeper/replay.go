@@ -56,6 +56,9 @@ type ReplayOptions struct {
 	// NATS and ClickHouse of a Tollkeeper that runs.
 	NATS       natsconn.Options
 	ClickHouse history.Options
+	// Wait is how long NATS and its ledger may be missing at the start;
+	// session.DefaultWait when 0.
+	Wait time.Duration
 	// SpoolDir of the replay's gateway.
 	SpoolDir string
 
@@ -105,7 +108,7 @@ func Replay(ctx context.Context, o ReplayOptions) (*replay.Report, error) {
 	}
 	r := &replayRun{o: o, id: strings.ToLower(ksuid.New().String()[19:])}
 	o.NATS.Name = "tollkeeper replay"
-	conn, err := session.Open(ctx, session.Options{NATS: o.NATS})
+	conn, err := session.Open(ctx, session.Options{NATS: o.NATS, Wait: o.Wait})
 	if err != nil {
 		return nil, err
 	}

@@ -44,6 +44,7 @@ func checked(t *testing.T, report *replay.Report, err error) *replay.Report {
 func (s *system) replay(t *testing.T, o tollkeeper.ReplayOptions) *replay.Report {
 	t.Helper()
 	o.NATS, o.ClickHouse, o.SpoolDir, o.Logger = s.natsOptions(), s.historyOptions(), t.TempDir(), zerolog.Nop()
+	o.Wait = time.Minute
 	report, err := tollkeeper.Replay(within(t, 2*time.Minute), o)
 	return checked(t, report, err)
 }
@@ -111,7 +112,7 @@ func TestAGeneratedTraceIsConserved(t *testing.T) {
 	t.Run("broken off half way", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(within(t, time.Minute))
 		report, err := tollkeeper.Replay(ctx, tollkeeper.ReplayOptions{
-			Rows: rows, Halfway: cancel, NATS: s.natsOptions(), ClickHouse: s.historyOptions(), SpoolDir: t.TempDir(), Logger: zerolog.Nop(),
+			Rows: rows, Halfway: cancel, Wait: time.Minute, NATS: s.natsOptions(), ClickHouse: s.historyOptions(), SpoolDir: t.TempDir(), Logger: zerolog.Nop(),
 		})
 		if !errors.Is(err, tollkeeper.ErrInterrupted) || report == nil {
 			t.Fatalf("report %v, error %v", report, err)

@@ -18,7 +18,7 @@ type commandLog struct {
 
 // natsWait bounds how long such a command waits for NATS.
 type natsWait struct {
-	NATSWait time.Duration `name:"nats-wait" env:"TOLLKEEPER_NATS_WAIT" default:"5s" help:"How long NATS may not answer, at the start and later, before the command gives up."`
+	NATSWait time.Duration `name:"nats-wait" env:"TOLLKEEPER_NATS_WAIT" default:"5s" help:"How long NATS may not answer, at the start and later, and its ledger may be missing at the start, before the command gives up."`
 }
 
 // Logger returns the logger of a command, which writes to standard error.

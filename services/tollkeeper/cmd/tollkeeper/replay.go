@@ -44,6 +44,7 @@ type replayCmd struct {
 	ClickHouse     history.Credentials    `embed:""`
 	DataDir        string                 `name:"data-dir" env:"TOLLKEEPER_DATA_DIR" default:".tollkeeper" type:"path" help:"Data directory of the Tollkeeper that runs here: its addresses and passwords are found in it."`
 	EngineDir      string                 `name:"engine-dir" env:"TOLLKEEPER_ENGINE_DIR" type:"path" help:"Where the ClickHouse engine is installed; the user's cache when empty."`
+	natsWait       `embed:""`
 	commandLog     `embed:""`
 }
 
@@ -57,7 +58,7 @@ func (c *replayCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	o := tollkeeper.ReplayOptions{KeepTime: c.KeepTime, Concurrency: c.Concurrency, Logger: log, Progress: os.Stdout}
+	o := tollkeeper.ReplayOptions{KeepTime: c.KeepTime, Concurrency: c.Concurrency, Wait: c.NATSWait, Logger: log, Progress: os.Stdout}
 	if o.Speed, err = parseSpeed(c.Speed); err != nil {
 		return err
 	}

@@ -22,8 +22,9 @@ const DefaultWait = 5 * time.Second
 // Options of a session.
 type Options struct {
 	NATS natsconn.Options
-	// Wait is how long NATS may not answer, at the start and later; DefaultWait when 0.
-	// A single request may take as long.
+	// Wait is how long NATS may not answer, at the start and later, and how long its
+	// ledger may be missing at the start; DefaultWait when 0. A single request may take
+	// as long.
 	Wait time.Duration
 }
 
@@ -54,7 +55,7 @@ func Open(ctx context.Context, o Options) (*Session, error) {
 		return nil, s.unreachable(ctx, err)
 	}
 	if s.JS, err = jetstream.New(s.NC, jetstream.WithDefaultTimeout(o.Wait)); err == nil {
-		err = s.look(begin)
+		err = s.await(begin)
 	}
 	if err != nil {
 		s.NC.Close()
@@ -125,6 +126,42 @@ func (s *Session) unreachable(ctx context.Context, err error) error {
 	return err
 }
 
+// retryEvery is how often a ledger that is missing is looked for.
+const retryEvery = 50 * time.Millisecond
+
+// await looks until the ledger is there: a Tollkeeper that has just been started makes it
+// after NATS accepts connections. When ctx ends, its error tells the piece that is missing.
+func (s *Session) await(ctx context.Context) error {
+	tick := time.NewTicker(retryEvery)
+	defer tick.Stop()
+	var missing *missingError
+	for {
+		err := s.look(ctx)
+		if now := (*missingError)(nil); errors.As(err, &now) {
+			missing = now
+		} else if missing == nil || ctx.Err() == nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return missing
+		case <-tick.C:
+		}
+	}
+}
+
+// missingError says which piece of a ledger is not there (yet).
+type missingError struct {
+	text string
+	err  error
+}
+
+// Error says what to do.
+func (e *missingError) Error() string { return e.text }
+
+// Unwrap returns JetStream's answer.
+func (e *missingError) Unwrap() error { return e.err }
+
 // look checks that what a command needs is there.
 func (s *Session) look(ctx context.Context) error {
 	_, err := s.JS.AccountInfo(ctx)
@@ -135,13 +172,13 @@ func (s *Session) look(ctx context.Context) error {
 		return s.silent("JetStream", err)
 	}
 	if s.Geometry, err = ledger.ReadGeometry(ctx, s.JS); errors.Is(err, jetstream.ErrBucketNotFound) || errors.Is(err, jetstream.ErrKeyNotFound) {
-		return fmt.Errorf("NATS at %s has no ledger (%w): start Tollkeeper there (tollkeeper up), or name another NATS with --nats-url", s.target, err)
+		return &missingError{fmt.Sprintf("NATS at %s has no ledger (%v), also not after %s: start Tollkeeper there (tollkeeper up), name another NATS with --nats-url, or wait longer with --nats-wait", s.target, err, s.wait), err}
 	}
 	if err != nil {
 		return s.silent("the bucket "+ledger.ConfigBucket, err)
 	}
 	if _, err = s.JS.Stream(ctx, ledger.Stream); errors.Is(err, jetstream.ErrStreamNotFound) {
-		return fmt.Errorf("NATS at %s has no stream %s: start Tollkeeper there, which makes it, or name another NATS with --nats-url", s.target, ledger.Stream)
+		return &missingError{fmt.Sprintf("NATS at %s has no stream %s, also not after %s: start Tollkeeper there, which makes it, name another NATS with --nats-url, or wait longer with --nats-wait", s.target, ledger.Stream, s.wait), err}
 	}
 	if err != nil {
 		return s.silent("the stream "+ledger.Stream, err)

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -167,6 +168,45 @@ func TestACommandSaysInTimeWhatIsWrongWithNATS(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A ledger is made after NATS accepts connections, piece by piece.
+func TestACommandWaitsForALedgerThatIsBeingMade(t *testing.T) {
+	t.Parallel()
+	_, addr := serve(t, withJetStream)
+	type opened struct {
+		s   *Session
+		err error
+	}
+	done := make(chan opened, 1)
+	asked := make(chan struct{})
+	nc, err := nats.Connect("nats://" + addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	// The command has seen that there is no ledger before one is made.
+	var once sync.Once
+	if _, err := nc.Subscribe("$JS.API.STREAM.INFO.KV_"+ledger.ConfigBucket, func(*nats.Msg) { once.Do(func() { close(asked) }) }); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		s, err := Open(t.Context(), Options{NATS: natsconn.Options{URL: "nats://" + addr, Logger: zerolog.Nop()}, Wait: time.Minute})
+		done <- opened{s, err}
+	}()
+	<-asked
+	provision(t, addr)
+	got := <-done
+	if got.err != nil {
+		t.Fatal(got.err)
+	}
+	defer got.s.Close()
+	if got.s.Geometry.Shards != 1 {
+		t.Errorf("%+v", got.s.Geometry)
 	}
 }
 
