@@ -221,6 +221,7 @@ const (
 	ReasonPeriod     = "period"     // a new period began
 	ReasonCorrection = "correction" // usage was corrected
 	ReasonLease      = "lease"      // what gateways asked for, or said was used, of their leases
+	ReasonOpening    = "opening"    // what was used before the limit was there was added
 	ReasonStanding   = "standing"   // the counter stood there before, and is told anew
 )
 

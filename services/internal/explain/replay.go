@@ -231,6 +231,8 @@ func reason(t *trace.Trace, d *usage.Decision, e *Explanation) Reason {
 		return Reason{ReasonAccount, fmt.Sprintf("the accounts were changed while %s stood at %s: %s", d.Meter, of, d.Verdict)}
 	case e.Entry.Kind == "control" && t.Decoder.Control.GetCorrection() != nil:
 		return Reason{ReasonCorrection, fmt.Sprintf("a correction by %s brought %s from %d to %d of %d: %s. %s", e.Entry.Author, d.Meter, t.Before, t.After, d.Amount, d.Verdict, e.Entry.What)}
+	case e.Entry.Kind == "control" && t.Decoder.Control.GetOpenings() != nil && t.After != t.Before:
+		return Reason{ReasonOpening, fmt.Sprintf("what was used before the limit was there brought %s from %d to %s: %s", d.Meter, t.Before, of, d.Verdict)}
 	case t.PeriodNew:
 		return Reason{ReasonPeriod, fmt.Sprintf("a new %s began, with %s at %s: %s", d.Window, d.Meter, of, d.Verdict)}
 	}

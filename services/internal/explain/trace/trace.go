@@ -132,7 +132,9 @@ type Trace struct {
 	start, end usage.Micros // of the target's window; 0 for lifetime
 	probe      *probe
 	tracking   bool
+	within     bool // it began with a snapshot of the window: what fed it before was not seen
 	rows       ring
+	earlier    earlier
 	under      map[string]bool
 	flags      []bool // by entry of the account dictionary
 	scratch    []row
@@ -140,7 +142,7 @@ type Trace struct {
 
 // New returns a trace before its first entry.
 func New(o Options) *Trace {
-	t := &Trace{o: o, rows: ring{most: o.Most}, under: map[string]bool{}, Decoder: fold.Decoder{Frame: ledger.Frame{CostsIn: o.Currency}}}
+	t := &Trace{o: o, rows: ring{most: o.Most}, earlier: earlier{rows: ring{most: o.Most}}, under: map[string]bool{}, Decoder: fold.Decoder{Frame: ledger.Frame{CostsIn: o.Currency}}}
 	t.start, t.end = Window(o.Target)
 	return t
 }
@@ -220,8 +222,9 @@ func (t *Trace) Apply(m *ledger.Message) error {
 		}
 	}
 	if !ok {
-		// There is no such limit here: nothing before this counts.
+		// There is no such limit here: nothing before this counts yet.
 		t.forget(m.Sequence + 1)
+		t.noteEarlier(m.Sequence, rows, t.correction(e.Time))
 		return nil
 	}
 	reported := t.Fed.Reported
@@ -243,6 +246,7 @@ func (t *Trace) begin(e quota.Entry, last bool) {
 	if !t.o.Snapshot || rolled {
 		return
 	}
+	t.within = true
 	if used, ok := t.lookup(); ok {
 		t.After, t.Fed.Carried = used, used
 	}
@@ -302,6 +306,7 @@ func (t *Trace) hold() {
 
 // forget says that nothing before a sequence is in the counter.
 func (t *Trace) forget(sequence uint64) {
+	t.setAside()
 	t.After, t.Fed = 0, Fed{Since: sequence}
 	t.rows.clear()
 }
@@ -314,6 +319,12 @@ func (t *Trace) move(sequence uint64, before, after int64, rows []row, kind ledg
 		sum += r.adds
 	}
 	change := planNew || t.Decoder.Control.GetAccountSet() != nil && kind == ledger.KindControl
+	taken := int64(0)
+	if found := after - before - sum; found > 0 && (change || kind == ledger.KindControl && t.Decoder.Control.GetOpenings() != nil) && t.takeEarlier(found) {
+		// The counter starts from what was used before.
+		taken = found
+		before += taken
+	}
 	switch {
 	case change && after == sum:
 		// The counter begins anew: what fed it before does not count.
@@ -352,7 +363,7 @@ func (t *Trace) move(sequence uint64, before, after int64, rows []row, kind ledg
 			t.rows.add(Row{p, r.adds, running})
 		}
 	}
-	return before
+	return before - taken
 }
 
 // correction returns what the entry at hand is to add to the target; 0 when it is

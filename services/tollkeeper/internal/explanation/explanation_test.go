@@ -388,7 +388,7 @@ func TestAPlanChangeIsExplainedAndWhatItCarriesOver(t *testing.T) {
 	filtered := lifetime("tokens", usage.InputTokens, 1000)
 	filtered.Filter.Models = []string{"large"}
 	w.plans("v1", plan("free", lifetime("calls", usage.Calls, 100), filtered))
-	// Counted before there is a limit: not part of it.
+	// Counted before there is a limit, which starts from them.
 	w.send("acme", w.call("acme", "m", 1), w.call("acme", "m", 1))
 	w.accounts("acme", usage.Account{ID: "acme", Plan: "free"})
 	w.send("acme", w.call("acme", "m", 5), w.call("acme", "large", 5), w.call("acme", "m", 5))
@@ -396,7 +396,7 @@ func TestAPlanChangeIsExplainedAndWhatItCarriesOver(t *testing.T) {
 	d := w.decided("acme", "acme", "free/calls", usage.Deny)
 	e := w.explain(d.ID)
 	w.adds(e, d)
-	if e.Reason.Kind != explain.ReasonPlan || e.Crossing != nil || e.Entry.Kind != "control" || e.Entry.Author != "alice" || e.Entry.What != "plans of version v2" || e.Fed.Calls != 3 || e.Limit.PlanVersion != "v2" {
+	if e.Reason.Kind != explain.ReasonPlan || e.Crossing != nil || e.Entry.Kind != "control" || e.Entry.Author != "alice" || e.Entry.What != "plans of version v2" || e.Fed.Calls != 5 || e.Limit.PlanVersion != "v2" {
 		t.Errorf("%+v, %+v, %+v of %d", e.Reason, e.Entry, e.Fed, lowered)
 	}
 	// Another plan lifts the one limit and goes on with the counter in the other.
@@ -411,15 +411,49 @@ func TestAPlanChangeIsExplainedAndWhatItCarriesOver(t *testing.T) {
 	d = w.decided("acme", "acme", "pro/calls", usage.Deny)
 	e = w.explain(d.ID)
 	w.adds(e, d)
-	if e.Fed.Calls != 6 || e.Counter.Before != 3 {
+	if e.Fed.Calls != 8 || e.Counter.Before != 5 {
 		t.Errorf("the counter went on with the plan: %+v, %+v", e.Fed, e.Counter)
 	}
-	// The limit of that name counted other calls before: it began anew.
+	// The limit of that name counted other calls before: it starts from all that were made.
 	d = w.decided("acme", "acme", "pro/tokens", usage.Deny)
 	e = w.explain(d.ID)
 	w.adds(e, d)
-	if e.Fed.Calls != 3 || e.Counter.Before != 0 {
-		t.Errorf("the counter began anew: %+v, %+v", e.Fed, e.Counter)
+	if e.Fed.Calls != 8 || e.Counter.Before != 17 {
+		t.Errorf("the counter starts from what was used: %+v, %+v", e.Fed, e.Counter)
+	}
+}
+
+func TestALimitThatIsOpenedOutOfTheLedgerIsExplainedByTheCallsBeforeIt(t *testing.T) {
+	t.Parallel()
+	w := newExplained(t)
+	w.count()
+	daily := usage.Limit{ID: "daily", Meter: usage.InputTokens, Window: usage.Day, Amount: 40, Tier: usage.TierEventual}
+	daily.Filter.Models = []string{"large"}
+	w.plans("v1", plan("free", usage.Limit{ID: "m", Meter: usage.Calls, Window: usage.Month, Amount: 1000, Tier: usage.TierEventual}), plan("pro", daily))
+	w.accounts("acme", usage.Account{ID: "acme", Plan: "free"})
+	w.send("acme", w.call("acme", "large", 20), w.call("acme", "small", 500), w.call("acme", "large", 9))
+	w.control(w.shard("acme"), &tollkeeperv1.ControlEntry{Body: &tollkeeperv1.ControlEntry_Correction{Correction: &tollkeeperv1.Correction{
+		Account: "acme", Model: "large", Reason: "counted twice", Adjustments: []*tollkeeperv1.Quantity{{Meter: string(usage.InputTokens), Value: -4}},
+	}}})
+	w.accounts("acme", usage.Account{ID: "acme", Plan: "pro"})
+	w.send("acme", w.call("acme", "large", 16))
+	d := w.decided("acme", "acme", "pro/daily", usage.Deny)
+	e := w.explain(d.ID)
+	if !e.Replay.Same || e.Fed.Calls != 3 || e.Fed.Used != 45 || e.Fed.Adjusted != -4 || e.Fed.Unexplained != 0 || d.Used != 41 || len(e.Calls) != 4 {
+		t.Errorf("%+v of %d: %+v, %+v", e.Fed, d.Used, e.Replay, e.Calls)
+	}
+	after := int64(0)
+	for i := len(e.Calls) - 1; i >= 0; i-- {
+		if after += e.Calls[i].Adds; after != e.Calls[i].UsedAfter {
+			t.Errorf("after call %d the counter is said to be %d; the calls add up to %d", i, e.Calls[i].UsedAfter, after)
+		}
+	}
+	if after != d.Used {
+		t.Errorf("the calls add up to %d, used is %d", after, d.Used)
+	}
+	// What denied is the last call, or, where the owner was slower, what it counted.
+	if k := e.Reason.Kind; k != explain.ReasonOpening && k != explain.ReasonCall {
+		t.Errorf("reason %+v", e.Reason)
 	}
 }
 
