@@ -2,9 +2,10 @@ package embedclickhouse
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"slices"
@@ -17,14 +18,10 @@ import (
 func ownsListeners(pid int, want ...netip.AddrPort) (bool, error) {
 	listening := make(map[netip.AddrPort]string)
 	for _, table := range []string{"tcp", "tcp6"} {
-		raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", pid, table))
-		if err != nil {
-			if table == "tcp6" && os.IsNotExist(err) {
-				continue // a kernel without IPv6
-			}
+		err := readListeners(fmt.Sprintf("/proc/%d/net/%s", pid, table), want, listening)
+		if err != nil && (table != "tcp6" || !os.IsNotExist(err)) { // a kernel without IPv6 has none
 			return false, err
 		}
-		parseListeners(raw, want, listening)
 	}
 	if len(listening) != len(want) {
 		return false, nil
@@ -52,8 +49,23 @@ func ownsListeners(pid int, want ...netip.AddrPort) (bool, error) {
 	return true, nil
 }
 
-// parseListeners adds the inode of each wanted listening socket in a /proc/net/tcp table.
-func parseListeners(table []byte, want []netip.AddrPort, found map[netip.AddrPort]string) {
+// readListeners is parseListeners of a file.
+func readListeners(file string, want []netip.AddrPort, found map[netip.AddrPort]string) (err error) {
+	if len(found) == len(want) {
+		return nil
+	}
+	table, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, table.Close()) }()
+	return parseListeners(table, want, found)
+}
+
+// parseListeners adds the inode of each wanted listening socket in a /proc/net/tcp table. It reads
+// no further than it has to: the kernel lists listeners before all connections of the machine, of
+// which a busy gateway has many thousands.
+func parseListeners(table io.Reader, want []netip.AddrPort, found map[netip.AddrPort]string) error {
 	const (
 		stateListen   = "0A"
 		localField    = 1
@@ -61,8 +73,8 @@ func parseListeners(table []byte, want []netip.AddrPort, found map[netip.AddrPor
 		inodeField    = 9
 		fieldsAtLeast = 10
 	)
-	lines := bufio.NewScanner(bytes.NewReader(table))
-	for lines.Scan() {
+	lines := bufio.NewScanner(table)
+	for len(found) < len(want) && lines.Scan() {
 		fields := strings.Fields(lines.Text())
 		if len(fields) < fieldsAtLeast || fields[stateField] != stateListen {
 			continue
@@ -72,6 +84,7 @@ func parseListeners(table []byte, want []netip.AddrPort, found map[netip.AddrPor
 			found[local] = fields[inodeField]
 		}
 	}
+	return lines.Err()
 }
 
 // parseProcAddr reads "0100007F:2328": each 32-bit word of the address in the machine's order

@@ -1,10 +1,14 @@
 package embedclickhouse
 
 import (
+	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
+	"testing/iotest"
 )
 
 func TestProcAddressesAreReadInTheMachinesOrder(t *testing.T) {
@@ -44,5 +48,27 @@ func TestAListenerBelongsToTheProcessThatHoldsIt(t *testing.T) {
 	}
 	if owned, err := ownsListeners(os.Getpid(), addr, netip.MustParseAddrPort("127.0.0.1:1")); err != nil || owned {
 		t.Errorf("one of two listeners: %v, %v; want not owned", owned, err)
+	}
+}
+
+// A gateway's machine has many thousands of connections, and this looks every few seconds.
+func TestConnectionsBehindTheListenersAreNotRead(t *testing.T) {
+	t.Parallel()
+	const table = `  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:1FBB 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 71 1 0000000000000000 100 0 0 10 0
+   1: 0100007F:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 72 1 0000000000000000 100 0 0 10 0
+   2: 0100007F:2328 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 73 1 0000000000000000 100 0 0 10 0
+`
+	tooFar := errors.New("read too far")
+	http, tcp := netip.MustParseAddrPort("127.0.0.1:8123"), netip.MustParseAddrPort("127.0.0.1:9000")
+	found := make(map[netip.AddrPort]string)
+	rest := io.MultiReader(strings.NewReader(table), iotest.ErrReader(tooFar))
+	if err := parseListeners(rest, []netip.AddrPort{http, tcp}, found); err != nil || found[http] != "71" || found[tcp] != "73" {
+		t.Errorf("found %v, %v", found, err)
+	}
+	missing := netip.MustParseAddrPort("127.0.0.1:1")
+	rest = io.MultiReader(strings.NewReader(table), iotest.ErrReader(tooFar))
+	if err := parseListeners(rest, []netip.AddrPort{missing}, make(map[netip.AddrPort]string)); !errors.Is(err, tooFar) {
+		t.Errorf("a table that can't be read to its end: %v", err)
 	}
 }
