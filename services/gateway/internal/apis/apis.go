@@ -119,6 +119,23 @@ var table = []entry{
 	{manage, "skills/**", Operation{Unused: nothing}},
 }
 
+// byBeginning has the table's entries by method and by the first segment of their paths,
+// which is none that stands for others.
+var byBeginning = func() map[string]map[string][]*entry {
+	all := make(map[string]map[string][]*entry)
+	for i := range table {
+		e := &table[i]
+		segment, _, _ := strings.Cut(e.path, "/")
+		for _, method := range strings.Fields(e.methods) {
+			if all[method] == nil {
+				all[method] = make(map[string][]*entry)
+			}
+			all[method][segment] = append(all[method][segment], e)
+		}
+	}
+	return all
+}()
+
 // versions are the segments behind which an API's own paths begin.
 var versions = []string{"v1", "v1beta", "v1alpha", "v2", "openai"}
 
@@ -131,34 +148,23 @@ func Of(method, path string, provider bool) Operation {
 		return Operation{Known: true, Unused: nothing} // no answer that could have been made
 	}
 	rest := strings.TrimRight(strings.TrimPrefix(path, "/"), "/")
-	anchored := provider
+	anchored, begins := provider, byBeginning[method]
 	for more := true; more; {
-		for k := range table {
-			e := &table[k]
-			if (anchored || len(e.Maxima) > 0) && e.has(method) && matches(e.path, rest) {
+		var segment, behind string
+		segment, behind, more = strings.Cut(rest, "/")
+		for _, e := range begins[segment] {
+			if (anchored || len(e.Maxima) > 0) && matches(e.path, rest) {
 				o := e.Operation
 				o.Known = true
 				return o
 			}
 		}
-		var segment string
-		segment, rest, more = strings.Cut(rest, "/")
-		anchored = slices.Contains(versions, segment)
+		rest, anchored = behind, slices.Contains(versions, segment)
 	}
 	if provider && (method == http.MethodGet || method == http.MethodDelete) {
 		return Operation{Known: true, Unused: nothing}
 	}
 	return Operation{}
-}
-
-// has reports whether an entry is for a method.
-func (e *entry) has(method string) bool {
-	for rest, m := e.methods, ""; rest != ""; {
-		if m, rest, _ = strings.Cut(rest, " "); m == method {
-			return true
-		}
-	}
-	return false
 }
 
 func matches(pattern, path string) bool {

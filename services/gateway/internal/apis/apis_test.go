@@ -2,6 +2,7 @@ package apis
 
 import (
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -115,5 +116,15 @@ func TestWhatBoundsAnAnswerAndWhoseUsageItTells(t *testing.T) {
 	}
 	if m := Maxima(); !slices.Equal(m, []string{"max_tokens", "max_completion_tokens", "max_output_tokens"}) {
 		t.Errorf("%q", m)
+	}
+}
+
+// It is looked up for every call.
+func TestLookingACallUpCostsNoAllocation(t *testing.T) {
+	for _, call := range []string{"POST /v1/chat/completions", "GET /v1/models/m", "POST /a/path/of/something/else"} {
+		method, path, _ := strings.Cut(call, " ")
+		if n := testing.AllocsPerRun(100, func() { Of(method, path, true) }); n > 0 {
+			t.Errorf("%s: %v allocations", call, n)
+		}
 	}
 }
