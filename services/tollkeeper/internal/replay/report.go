@@ -126,12 +126,9 @@ func (r *Report) Err() error {
 // estimates are the meters of which the ledger may hold more than was reported: calls
 // that reported none are settled as estimates where a limit counts them.
 func (r *Report) estimates() map[usage.Meter]bool {
-	if r.Fold.Estimated == 0 {
-		return nil
-	}
 	all := map[usage.Meter]bool{}
 	for m := range r.Unreported {
-		all[m] = true
+		all[m] = r.Fold.Estimated > 0 || m == usage.Bytes // which gateways measure themselves
 	}
 	return all
 }
@@ -173,6 +170,10 @@ func (r *Report) Write(w io.Writer) error {
 	}
 	p.printf("\nconservation: %s (%s frames in the ledger, %d duplicates, %d gaps)\n", verdict, number(r.Fold.Frames), r.Fold.Duplicates, r.Fold.Gaps)
 	for _, m := range slices.Sorted(maps.Keys(r.Unreported)) {
+		if m == usage.Bytes {
+			p.printf("%s of %s admitted calls reported no %s: the gateway measured them\n", number(r.Unreported[m]), number(r.Clients.Admitted), m)
+			continue
+		}
 		p.printf("%s of %s admitted calls reported no %s: unknown, not 0\n", number(r.Unreported[m]), number(r.Clients.Admitted), m)
 	}
 	r.refusals(p)
@@ -251,6 +252,9 @@ func (r *Report) refusals(p *printer) {
 	}
 	for _, c := range slices.Sorted(maps.Keys(codes)) {
 		p.printf("%d %s: %s\n", c.Status(), c, number(codes[c]))
+	}
+	if n := codes[usage.BillingStateUnknown]; n > 0 {
+		p.printf("%s calls got no answer about their limit in time: which rows these are is chance, and so is the fingerprint\n", number(n))
 	}
 	f := r.Refused[0]
 	p.printf("first refusal: %s:%d, account %s, %s\nrefused rows: fingerprint %s\n", f.File, f.Line, f.Account, f.Time.UTC().Format(time.RFC3339Nano), r.Fingerprint)
