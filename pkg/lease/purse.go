@@ -461,11 +461,27 @@ func (p *Purse) Next(now Micros) (Ask, bool) {
 // silent, and a denial stand, until the clock is where it was. What is needed stays so
 // until there is an answer: it may have been said after that.
 func (p *Purse) setBack(by Micros) {
-	for _, at := range [...]*Micros{&p.sentAt, &p.retryAt, &p.hopeAt, &p.renewAt, &p.grantedAt} {
-		*at -= by
+	p.grantedAt -= by
+	p.put(-by)
+}
+
+// Shift puts the purse's pauses off: until it repeats a message, until a denial is asked
+// about again, and how long a call waits. Where the ledger's time jumps by and nothing
+// else did, they are as long as they were; a negative by has them pass although the
+// ledger's time stands still. What a lease and its window last is not changed. Call it
+// before Next and Receive.
+func (p *Purse) Shift(by Micros) {
+	p.needUntil += by
+	p.put(by)
+}
+
+// put moves pauses.
+func (p *Purse) put(by Micros) {
+	for _, at := range [...]*Micros{&p.sentAt, &p.retryAt, &p.hopeAt, &p.renewAt} {
+		*at += by
 	}
 	if d := p.denial.Load(); d != nil {
-		p.denial.Store(&denial{d.room, d.until - by, d.early, d.soon})
+		p.denial.Store(&denial{d.room, d.until + by, d.early, d.soon})
 	}
 }
 

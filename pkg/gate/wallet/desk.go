@@ -35,8 +35,9 @@ type pocket struct {
 	sent     lease.Ask       // the newest that is in the ledger or on its way
 	heard    uint64          // newest ask that was answered
 	wanted   int64           // mark that the notary was asked for; 0: none, or it failed
-	again    lease.Micros    // when a new purse may be tried; 0: this one is good
-	touched  lease.Micros    // when a call needed it last that was not admitted at once, or it spoke
+	again    lease.Micros    // when, by the wallet's pace, a new purse may be tried; 0: this one is good
+	touched  lease.Micros    // when, by the wallet's pace, a call needed it last that was not admitted at once, or it spoke
+	ahead    lease.Micros    // how far the ledger's time was before the wallet's pace when the purse was last looked at
 	holds    int             // reservations that are not settled
 	grace    bool            // somebody waits although an early denial stands
 	due      bool            // in the desk's list of those whose Next is to be called
@@ -62,7 +63,7 @@ type desk struct {
 
 	shelf    map[key]shelved
 	floor    uint64       // no purse that has no record has said anything under a higher number
-	failedAt lease.Micros // when an entry was lost
+	failedAt lease.Micros // when, by the wallet's pace, an entry was lost
 
 	kick chan struct{}
 	low  chan *lease.Purse
@@ -103,6 +104,7 @@ func (d *desk) pocket(l *table.Draw, now lease.Micros) (*pocket, Bound) {
 	if !ok {
 		return nil, Unbounded // of a newer writer
 	}
+	pace := d.w.pace(now)
 	start, end := kind.Bounds(usage.Micros(now))
 	k := key{l.Account(), l.LimitID(), lease.Micros(start)}
 	p := d.pockets[k]
@@ -111,7 +113,7 @@ func (d *desk) pocket(l *table.Draw, now lease.Micros) (*pocket, Bound) {
 			d.w.purses.Add(-1)
 			return nil, Purses
 		}
-		p = &pocket{key: k, end: lease.Micros(end), of: l.Allowance, meter: meterLabel(l.Limit.Meter)}
+		p = &pocket{key: k, end: lease.Micros(end), of: l.Allowance, meter: meterLabel(l.Limit.Meter), ahead: now - pace}
 		d.pockets[k] = p
 		d.fill(p, l.Limit)
 		d.resume(p)
@@ -123,7 +125,7 @@ func (d *desk) pocket(l *table.Draw, now lease.Micros) (*pocket, Bound) {
 		p.end = lease.Micros(end)
 		p.purse.SetEnd(p.end)
 	}
-	if p.again != 0 && (now >= p.again || now < p.again-unknownPause) { // or the clock was set back
+	if p.again != 0 && (pace >= p.again || pace < p.again-unknownPause) { // or the clock was set back
 		delete(d.byPurse, p.purse)
 		seq := p.sent.Seq
 		d.w.metrics.sent(p.meter, &p.sent, &lease.Ask{})
@@ -138,8 +140,19 @@ func (d *desk) pocket(l *table.Draw, now lease.Micros) (*pocket, Bound) {
 		p.of.Told()
 		p.of.Use(p.purse)
 	}
-	p.touched = now
+	p.touched = pace
+	d.follow(p, now)
 	return p, Unbounded
+}
+
+// follow keeps a test clock's jumps out of the pauses of a purse, and has them pass while
+// it stands still. It is called before whatever looks at them. With d.mu.
+func (d *desk) follow(p *pocket, now lease.Micros) {
+	ahead := now - d.w.pace(now)
+	if ahead != p.ahead {
+		p.purse.Shift(ahead - p.ahead)
+		p.ahead = ahead
+	}
 }
 
 // fill puts a new purse into a pocket.
@@ -251,6 +264,7 @@ func (d *desk) receive(p *pocket, a lease.Answer, now lease.Micros) {
 		d.w.metrics.grants.Inc()
 	}
 	p.heard = max(p.heard, a.Seq)
+	d.follow(p, now)
 	p.purse.Receive(a, now)
 	p.of.Told()
 	d.serve(p, now)
@@ -393,6 +407,7 @@ func (d *desk) gather() (*tollkeeperv1.LeaseEntry, []*pocket) {
 		if p.gone {
 			continue
 		}
+		d.follow(p, now)
 		m, ok := p.purse.Next(now)
 		past := p.end != 0 && now >= p.end
 		if p.purse.Done() || past && p.purse.Ended() {
@@ -407,7 +422,7 @@ func (d *desk) gather() (*tollkeeperv1.LeaseEntry, []*pocket) {
 				// It ended before its window did: the shard does not know the limit as
 				// one that has leases, or not yet (a plan can take effect after the
 				// directory told of it). Another purse may be tried in a while.
-				p.again = now + unknownPause
+				p.again = d.w.pace(now) + unknownPause
 			}
 			continue
 		}
@@ -418,7 +433,7 @@ func (d *desk) gather() (*tollkeeperv1.LeaseEntry, []*pocket) {
 			entry.Asks = append(entry.Asks, askToProto(p.key, &m))
 			pockets = append(pockets, p)
 			d.w.metrics.sent(p.meter, &p.sent, &m)
-			p.sent, p.touched = m, max(p.touched, now)
+			p.sent, p.touched = m, max(p.touched, d.w.pace(now))
 		}
 		if waits := p.sent.Seq > p.heard || len(p.queue) > 0; waits && !p.hot {
 			p.hot = true
@@ -458,7 +473,7 @@ func (d *desk) append(ctx context.Context, entry *tollkeeperv1.LeaseEntry, pocke
 			d.w.metrics.lost.Add(float64(len(entry.GetAsks())))
 			d.w.trouble.begins(err)
 			d.mu.Lock()
-			d.failedAt = d.w.tell()
+			d.failedAt = d.w.pace(d.w.tell())
 			d.mu.Unlock()
 		}
 		return

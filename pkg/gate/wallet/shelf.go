@@ -40,10 +40,11 @@ func (w *Wallet) rests() lease.Micros {
 
 // shelve drops a purse that is not needed, and reports whether it did. With d.mu.
 func (d *desk) shelve(p *pocket, now lease.Micros) bool {
-	if now < p.touched {
-		p.touched = now // the clock was set back
+	pace := d.w.pace(now)
+	if pace < p.touched {
+		p.touched = pace // the clock was set back
 	}
-	if now < p.touched+d.w.rests() || len(p.queue) > 0 || p.holds > 0 || p.noting || d.w.closing.Load() || p.end != 0 && now >= p.end-d.w.skew {
+	if pace < p.touched+d.w.rests() || len(p.queue) > 0 || p.holds > 0 || p.noting || d.w.closing.Load() || p.end != 0 && now >= p.end-d.w.skew {
 		return false
 	}
 	if p.again != 0 {
@@ -101,7 +102,7 @@ func (d *desk) sweep() {
 
 // lastWords adds those of purses that rest to an entry with room for so many. With d.mu.
 func (d *desk) lastWords(asks []*tollkeeperv1.LeaseAsk, room int, now lease.Micros) []*tollkeeperv1.LeaseAsk {
-	if now >= d.failedAt && now < d.failedAt+wordPause {
+	if pace := d.w.pace(now); pace >= d.failedAt && pace < d.failedAt+wordPause {
 		return asks
 	}
 	for k, s := range d.shelf {

@@ -126,8 +126,8 @@ type waiter struct {
 	lease    []lease.Part
 	reserve  bool
 	lifetime lease.Micros // of the reservation
-	until    lease.Micros // how long it waits
-	grace    lease.Micros // how long after an early denial; 0: there was none
+	until    lease.Micros // how long it waits, by the wallet's pace
+	grace    lease.Micros // how long after an early denial, by the wallet's pace; 0: there was none
 	turn     lease.Micros // when the next window may be tried
 	done     chan struct{}
 	over     bool // result is there, or nobody waits for it any more
@@ -145,7 +145,7 @@ func (w *Wallet) Take(ctx context.Context, parts []Part, reserve bool, lifetime 
 		reserve: reserve, lifetime: lease.Micros(lifetime.Microseconds()),
 	}
 	began := w.tell()
-	x.until = began + lease.Micros(w.o.Wait.Microseconds())
+	x.until = w.pace(began) + lease.Micros(w.o.Wait.Microseconds())
 	d.mu.Lock()
 	if d.try(x, began) {
 		d.mu.Unlock()
@@ -207,6 +207,8 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 		}
 		x.pockets[i], x.lease[i] = p, lease.Part{Purse: p.purse, Amount: x.parts[i].Units}
 	}
+	pace := d.w.pace(now)
+	until := now + x.until - pace
 	var out lease.Outcome
 	var at int
 	var hold *lease.Hold
@@ -234,12 +236,12 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 	case lease.RefusedEarly:
 		r := Result{Standing: DeniedEarly, At: at, Decision: p.decision, Start: usage.Micros(p.start)}
 		if x.grace == 0 {
-			x.grace = now + d.w.grace
+			x.grace = pace + d.w.grace
 			if x.reserve && !ofCalls(x.parts) {
 				x.grace = x.until // calls are held for as long as it takes to send them
 			}
 		}
-		if now >= x.grace || len(p.queue) >= maxGrace || p.purse.Hopeless(x.parts[at].Units) {
+		if pace >= x.grace || len(p.queue) >= maxGrace || p.purse.Hopeless(x.parts[at].Units) {
 			return end(r)
 		}
 		// What others hold may come back any moment, and then the owner says so.
@@ -252,7 +254,7 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 	case lease.Over:
 		// Nobody can tell any more which window it is: the next one is asked for
 		// as soon as it has begun for certain.
-		if p.end == 0 || p.end >= x.until {
+		if p.end == 0 || p.end >= until {
 			return end(Result{Standing: Turning})
 		}
 		x.result = Result{Standing: Turning}
@@ -264,7 +266,7 @@ func (d *desk) try(x *waiter, now lease.Micros) bool {
 	}
 	// What is there already must not go back while the rest is fetched.
 	for i := range x.lease {
-		x.lease[i].Purse.Need(x.lease[i].Amount, x.until)
+		x.lease[i].Purse.Need(x.lease[i].Amount, until)
 	}
 	d.all(x.pockets)
 	if x.result.Standing != DeniedEarly || x.result.At != at {
@@ -284,14 +286,14 @@ const maxBarren = 64
 
 // stuck reports whether to try the call again would tell nothing new: it lacks something,
 // and if that was denied early it knows.
-func (x *waiter) stuck(now lease.Micros) bool {
+func (x *waiter) stuck(now, pace lease.Micros) bool {
 	lacks := false
 	for i := range x.lease {
 		switch x.lease[i].Purse.Outcome(x.lease[i].Amount, now) {
 		case lease.Fetch:
 			lacks = true
 		case lease.RefusedEarly:
-			if x.result.Standing != DeniedEarly || now >= x.grace || x.lease[i].Purse.Hopeless(x.lease[i].Amount) {
+			if x.result.Standing != DeniedEarly || pace >= x.grace || x.lease[i].Purse.Hopeless(x.lease[i].Amount) {
 				return false
 			}
 			lacks = true
@@ -309,7 +311,7 @@ func (d *desk) retry(queue []*waiter, now lease.Micros) (rest []*waiter) {
 	for _, x := range queue {
 		switch {
 		case x.over:
-		case barren >= maxBarren && x.stuck(now):
+		case barren >= maxBarren && x.stuck(now, d.w.pace(now)):
 			rest = append(rest, x)
 		case d.try(x, now):
 			close(x.done)

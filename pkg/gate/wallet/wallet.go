@@ -65,8 +65,8 @@ type Options struct {
 	Shards uint32
 	// Now is the ledger's time as the gateway estimates it.
 	Now func() usage.Micros
-	// TestClock: Now jumps, so that a reading of a few milliseconds ago may be of
-	// another window.
+	// TestClock: Now jumps and stands still, so that a reading of a few milliseconds
+	// ago may be of another window, and pauses pass by the time of this process.
 	TestClock bool
 	// Skew, Wait, MaxPurses, MaxShelved, MaxWaiting and MaxHolds have defaults. A call that is
 	// denied early, because others hold what is left, waits a quarter of Wait for it
@@ -98,6 +98,7 @@ type Wallet struct {
 	skew    lease.Micros
 	grace   lease.Micros // that calls wait after an early denial
 	clock   atomic.Int64 // a recent reading of Now
+	born    time.Time
 	desks   []desk
 	holds   *lease.Holds
 	metrics *metrics
@@ -126,7 +127,7 @@ func New(o Options) (*Wallet, error) {
 	orInt(&o.MaxWaiting, DefaultMaxWaiting)
 	orInt(&o.MaxHolds, DefaultMaxHolds)
 	w := &Wallet{
-		o: o, gateway: lease.Gateway(o.Gateway), skew: lease.Micros(o.Skew.Microseconds()), grace: lease.Micros(o.Wait.Microseconds() / 4), desks: make([]desk, o.Shards),
+		o: o, gateway: lease.Gateway(o.Gateway), skew: lease.Micros(o.Skew.Microseconds()), grace: lease.Micros(o.Wait.Microseconds() / 4), born: time.Now(), desks: make([]desk, o.Shards),
 		holds: lease.NewHolds(o.MaxHolds), gone: make(chan struct{}, 1), trouble: trouble{
 			log:    o.Logger,
 			failed: "asks for leases do not get into the ledger: calls go on with what leases hold, and are refused after that; trying again",
@@ -169,6 +170,16 @@ func (w *Wallet) tell() lease.Micros {
 	now := int64(w.o.Now())
 	w.clock.Store(now)
 	return lease.Micros(now)
+}
+
+// pace is the time by which pauses pass (until an ask is repeated, until a call gives
+// up) when the ledger's is now. The two are the same, but for a test clock: while that
+// stands still messages get lost all the same, and its jumps let no call wait longer.
+func (w *Wallet) pace(now lease.Micros) lease.Micros {
+	if !w.o.TestClock {
+		return now
+	}
+	return lease.Micros(time.Since(w.born).Microseconds())
 }
 
 // Clock is the ledger's time as it was read a few milliseconds ago, for those who

@@ -30,6 +30,7 @@ type shard struct {
 	ack     func() time.Duration // until an entry is in the ledger
 	owner   func() time.Duration // until it is answered after that
 	wallets map[lease.Gateway]*Wallet
+	now     func() lease.Micros // its time
 
 	mu       sync.Mutex
 	sequence uint64
@@ -43,7 +44,7 @@ func newShard() *shard {
 	soon := func() time.Duration { return time.Millisecond }
 	return &shard{
 		ack: soon, owner: soon, lose: func() bool { return false }, again: func() (time.Duration, bool) { return 0, false },
-		wallets: map[lease.Gateway]*Wallet{}, limits: map[string]usage.Limit{}, escrows: map[key]*lease.Escrow{},
+		wallets: map[lease.Gateway]*Wallet{}, now: func() lease.Micros { return lease.Micros(time.Now().UnixMicro()) }, limits: map[string]usage.Limit{}, escrows: map[key]*lease.Escrow{},
 	}
 }
 
@@ -84,7 +85,7 @@ func (s *shard) PublishMsg(ctx context.Context, msg *nats.Msg, _ ...jetstream.Pu
 
 func (s *shard) fold(entry *tollkeeperv1.LeaseEntry) {
 	s.sequence++
-	now := lease.Micros(time.Now().UnixMicro())
+	now := s.now()
 	for _, a := range entry.GetAsks() {
 		k, answers := s.ask(lease.Gateway(entry.GetGateway()), a, now)
 		s.answer(k, answers)
@@ -145,7 +146,7 @@ func (s *shard) tick(ctx context.Context) {
 		case <-tick.C:
 		}
 		s.mu.Lock()
-		now := lease.Micros(time.Now().UnixMicro())
+		now := s.now()
 		for k, e := range s.escrows {
 			if at, ok := e.Due(); ok && at <= now {
 				s.sequence++

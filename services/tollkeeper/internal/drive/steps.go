@@ -10,12 +10,13 @@ import (
 )
 
 // Steps move a ledger's test clock through a trace: before a row is sent the clock
-// stands at a time that is not before the row's, in the windows that the row is in.
+// stands at a time that is not before the row's, in the windows that the row is in. It
+// moves while no call is in flight, so that a row meets the same time in every replay.
 type Steps struct {
 	// Advance takes the ledger's clock forward.
 	Advance func(ctx context.Context, to usage.Micros) error
 	// Settled waits until everything that was answered is in the ledger. It is called
-	// where a window ends, while no call is in flight.
+	// where a window ends.
 	Settled func(ctx context.Context) error
 	// Windows of the limits.
 	Windows []window.Kind
@@ -46,15 +47,15 @@ func (s *Steps) take(ctx context.Context, rows []trace.Row, i int, quiet func())
 		upTo++
 	}
 	to := min(usage.At(rows[upTo-1].Time), end-beforeEnd)
+	if s.begun && to <= s.at {
+		return upTo, nil
+	}
+	quiet()
 	if s.begun && s.end(s.at) != end {
 		// The old windows' calls come before the new windows begin.
-		quiet()
 		if err := s.Settled(ctx); err != nil {
 			return 0, err
 		}
-	}
-	if s.begun && to <= s.at {
-		return upTo, nil
 	}
 	s.at, s.begun = to, true
 	return upTo, s.Advance(ctx, to)
