@@ -188,7 +188,7 @@ func (c *Counts) lost(f Field) bool { return c.bad&^c.known&(1<<f) != 0 }
 // much, and output otherwise: reasoning that is counted beside it (xAI), or not told at
 // all (Gemini's OpenAI endpoint).
 func (c *Counts) Readings() (readings []Reading, malformed bool) {
-	malformed = c.bad != 0
+	readings, malformed = make([]Reading, 0, 4), c.bad != 0 // one a meter
 	input, haveInput := c.Get(Input)
 	read, haveRead := c.Get(CacheRead)
 	created, _ := c.Get(CacheCreation)

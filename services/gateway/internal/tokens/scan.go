@@ -48,6 +48,9 @@ const (
 // byteOrderMark is passed over as many parsers do.
 const byteOrderMark = "\xef\xbb\xbf"
 
+// usualKey and usualValue are room for what most bodies have, in bytes.
+const usualKey, usualValue = 32, 64
+
 // maxKey bounds the member names that are looked at; "\u0075" makes a byte six.
 const maxKey = 6 * 64
 
@@ -55,7 +58,7 @@ const maxKey = 6 * 64
 // counts as not found. Of members of the same name the last one counts, as with
 // most parsers.
 func NewScanner(member string, bound int) *Scanner {
-	return &Scanner{want: member, name: []byte(member), bound: bound}
+	return &Scanner{want: member, name: []byte(member), bound: bound, key: make([]byte, 0, usualKey), value: make([]byte, 0, min(bound, usualValue))}
 }
 
 // within looks for a member of the object that the member outer is.

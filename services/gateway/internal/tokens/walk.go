@@ -286,6 +286,9 @@ func (w *walker) pass(p []byte, i, base int) int {
 func (w *walker) took(p []byte) {
 	switch {
 	case w.naming && len(w.key)+len(p) <= maxKey:
+		if w.key == nil {
+			w.key = make([]byte, 0, usualKey)
+		}
 		w.key = append(w.key, p...)
 	case w.naming:
 		w.key = append(w.key[:0], '!') // too long for what is wanted
