@@ -5,6 +5,7 @@ package counts
 import (
 	"bytes"
 	"encoding/json"
+	"math"
 	"strconv"
 
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
@@ -32,14 +33,14 @@ const (
 
 // fieldOf knows the names by which providers call their counts, at the top of a usage
 // object: OpenAI and those who follow it, Anthropic, Gemini, Bedrock, DeepSeek,
-// Moonshot, Perplexity.
+// Moonshot, Perplexity, Mistral, and the runtimes of open models.
 func fieldOf(name []byte) (Field, bool) {
 	switch string(name) {
-	case "prompt_tokens", "promptTokenCount", "promptTokens", "prompt_eval_count", "tokens_evaluated":
+	case "prompt_tokens", "promptTokenCount", "promptTokens", "prompt_eval_count", "tokens_evaluated", "total_input_tokens":
 		return Prompt, true
 	case "input_tokens", "inputTokens", "inputTokenCount":
 		return Input, true
-	case "completion_tokens", "output_tokens", "candidatesTokenCount", "responseTokenCount", "completionTokens", "outputTokens", "outputTokenCount", "eval_count", "tokens_predicted":
+	case "completion_tokens", "output_tokens", "candidatesTokenCount", "responseTokenCount", "completionTokens", "outputTokens", "outputTokenCount", "eval_count", "tokens_predicted", "total_output_tokens":
 		return Output, true
 	case "total_tokens", "totalTokenCount", "totalTokens":
 		return Total, true
@@ -47,13 +48,13 @@ func fieldOf(name []byte) (Field, bool) {
 		return CacheRead, true
 	case "cache_creation_input_tokens", "cacheWriteInputTokens", "cacheWriteInputTokenCount":
 		return CacheCreation, true
-	case "prompt_cache_hit_tokens", "cached_tokens", "cachedContentTokenCount":
+	case "prompt_cache_hit_tokens", "cached_tokens", "cachedContentTokenCount", "num_cached_tokens", "total_cached_tokens":
 		return Cached, true
 	case "reasoning_tokens":
 		return Reasoning, true
-	case "thoughtsTokenCount":
+	case "thoughtsTokenCount", "total_thought_tokens":
 		return Thoughts, true
-	case "toolUsePromptTokenCount":
+	case "toolUsePromptTokenCount", "total_tool_use_tokens", "connector_tokens":
 		return ToolInput, true
 	}
 	return 0, false
@@ -89,8 +90,13 @@ func (c *Counts) Set(f Field, raw []byte) {
 	}
 }
 
-// whole reads a count: an integer, or one that is written with zeros behind a point.
+// whole reads a count: an integer, or one that is written with zeros behind a point, or
+// with a power of ten.
 func whole(raw []byte) (int64, bool) {
+	if bytes.ContainsAny(raw, "eE") && len(raw) <= 32 && raw[0] >= '0' && raw[0] <= '9' {
+		f, err := strconv.ParseFloat(string(raw), 64)
+		return int64(f), err == nil && json.Valid(raw) && f >= 0 && f <= float64(usage.MaxQuantity) && f == math.Trunc(f)
+	}
 	if i := bytes.IndexByte(raw, '.'); i > 0 && i+1 < len(raw) && len(bytes.Trim(raw[i+1:], "0")) == 0 {
 		raw = raw[:i]
 	}
@@ -114,7 +120,8 @@ func (c *Counts) Parse(raw []byte) bool {
 			return
 		}
 		switch string(name) {
-		case "prompt_tokens_details", "input_tokens_details", "completion_tokens_details", "output_tokens_details":
+		case "prompt_tokens_details", "input_tokens_details", "completion_tokens_details", "output_tokens_details",
+			"prompt_token_details", "input_token_details", "completion_token_details", "output_token_details":
 			eachMember(value, func(name, value []byte) {
 				switch string(name) {
 				case "cached_tokens":
@@ -123,6 +130,12 @@ func (c *Counts) Parse(raw []byte) bool {
 					c.Set(Reasoning, value)
 				}
 			})
+		case "cache_creation": // Anthropic's new caches, by how long they are kept
+			var sum Counts
+			eachMember(value, func(_, value []byte) { sum.plus(CacheCreation, value) })
+			c.Add(&sum)
+		case "iterations":
+			c.iterations(value)
 		case "tokens": // Cohere's count of what the model saw
 			eachMember(value, func(name, value []byte) {
 				switch string(name) {
@@ -143,6 +156,36 @@ func (c *Counts) Parse(raw []byte) bool {
 			})
 		}
 	})
+}
+
+// iterations takes the turns of which an answer of Anthropic's is made. The counts beside
+// them leave out those that it did not answer in, as when it compacts what came before.
+func (c *Counts) iterations(raw []byte) {
+	var turns []json.RawMessage
+	if json.Unmarshal(raw, &turns) != nil {
+		return
+	}
+	var sum Counts
+	for _, turn := range turns {
+		eachMember(turn, func(name, value []byte) {
+			switch f, ok := fieldOf(name); {
+			case !ok:
+			case f == Input, f == Output, f == CacheRead, f == CacheCreation:
+				sum.plus(f, value)
+			}
+		})
+	}
+	c.Add(&sum)
+}
+
+// plus adds a count to a field.
+func (c *Counts) plus(f Field, raw []byte) {
+	v, ok := whole(bytes.TrimSpace(raw))
+	if !ok || v > usage.MaxQuantity-c.values[f] {
+		return // the counts beside it are what is known
+	}
+	c.known |= 1 << f
+	c.values[f] += v
 }
 
 // Add takes over what a later report of the same answer says. Reports are cumulative:
@@ -184,9 +227,9 @@ func (c *Counts) lost(f Field) bool { return c.bad&^c.known&(1<<f) != 0 }
 // them added, so that the meter means the same for every provider, and
 // cached_input_tokens is the part of it that came from a cache. output_tokens counts
 // all output, reasoning included: where the total is larger than input and output,
-// what is missing was left out of one of them. It is the cached input if that is as
-// much, and output otherwise: reasoning that is counted beside it (xAI), or not told at
-// all (Gemini's OpenAI endpoint).
+// what is missing was left out of one of them. It is input that caches had or got if
+// that is as much, and output otherwise: reasoning that is counted beside it (xAI), or
+// not told at all (Gemini's OpenAI endpoint).
 func (c *Counts) Readings() (readings []Reading, malformed bool) {
 	readings, malformed = make([]Reading, 0, 4), c.bad != 0 // one a meter
 	input, haveInput := c.Get(Input)
@@ -224,10 +267,15 @@ func (c *Counts) Readings() (readings []Reading, malformed bool) {
 		fromCache, haveCached = read, true
 	}
 	if haveInput && haveOutput {
-		switch beyond := total - input - output; {
-		case haveTotal && beyond > 0 && beyond == fromCache && beyond != reasoned:
-			input = total - output
-		case haveTotal && beyond > 0:
+		if beyond := total - input - output; haveTotal && beyond > 0 {
+			if beyond != reasoned {
+				for _, beside := range [...]int64{read + created, read, created, fromCache} {
+					if beside > 0 && (beyond == beside || beyond == beside+reasoned) {
+						input += beside
+						break
+					}
+				}
+			}
 			output = total - input
 		}
 	}

@@ -184,7 +184,7 @@ func (r *Reader) see(p []byte) {
 func (r *Reader) decide(p []byte) {
 	for _, c := range p {
 		switch c {
-		case ' ', '\t', '\r', '\n':
+		case ' ', '\t', '\r', '\n', recordSeparator:
 		case byteOrderMark[0], byteOrderMark[1], byteOrderMark[2]:
 			// The walker says whether they are one.
 		case '{', '[':
@@ -285,6 +285,9 @@ const (
 type events struct {
 	report *report
 	walk   walker
+
+	begun bool // a byte of the stream that is of no byte order mark came by
+	mark  int  // bytes of the mark that stands before the first field
 
 	// The line, and the event so far.
 	field int  // bytes of it that are those of dataField
@@ -391,10 +394,18 @@ func (s *events) part(p []byte, i int) {
 		return
 	}
 	s.began = true
+	for !s.begun && len(p) > 0 {
+		if s.mark < len(byteOrderMark) && p[0] == byteOrderMark[s.mark] {
+			s.mark++
+			i++
+			p = p[1:]
+			continue
+		}
+		s.begun = true
+		s.other = s.mark%len(byteOrderMark) != 0
+	}
 	for !s.other && s.field < len(dataField) && len(p) > 0 {
 		if p[0] != dataField[s.field] {
-			// A byte order mark may stand before the first field; it is then not
-			// looked at, and no provider reports usage there.
 			s.other = true
 			return
 		}

@@ -37,6 +37,10 @@ func (t *report) take(w *walker) (outermost bool) {
 			continue
 		}
 		c, ok := t.read(m)
+		if s == slotUsage && !w.again.None() {
+			c.Add(&w.again)
+			ok = true
+		}
 		if !ok {
 			continue
 		}

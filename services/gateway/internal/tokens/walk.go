@@ -3,6 +3,8 @@ package tokens
 import (
 	"bytes"
 	"encoding/json"
+
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/counts"
 )
 
 // slot is a member of an answer that is worth a look.
@@ -13,15 +15,15 @@ const (
 	// Usage objects, wherever providers put them.
 	slotUsage    // usage: OpenAI, Anthropic, Bedrock, Mistral
 	slotMetadata // usageMetadata: Gemini
-	slotInner    // response.usage, response.usageMetadata: OpenAI's responses
+	slotInner    // response.usage, response.usageMetadata: OpenAI's responses, Gemini's interactions
 	slotBegin    // message.usage: how Anthropic's stream begins
-	slotAside    // x_groq.usage, delta.usage, meta: Groq, Cohere
+	slotAside    // x_groq.usage, delta.usage, meta: Groq, Cohere, Bedrock
 	// What the answer is.
 	slotChoices
 	slotID
 	slotModel
 	slotBackground
-	// Counts that stand beside everything else: Ollama, llama.cpp.
+	// Counts that stand beside everything else: Ollama, llama.cpp, Bedrock's Llama and Titan.
 	slotCountIn
 	slotCountOut
 	numSlots
@@ -41,13 +43,13 @@ func slotOf(name []byte) slot {
 		return slotUsage
 	case "usageMetadata":
 		return slotMetadata
-	case "response":
+	case "response", "interaction":
 		return slotResponse
 	case "message":
 		return slotMessage
 	case "x_groq", "delta":
 		return slotParent
-	case "meta":
+	case "meta", "amazon-bedrock-invocationMetrics":
 		return slotAside
 	case "choices":
 		return slotChoices
@@ -57,9 +59,9 @@ func slotOf(name []byte) slot {
 		return slotModel
 	case "background":
 		return slotBackground
-	case "prompt_eval_count", "tokens_evaluated":
+	case "prompt_eval_count", "tokens_evaluated", "prompt_token_count", "inputTextTokenCount":
 		return slotCountIn
-	case "eval_count", "tokens_predicted":
+	case "eval_count", "tokens_predicted", "generation_token_count":
 		return slotCountOut
 	}
 	return label(name)
@@ -71,6 +73,8 @@ func slotWithin(parent slot, name []byte) slot {
 	switch {
 	case parent == slotResponse && (usage || string(name) == "usageMetadata"):
 		return slotInner
+	case parent == slotResponse && string(name) == "meta":
+		return slotAside
 	case parent == slotResponse && string(name) == "id":
 		return slotID
 	case parent == slotResponse && string(name) == "model":
@@ -153,7 +157,8 @@ type walker struct {
 	comma   int  // where the last comma or brace at depth 1 was
 	some    bool // the document has had a member
 	members [numSlots]member
-	text    int64 // bytes of the model's
+	again   counts.Counts // of usage objects that another one of the name follows
+	text    int64         // bytes of the model's
 }
 
 // reset forgets the document.
@@ -165,6 +170,9 @@ func (w *walker) reset() {
 	w.at, w.depth, w.objects, w.text, w.comma = 0, 0, 0, 0, 0
 	w.inString, w.escaped, w.naming, w.wantName, w.label = false, false, false, false, false
 	w.parent, w.slot, w.capture = noSlot, noSlot, noSlot
+	if !w.again.None() {
+		w.again = counts.Counts{}
+	}
 	w.begun, w.broken, w.mark, w.some, w.list, w.listOver = false, false, 0, false, false, false
 }
 
@@ -236,10 +244,13 @@ func (w *walker) restart() {
 	w.list = list
 }
 
+// recordSeparator stands before each document of application/json-seq.
+const recordSeparator = 0x1e
+
 // outside takes what stands outside of documents.
 func (w *walker) outside(c byte) {
 	switch {
-	case c == ' ' || c == '\t' || c == '\n' || c == '\r':
+	case c == ' ' || c == '\t' || c == '\n' || c == '\r' || c == recordSeparator:
 	case !w.begun && !w.list && w.mark < len(byteOrderMark) && c == byteOrderMark[w.mark]:
 		w.mark++
 	case c == '[' && !w.begun && !w.list:
@@ -331,6 +342,12 @@ func (w *walker) named() {
 // begin keeps the value that comes.
 func (w *walker) begin() {
 	m := &w.members[w.slot]
+	if w.slot == slotUsage && m.found && !m.tooLong {
+		var earlier counts.Counts
+		if earlier.Parse(m.raw) {
+			w.again.Add(&earlier)
+		}
+	}
 	*m = member{raw: m.raw[:0], found: true, before: w.comma, from: w.keyAt, first: !w.some || w.depth != 1}
 	w.capture, w.deep = w.slot, w.depth
 }
