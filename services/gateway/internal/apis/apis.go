@@ -21,6 +21,12 @@ type Operation struct {
 	// Options reports whether its streamed answer ends with its usage if stream_options
 	// ask for that.
 	Options bool
+	// Text: its answer is made of tokens, so that one which does not tell its usage has
+	// some.
+	Text bool
+	// versioned: others have operations of the name too, so that it is known behind a
+	// version only.
+	versioned bool
 	// Unused are the meters that it can't use.
 	Unused usage.MeterSet
 	// models are beginnings of the names of those models with which it can't use
@@ -52,7 +58,7 @@ var (
 )
 
 // entry of the table. The path is the end of one, behind a version; * is one segment,
-// ** is any number of them, also none.
+// also with an end of its own, ** is any number of them, also none.
 type entry struct {
 	methods, path string
 	Operation
@@ -69,10 +75,28 @@ var table = []entry{
 	{read, "realtime/**", Operation{}},
 	{read, "responses", Operation{}},
 	// Answers made of tokens.
-	{post, "chat/completions", Operation{Maxima: []string{"max_tokens", "max_completion_tokens"}, Options: true}},
-	{post, "completions", Operation{Maxima: []string{"max_tokens"}, Options: true}},
-	{post, "messages", Operation{Maxima: []string{"max_tokens"}}},
-	{post, "responses", Operation{Maxima: []string{"max_output_tokens"}}},
+	{post, "chat/completions", Operation{Maxima: []string{"max_tokens", "max_completion_tokens"}, Options: true, Text: true}},
+	{post, "completions", Operation{Maxima: []string{"max_tokens"}, Options: true, Text: true}},
+	{post, "messages", Operation{Maxima: []string{"max_tokens"}, Text: true}},
+	{post, "responses", Operation{Maxima: []string{"max_output_tokens"}, Text: true}},
+	{post, "chat", Operation{Text: true, versioned: true}},         // Cohere
+	{post, "interactions", Operation{Text: true, versioned: true}}, // Gemini
+	{post, "models/*:generateContent", Operation{Text: true}},      // Gemini
+	{post, "tunedModels/*:generateContent", Operation{Text: true}},
+	{post, "tunedModels/*:streamGenerateContent", Operation{Text: true}},
+	{post, "models/*:streamGenerateContent", Operation{Text: true}},
+	{post, "models/*:rawPredict", Operation{Text: true}}, // Anthropic and Mistral at Vertex
+	{post, "models/*:streamRawPredict", Operation{Text: true}},
+	{post, "model/*/converse", Operation{Text: true}}, // Bedrock
+	{post, "model/*/converse-stream", Operation{Text: true}},
+	{post, "model/*/invoke", Operation{Text: true}},
+	{post, "model/*/invoke-with-response-stream", Operation{Text: true}},
+	{post, "api/chat", Operation{Text: true}}, // Ollama
+	{post, "api/generate", Operation{Text: true}},
+	{post, "completion", Operation{Text: true}}, // llama.cpp
+	{post, "infill", Operation{Text: true}},
+	{post, "generate_stream", Operation{Text: true}},  // TGI
+	{read, "chat/deferred-completion/*", Operation{}}, // xAI: tells its usage here alone, once
 	{post, "embeddings", Operation{Unused: output}},
 	// Answers made of something else, with some models.
 	{post, "images/generations", Operation{models: []string{"dall-e-"}, unusedWith: tokens}},
@@ -87,6 +111,10 @@ var table = []entry{
 	{post, "moderations", Operation{Unused: nothing}},
 	{post, "messages/count_tokens", Operation{Unused: nothing}},
 	{post, "responses/input_tokens", Operation{Unused: nothing}},
+	{post, "models/*:countTokens", Operation{Unused: nothing}},
+	{post, "interactions/*/cancel", Operation{Unused: nothing}},
+	{post, "threads/*/runs/*", Operation{Unused: nothing}}, // its metadata
+	{post, "threads/*/runs/*/cancel", Operation{Unused: nothing}},
 	{post, "responses/*/cancel", Operation{Unused: nothing}},
 	{post, "chat/completions/*", Operation{Unused: nothing}}, // its metadata
 	{post, "files", Operation{Unused: nothing}},
@@ -107,6 +135,8 @@ var table = []entry{
 	{manage, "models/**", Operation{Unused: nothing}},
 	{manage, "files/**", Operation{Unused: nothing}},
 	{read, "uploads/*", Operation{Unused: nothing}},
+	// What a batch used is told here, as often as somebody asks: it is reported as an
+	// event, and not counted here.
 	{manage, "batches/**", Operation{Unused: nothing}},
 	{manage, "messages/batches/**", Operation{Unused: nothing}},
 	{manage, "fine_tuning/jobs/**", Operation{Unused: nothing}},
@@ -153,7 +183,7 @@ func Of(method, path string, provider bool) Operation {
 		var segment, behind string
 		segment, behind, more = strings.Cut(rest, "/")
 		for _, e := range begins[segment] {
-			if (anchored || len(e.Maxima) > 0) && matches(e.path, rest) {
+			if (anchored || e.Text && !e.versioned) && matches(e.path, rest) {
 				o := e.Operation
 				o.Known = true
 				return o
@@ -179,7 +209,7 @@ func matches(pattern, path string) bool {
 		}
 		segment, path, more = strings.Cut(path, "/")
 		switch {
-		case segment == "" || head != "*" && head != segment:
+		case segment == "" || head != segment && (head[0] != '*' || !strings.HasSuffix(segment, head[1:])):
 			return false
 		case pattern == "":
 			return !more

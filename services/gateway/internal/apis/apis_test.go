@@ -47,7 +47,20 @@ func TestOnlyWhatCantUseTokensIsSaidNotTo(t *testing.T) {
 		{"POST /v1/audio/transcriptions", false, "gpt-4o-transcribe", true, true},
 		{"POST /v1/audio/speech", false, "tts-1-hd", false, false},
 		{"POST /v1/audio/speech", false, "gpt-4o-mini-tts", true, true},
+		{"POST /v1beta/models/gemini-2.5-pro:countTokens", false, "", false, false},
+		{"POST /v1beta/interactions/v1_x/cancel", false, "", false, false},
+		{"POST /v1/threads/t/runs/r", false, "", false, false},
+		{"POST /v1/threads/t/runs/r/cancel", false, "", false, false},
 		// Anything else may.
+		{"POST /v1beta/models/gemini:countTokensX", false, "", true, true},
+		{"POST /x/models/gemini:countTokens", false, "", true, true},
+		{"POST /v1beta/models/x/y:countTokens", false, "", true, true},
+		{"POST /v1/threads/t/runs/r/submit_tool_outputs", false, "", true, true},
+		{"POST /v1beta/interactions", false, "", true, true},
+		{"GET /v1/chat/deferred-completion/x", true, "", true, true},
+		{"POST /v2/chat", false, "", true, true},
+		{"POST /api/chat", false, "", true, true},
+		{"POST /model/anthropic.claude/invoke", false, "", true, true},
 		{"POST /v1/chat/completions", true, "", true, true},
 		{"POST /v1/messages", true, "", true, true},
 		{"POST /v1/responses", true, "", true, true},
@@ -108,10 +121,28 @@ func TestWhatBoundsAnAnswerAndWhoseUsageItTells(t *testing.T) {
 		{"GET", "/v1/responses/r", nil, false},
 		{"GET", "/v1/chat/completions/c", nil, false},
 		{"POST", "/v1/responses/r/cancel", nil, false},
+		{"GET", "/v1/chat/deferred-completion/x", nil, true},
+		{"POST", "/api/chat", nil, true},
+		{"POST", "/v1beta/models/gemini:streamGenerateContent", nil, true},
+		{"POST", "/v1/threads/t/runs/r", nil, false},
 	} {
 		o := Of(c.method, c.path, false)
 		if !slices.Equal(o.Maxima, c.maxima) || o.Produces() != c.produces {
 			t.Errorf("%s %s: %+v", c.method, c.path, o)
+		}
+	}
+	for path, text := range map[string]bool{
+		"/v1/chat/completions": true, "/v1/fim/completions": true, "/v1/messages": true, "/v1/responses": true, "/v2/chat": true, "/v1beta/interactions": true,
+		"/api/chat": true, "/api/generate": true, "/infill": true, "/generate_stream": true, "/v1beta/models/gemini:generateContent": true,
+		"/v1/projects/p/locations/l/publishers/anthropic/models/claude:streamRawPredict": true, "/model/m/converse": true, "/model/arn%3Aaws/converse-stream": true,
+		"/model/m/invoke": true, "/bedrock/model/m/invoke-with-response-stream": true,
+		"/chat": false, "/v1/embeddings": false, "/v1/audio/speech": false, "/v1/rerank": false, "/generateContent": false, "/model/converse": false, "/v1/files": false,
+	} {
+		if o := Of("POST", path, false); o.Text != text {
+			t.Errorf("%s: made of tokens: %v", path, o.Text)
+		}
+		if o := Of("GET", path, false); o.Text {
+			t.Errorf("GET %s: made of tokens", path)
 		}
 	}
 	if m := Maxima(); !slices.Equal(m, []string{"max_tokens", "max_completion_tokens", "max_output_tokens"}) {

@@ -147,7 +147,7 @@ func Maxima() []string { return apis.Maxima() }
 // kindOf goes by the path, and where that says nothing by what the body asks about: a
 // member that bounds nothing there must not be taken for a bound.
 func kindOf(method, path string, members map[string]json.RawMessage) kind {
-	if o := apis.Of(method, path, false); o.Known {
+	if o := apis.Of(method, path, false); o.Known && (!o.Text || len(o.Maxima) > 0) {
 		silent := o.Unused.Has(usage.OutputTokens)
 		return kind{maxima: o.Maxima, silent: silent, boundless: len(o.Maxima) == 0 && !silent}
 	}

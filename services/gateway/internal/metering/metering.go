@@ -17,6 +17,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/apis"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/asking"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/pictures"
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/tokens"
 )
 
@@ -248,17 +249,17 @@ func (m *Route) made(r *http.Request, result *tokens.Result) {
 }
 
 // estimate says what counts for used where the answer did not tell. An answer of an API
-// that is not known here, which is whole and tells no usage, has none.
+// that is not known here, which is whole, tells no usage and does not look like a model's,
+// has none.
 func (m *Route) estimate(r *http.Request, report *gate.Report, result *tokens.Result, told usage.MeterSet) {
 	if result.Outcome == tokens.Measured && told.Has(usage.InputTokens) && told.Has(usage.OutputTokens) {
 		return
 	}
 	o := m.operation(r)
-	text := len(o.Maxima) > 0 // it is made of tokens
 	switch {
-	case o.Known && !text && (o.Unused.Has(usage.InputTokens) || !o.Unused.Has(usage.OutputTokens)):
+	case o.Known && !o.Text && (o.Unused.Has(usage.InputTokens) || !o.Unused.Has(usage.OutputTokens)):
 		return
-	case !o.Known && (result.Outcome == tokens.Measured || result.Outcome == tokens.None || result.Outcome == tokens.Unreadable || result.Outcome == tokens.Empty):
+	case !o.Known && !result.OfModel && (result.Outcome == tokens.Measured || result.Outcome == tokens.None || result.Outcome == tokens.Unreadable || result.Outcome == tokens.Empty):
 		return
 	}
 	m.estimated.Inc()
@@ -283,8 +284,9 @@ func (m *Route) estimate(r *http.Request, report *gate.Report, result *tokens.Re
 	}
 }
 
-// input is how many tokens a request's text can have: a token is a byte at least. What
-// is no text (sound, pictures in forms) has none that can be told so.
+// input is how many tokens a request's text can have: a token is a byte at least. Of
+// pictures and sound in it are counted as many as they can be, where the body is still in
+// memory. What is no text (sound, pictures in forms) has none that can be told so.
 func (m *Route) input(r *http.Request) (int64, bool) {
 	if t := r.Header.Get("Content-Type"); t != "" && !tokens.IsJSON(t) && !strings.HasPrefix(strings.ToLower(t), "text/") {
 		return 0, false
@@ -292,7 +294,11 @@ func (m *Route) input(r *http.Request) (int64, bool) {
 	if n, ok := r.Context().Value(sizeKey{}).(*atomic.Int64); ok {
 		return n.Load(), true
 	}
-	return max(r.ContentLength, 0), true
+	size := max(r.ContentLength, 0)
+	if held, ok := r.Body.(asking.Held); ok && size > pictures.Tokens {
+		size -= pictures.Beyond(held.Bytes())
+	}
+	return size, true
 }
 
 // Unanswered settles a call whose client left before the upstream, which may have served

@@ -37,6 +37,11 @@ func InBody(r *http.Request, member string, bound int64, bodies *Room) (string, 
 	if !legible(types) {
 		return "", illegible()
 	}
+	if boundary, ok, err := form(r); err != nil {
+		return "", err
+	} else if ok {
+		return inForm(r, member, boundary, max(bound, maxForm), bodies)
+	}
 	if r.ContentLength > bound && tokens.IsJSON(r.Header.Get("Content-Type")) {
 		return "", tooLarge()
 	}
@@ -45,7 +50,7 @@ func InBody(r *http.Request, member string, bound int64, bodies *Room) (string, 
 	for taken := int64(0); ; {
 		if need := int64(len(kept)); need > smallBody && need >= taken {
 			if !bodies.Take(r.Context(), roomStep) {
-				return "", &refusal.Refusal{Code: refusal.TooLarge, Status: http.StatusServiceUnavailable, Detail: "Too many large bodies are being read at once: try again in a moment."}
+				return "", noRoom()
 			}
 			taken = need + roomStep
 		}

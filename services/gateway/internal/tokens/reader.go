@@ -49,6 +49,8 @@ type Result struct {
 	// Complete: the answer's last word came by, so that who hangs up then misses
 	// nothing.
 	Complete bool
+	// OfModel: the answer has choices or candidates, as those of models have.
+	OfModel bool
 	// Background: the answer says that it is made in the background, so that its
 	// usage may be told later, to those who ask for it by its ID. Model is the name
 	// that it has in the answer. Both are told of such answers only.
@@ -240,7 +242,7 @@ func (r *Reader) result(whole bool) Result {
 	complete := whole
 	if r.form == documents {
 		if r.docs.begun && !r.docs.whole() {
-			r.report.passed += max(r.docs.text, 1)
+			r.report.passed += r.docs.output()
 			complete = false
 		}
 		complete = complete && !r.docs.broken
@@ -335,7 +337,7 @@ func (s *events) finish() { s.endEvent() }
 // pending is the output in the event that is open.
 func (s *events) pending() int64 {
 	if s.walk.begun {
-		return max(s.walk.text, 1)
+		return s.walk.output()
 	}
 	return 0
 }
@@ -454,7 +456,7 @@ func (s *events) endEvent() {
 			s.takeOff(reported)
 		}
 	case s.walk.begun:
-		s.report.passed += max(s.walk.text, 1)
+		s.report.passed += s.walk.output()
 	case string(bytes.TrimSpace(s.word)) == lastWord:
 		s.report.partial, s.last = false, true
 	}

@@ -23,13 +23,15 @@ type report struct {
 	passed  int64 // output since the newest report, in tokens at most
 	id      string
 	model   string
+	ofModel bool
 	later   bool // the answer is made in the background
 }
 
 // take takes a document over, and reports whether it tells of usage at its outermost.
 func (t *report) take(w *walker) (outermost bool) {
-	t.passed += max(w.text, 1)
+	t.passed += w.output()
 	choices := &w.members[slotChoices]
+	t.ofModel = t.ofModel || choices.found
 	beside := choices.found && !emptyList(choices) && !isNull(choices.raw)
 	for _, s := range [...]slot{slotUsage, slotMetadata, slotInner, slotAside} {
 		m := &w.members[s]
@@ -130,7 +132,7 @@ func (t *report) result() Result {
 		}
 	}
 	readings, malformed := all.Readings()
-	r := Result{Readings: readings, Passed: t.passed, ID: t.id, Model: t.model, Background: t.later}
+	r := Result{Readings: readings, Passed: t.passed, ID: t.id, Model: t.model, Background: t.later, OfModel: t.ofModel}
 	switch {
 	case t.tooLong:
 		r.Outcome = TooLarge

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 
 	"github.com/tollkeeper/tollkeeper/services/gateway/internal/counts"
+	"github.com/tollkeeper/tollkeeper/services/gateway/internal/pictures"
 )
 
 // slot is a member of an answer that is worth a look.
@@ -34,6 +35,8 @@ const (
 	slotParent
 	// slotLabel is a member whose text is not the model's.
 	slotLabel
+	// slotMedia is one of pictures or sound.
+	slotMedia
 )
 
 // slotOf says what a member of the outermost object is.
@@ -51,7 +54,7 @@ func slotOf(name []byte) slot {
 		return slotParent
 	case "meta", "amazon-bedrock-invocationMetrics":
 		return slotAside
-	case "choices":
+	case "choices", "candidates":
 		return slotChoices
 	case "id":
 		return slotID
@@ -93,8 +96,10 @@ func slotWithin(parent slot, name []byte) slot {
 func label(name []byte) slot {
 	switch string(name) {
 	case "id", "object", "model", "type", "role", "status", "finish_reason", "native_finish_reason", "stop_reason", "finishReason", "done_reason", "severity",
-		"system_fingerprint", "service_tier", "obfuscation", "item_id", "call_id", "response_id", "responseId", "modelVersion", "created_at", "provider":
+		"system_fingerprint", "service_tier", "obfuscation", "item_id", "call_id", "response_id", "responseId", "modelVersion", "created_at", "provider", "signature", "thoughtSignature", "mimeType", "mime_type", "event_type":
 		return slotLabel
+	case "b64_json", "partial_image_b64":
+		return slotMedia
 	}
 	return noSlot
 }
@@ -151,6 +156,7 @@ type walker struct {
 	parent slot // of the object at depth 2
 	slot   slot // of the member whose value comes
 	label  bool // strings are not the model's
+	media  bool // strings are pictures or sound
 
 	capture slot // which is being kept
 	deep    int  // the depth at which its value ends
@@ -159,6 +165,7 @@ type walker struct {
 	members [numSlots]member
 	again   counts.Counts // of usage objects that another one of the name follows
 	text    int64         // bytes of the model's
+	coded   int64         // bytes of its pictures and sound
 }
 
 // reset forgets the document.
@@ -167,8 +174,8 @@ func (w *walker) reset() {
 		m := &w.members[i]
 		*m = member{raw: m.raw[:0]}
 	}
-	w.at, w.depth, w.objects, w.text, w.comma = 0, 0, 0, 0, 0
-	w.inString, w.escaped, w.naming, w.wantName, w.label = false, false, false, false, false
+	w.at, w.depth, w.objects, w.text, w.coded, w.comma = 0, 0, 0, 0, 0, 0
+	w.inString, w.escaped, w.naming, w.wantName, w.label, w.media = false, false, false, false, false, false
 	w.parent, w.slot, w.capture = noSlot, noSlot, noSlot
 	if !w.again.None() {
 		w.again = counts.Counts{}
@@ -304,6 +311,10 @@ func (w *walker) took(p []byte) {
 	case w.naming:
 		w.key = append(w.key[:0], '!') // too long for what is wanted
 	case !w.label && (w.capture == noSlot || w.capture == slotChoices):
+		if w.media {
+			w.coded += int64(len(p))
+			return
+		}
 		w.text += int64(len(p))
 	}
 }
@@ -327,10 +338,12 @@ func (w *walker) named() {
 		w.parent = s
 	case w.depth == 2:
 		s = slotWithin(w.parent, name)
+	case string(name) == "data":
+		s = slotMedia // of inlineData, audio, source
 	default:
 		s = label(name)
 	}
-	w.label = s == slotLabel || s == slotID || s == slotModel
+	w.label, w.media = s == slotLabel || s == slotID || s == slotModel, s == slotMedia
 	w.slot = s
 	if w.depth == 1 {
 		if u := &w.members[slotUsage]; u.found && u.next == 0 && u.to > 0 {
@@ -380,7 +393,7 @@ func (w *walker) separate(at int) {
 	w.slot = noSlot
 	if w.object() {
 		w.wantName = true
-		w.label = false
+		w.label, w.media = false, false
 	}
 	if w.depth == 1 {
 		w.comma = at
@@ -411,10 +424,15 @@ func (w *walker) shut(c byte) {
 		return
 	}
 	w.depth--
-	w.wantName, w.slot, w.label = false, noSlot, false
+	w.wantName, w.slot, w.label, w.media = false, noSlot, false, false
 	if w.depth == 0 && w.ended != nil {
 		w.ended()
 	}
+}
+
+// output is how many tokens of the model's the document has at most, and one at least.
+func (w *walker) output() int64 {
+	return max(w.text+w.coded/pictures.PerToken, 1)
 }
 
 // whole: the document is there to its end.
