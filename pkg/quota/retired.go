@@ -29,8 +29,13 @@ type retired struct {
 }
 
 // maxRetired counters of an account are kept, as many as a plan may have limits.
-// Beyond, the oldest of which gateways hold nothing is forgotten.
-const maxRetired = MaxPlanLimits
+// Beyond, the oldest of which gateways hold nothing is forgotten: the ledger tells it
+// again. Of those of which gateways hold something, which it does not tell, maxHeld are
+// kept.
+const (
+	maxRetired = MaxPlanLimits
+	maxHeld    = 1024
+)
 
 // sameKey says whether two limits count the same: meter, window and calls.
 func sameKey(a, b *limit) bool {
@@ -68,8 +73,11 @@ func (s *Shard) retire(i uint32, l *limit, c *counter, open opened) *retired {
 	c.roll(s.windows[l.kind].number)
 	at := findRetired(s.retired[i], l)
 	if at < 0 {
-		if list := s.retired[i]; len(list) == maxRetired {
-			s.forgetRetired(i, list, max(0, slices.IndexFunc(list, func(r retired) bool { return len(r.allowances) == 0 })))
+		if list := s.retired[i]; len(list) >= maxRetired {
+			first := slices.IndexFunc(list, func(r retired) bool { return len(r.allowances) == 0 })
+			if first >= 0 || len(list) == maxHeld {
+				s.forgetRetired(i, list, max(0, first))
+			}
 		}
 		at = s.addRetired(i, l)
 	}
@@ -283,6 +291,7 @@ func (s *Shard) unpark(i uint32, limits []limit) {
 			for _, f := range x.formers {
 				f.entry.Terms = &l.terms
 			}
+			x.reserve()
 			if key.window == number {
 				x.entry.Outside = r.counter.cur
 			}
@@ -402,7 +411,7 @@ func (s *Shard) appendRetired(out []byte, i uint32) []byte {
 // readRetired reads them; shared has the limits of all accounts by their text.
 func (s *Shard) readRetired(r *reader, i uint32, shared map[string]*limit) bool {
 	n := r.count()
-	if n == 0 || n > maxRetired {
+	if n == 0 || n > maxHeld {
 		return false
 	}
 	for range n {

@@ -1,11 +1,13 @@
 package quota
 
 import (
+	"fmt"
 	"testing"
 
 	"github.com/tollkeeper/tollkeeper/pkg/dedup"
 	"github.com/tollkeeper/tollkeeper/pkg/lease"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
+	"github.com/tollkeeper/tollkeeper/pkg/window"
 )
 
 // perDay is a limit of 3 calls a day.
@@ -248,5 +250,72 @@ func TestRetiredCountersOfAnAccountAreBounded(t *testing.T) {
 	}
 	if got := len(tl.s.retired[0]); got != maxRetired {
 		t.Errorf("%d are kept", got)
+	}
+}
+
+// What gateways hold under names that are remembered no longer stays reserved, also when
+// the limit goes away and comes back, and after a restart.
+func TestWhatIsForgottenOfFormerNamesStaysReservedWhenTheLimitComesBack(t *testing.T) {
+	t.Parallel()
+	for _, runs := range []bool{false, true} {
+		t.Run(fmt.Sprintf("without a restart %t", runs), func(t *testing.T) { forgottenStays(t, runs) })
+	}
+}
+
+func forgottenStays(t *testing.T, runs bool) {
+	t.Parallel()
+	d := newLeaseDesk(t)
+	d.runs = runs
+	d.apply(Entry{Control: &Control{Core: &Core{Version: CoreVersion, Horizon: 3600 * second}}})
+	d.apply(Entry{Control: freeAndPro("v1", []usage.Limit{{ID: "rpm", Meter: usage.Calls, Window: usage.Minute, Amount: 20, Tier: usage.TierExact}}, nil)})
+	const rounds = maxFormers + 2
+	holder := func(i int) lease.Gateway { return lease.Gateway{100, byte(i)} }
+	for i := range rounds {
+		d.is("granted", d.askOf("free/rpm", lease.Ask{Gateway: holder(i), Seq: 1, Need: 1}).Granted, int64(1))
+		d.moveTo("pro")
+		d.moveTo("free")
+	}
+	for i := range rounds {
+		d.askOf("free/rpm", lease.Ask{Gateway: holder(i), Seq: 2, Known: 1, Returned: 1, Closing: true})
+	}
+	d.moveTo("pro")
+	d.moveTo("free")
+	d.is("the two that are forgotten may be used", d.askOf("free/rpm", lease.Ask{Gateway: bert, Seq: 1, Need: 19}).Granted, int64(0))
+	d.is("the others came back", d.askOf("free/rpm", lease.Ask{Gateway: bert, Seq: 2, Need: 18}).Granted, int64(18))
+}
+
+// Of too many retired counters those are forgotten that the ledger can tell again; what
+// gateways hold is not.
+func TestOfTooManyRetiredCountersWhatGatewaysHoldIsKept(t *testing.T) {
+	t.Parallel()
+	tl := newTeller(t)
+	tl.apply(noon, Entry{Control: &Control{Core: &Core{Version: CoreVersion, Horizon: 3600 * second}}})
+	tl.accounts(usage.Account{ID: "acme", Plan: "free"})
+	limit := func(i int) usage.Limit {
+		return usage.Limit{ID: "day", Meter: usage.Calls, Window: usage.Day, Amount: 3, Tier: usage.TierExact, Filter: usage.Filter{Models: []string{fmt.Sprint(i)}}}
+	}
+	granted := func(i int) (units int64) {
+		g := lease.Gateway{100, byte(i >> 8), byte(i)}
+		fx := tl.apply(noon, Entry{Asks: []LeaseAsk{{Account: "acme", LimitID: "free/day", WindowStart: tl.s.windows[window.Day].at, Ask: lease.Ask{Gateway: g, Seq: 1, Sent: lease.Micros(noon), Need: 3}}}})
+		for _, a := range fx.Answers {
+			units += a.Granted
+		}
+		return units
+	}
+	rounds := maxRetired + 5
+	for i := range rounds {
+		tl.plans("v", limit(i))
+		if got := granted(i); got != 3 {
+			t.Fatalf("limit %d: a gateway got %d of 3", i, got)
+		}
+	}
+	if _, err := Read(tl.s.AppendBinary(nil)); err != nil {
+		t.Error(err)
+	}
+	for i := range rounds {
+		tl.plans("v", limit(i))
+		if got := granted(rounds + i); got != 0 {
+			t.Fatalf("limit %d: the first gateway may have used all of it, and another got %d", i, got)
+		}
 	}
 }
