@@ -395,7 +395,7 @@ func setGeometry(ctx context.Context, js jetstream.JetStream, o ProvisionOptions
 		g, err = bear(ctx, js, o)
 	}
 	if err == nil && o.Currency != "" && o.Currency != g.Currency {
-		return Geometry{}, fmt.Errorf("the costs of this ledger are in %s and were so from its birth, not in %s: leave the currency out, or begin another ledger", g.Currency, o.Currency)
+		return Geometry{}, fmt.Errorf("the costs of this ledger are in %s and were so from its birth, not in %s: leave the currency (--currency, TOLLKEEPER_CURRENCY) out, or begin another ledger in a data directory of its own", g.Currency, o.Currency)
 	}
 	return g, err
 }
