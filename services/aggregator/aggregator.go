@@ -242,10 +242,12 @@ func (s *service) count(ctx context.Context) error {
 	for shard := range s.shards {
 		s.owners = append(s.owners, newOwner(s, uint32(shard)))
 	}
+	began := time.Now()
 	from, err := s.warmAll(ctx)
 	if err != nil {
 		return err
 	}
+	s.log.Info().Int("shards", s.shards).Dur("took_ms", time.Since(began)).Msg("loaded the newest snapshots")
 	s.status.set(s, func(t *status) { t.unowned = s.shards })
 	byShard := &meter.Shards{Now: s.stand}
 	if err := s.o.Registerer.Register(byShard); err != nil {

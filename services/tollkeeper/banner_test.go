@@ -33,7 +33,7 @@ func (u *up) parts(ctx context.Context, t *testing.T, gateway string) []string {
 	t.Helper()
 	lines := u.said(ctx, t)
 	want := [][2]string{
-		{"NATS", "up"}, {"ClickHouse", "up"}, {"ledger", "up"}, {"aggregator", "ready"}, {"historian", "ready"},
+		{"NATS", "up"}, {"ledger", "up"}, {"ClickHouse", "up"}, {"aggregator", "ready"}, {"historian", "ready"},
 		{"alerter", "ready"}, {"auditor", "ready"}, {"gateway", gateway}, {"console", "ready"},
 	}
 	for i, w := range want {

@@ -35,6 +35,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/demo"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/engine"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/modelserver"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/phases"
 )
 
 // Options of a whole Tollkeeper.
@@ -100,8 +101,10 @@ type stack struct {
 	addr      Addresses
 	natsURL   natsconn.Options
 	natsd     *embednats.Server
-	engine    *embedclickhouse.Server
-	upstream  string
+	// engine is awaited before the addresses of ClickHouse are read.
+	engine   *engine.Beside
+	phases   *phases.Phases
+	upstream string
 }
 
 // Run runs everything until ctx is done, then stops it in reverse order within
@@ -110,7 +113,7 @@ func Run(ctx context.Context, o Options) error {
 	if o.Out == nil {
 		o.Out = io.Discard
 	}
-	s := &stack{o: o, banner: banner.Banner{Out: o.Out}, registry: telemetry.NewRegistry(), readiness: telemetry.NewReadiness(), natsURL: o.NATS}
+	s := &stack{o: o, banner: banner.Banner{Out: o.Out}, registry: telemetry.NewRegistry(), readiness: telemetry.NewReadiness(), natsURL: o.NATS, engine: engine.NewBeside(), phases: phases.Begin()}
 	if err := s.registry.Register(s.readiness); err != nil {
 		return fmt.Errorf("register metrics: %w", err)
 	}
@@ -123,8 +126,9 @@ func Run(ctx context.Context, o Options) error {
 	}
 	s.addr.NATS = natsconn.Redact(o.NATS.URL)
 	if len(o.ClickHouse.Addrs) == 0 {
-		g.Add("clickhouse", s.startClickHouse, func(ctx context.Context) error { return s.engine.Stop(ctx) })
+		g.AddRun("clickhouse", s.clickhouse)
 	} else {
+		s.engine.Elsewhere()
 		s.addr.ClickHouse, s.addr.ClickHouseOptions = o.ClickHouse.Addrs[0], o.ClickHouse
 	}
 	g.Add("ledger", s.provision, nil)
@@ -183,27 +187,14 @@ func (s *stack) startNATS(ctx context.Context) error {
 	return nil
 }
 
-func (s *stack) startClickHouse(ctx context.Context) error {
-	ready := s.readiness.Component("clickhouse_engine")
-	var err error
-	s.engine, err = engine.StartClickHouse(ctx, s.o.Engines, func(c embedclickhouse.StateChange) {
-		if c.State == embedclickhouse.StateReady {
-			ready.OK()
-			return
-		}
-		reason := "the engine is " + string(c.State)
-		if c.Err != nil {
-			reason += ": " + c.Err.Error()
-		}
-		ready.NotReady(reason)
+func (s *stack) clickhouse(ctx context.Context, ready func()) error {
+	began, component := time.Now(), s.readiness.Component("clickhouse_engine")
+	ready()
+	return s.engine.Run(ctx, s.o.Engines, component, func(server *embedclickhouse.Server) {
+		s.addr.ClickHouse, s.addr.ClickHouseHTTP = server.Addr(), server.HTTPAddr()
+		s.addr.ClickHouseOptions = engine.History(server.Addr(), server.Credentials())
+		s.phases.Beside("clickhouse", time.Since(began))
 	})
-	if err != nil {
-		return err
-	}
-	ready.OK()
-	s.addr.ClickHouse, s.addr.ClickHouseHTTP = s.engine.Addr(), s.engine.HTTPAddr()
-	s.addr.ClickHouseOptions = engine.History(s.engine.Addr(), s.engine.Credentials())
-	return nil
 }
 
 func (s *stack) aggregator(ctx context.Context, ready func()) error {
@@ -217,8 +208,12 @@ func (s *stack) aggregator(ctx context.Context, ready func()) error {
 
 func (s *stack) historian(ctx context.Context, ready func()) error {
 	ready()
+	nats := s.nats("historian") // not ready meanwhile
+	if err := s.engine.Await(ctx); err != nil {
+		return err
+	}
 	return historian.Run(ctx, historian.Options{
-		NATS: s.nats("historian"), ClickHouse: s.addr.ClickHouseOptions, Provision: ledger.ProvisionOptions{Shards: s.o.Shards},
+		NATS: nats, ClickHouse: s.addr.ClickHouseOptions, Provision: ledger.ProvisionOptions{Shards: s.o.Shards},
 		Logger: s.logger("historian"), Registerer: s.registry, Readiness: s.readiness,
 	})
 }
@@ -233,7 +228,11 @@ func (s *stack) alerter(ctx context.Context, ready func()) error {
 func (s *stack) auditor(ctx context.Context, ready func()) error {
 	ready()
 	o := s.o.Auditor
-	o.NATS, o.ClickHouse, o.Provision = s.nats("auditor"), s.addr.ClickHouseOptions, ledger.ProvisionOptions{Shards: s.o.Shards}
+	o.NATS = s.nats("auditor") // not ready meanwhile
+	if err := s.engine.Await(ctx); err != nil {
+		return err
+	}
+	o.ClickHouse, o.Provision = s.addr.ClickHouseOptions, ledger.ProvisionOptions{Shards: s.o.Shards}
 	o.Logger, o.Registerer, o.Readiness, o.AdminListen = s.logger("auditor"), s.registry, s.readiness, ""
 	return auditor.Run(ctx, o)
 }
@@ -351,21 +350,24 @@ func (s *stack) gateway(ctx context.Context, ready func()) error {
 }
 
 func (s *stack) console(ctx context.Context, ready func()) error {
+	nats := s.nats("console") // not ready meanwhile
+	if err := s.engine.Await(ctx); err != nil {
+		return err
+	}
 	return console.Run(ctx, console.Options{
-		Listen: s.o.APIListen, Flag: "api-listen", Token: s.o.APIToken, NATS: s.nats("console"), Shards: s.o.Shards,
+		Listen: s.o.APIListen, Flag: "api-listen", Token: s.o.APIToken, NATS: nats, Shards: s.o.Shards,
 		ClickHouse: s.addr.ClickHouseOptions, Logger: s.logger("console"), Registry: s.registry, Readiness: s.readiness,
 		Ready: func(a net.Addr) { s.addr.API = a.String(); ready() },
 	})
 }
 
-// started writes the line of an engine, which is up when it was started; services are
-// awaited.
+// started writes the line of a part that is up when it was started; the engine and the
+// services are awaited.
 func (s *stack) started(name string) {
+	s.phases.Ended(name)
 	switch name {
 	case "nats":
 		s.banner.Part("NATS", "up", s.addr.NATS)
-	case "clickhouse":
-		s.banner.Part("ClickHouse", "up", s.addr.ClickHouse)
 	case "ledger":
 		s.banner.Part("ledger", "up", fmt.Sprintf("%d shards", s.shards))
 	}
@@ -373,7 +375,15 @@ func (s *stack) started(name string) {
 
 // announce says where everything is, after all parts are ready or have had their time.
 func (s *stack) announce(ctx context.Context) error {
-	if s.natsd != nil && s.engine != nil {
+	if err := s.engine.Await(ctx); err != nil {
+		return err
+	}
+	s.phases.Tell(s.o.Logger)
+	embedded := len(s.o.ClickHouse.Addrs) == 0
+	if embedded {
+		s.banner.Part("ClickHouse", "up", s.addr.ClickHouse)
+	}
+	if s.natsd != nil && embedded {
 		if err := writeAddresses(s.o.Engines.DataDir, s.addr); err != nil {
 			return err
 		}

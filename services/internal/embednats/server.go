@@ -44,6 +44,10 @@ type Options struct {
 	// StoreDir is where JetStream keeps its files; it is created. One server at
 	// a time may use it.
 	StoreDir string
+	// StoreWait is how long Start waits for a store or, after that, a port that another
+	// server holds: a process that was killed keeps both until its memory is freed.
+	// 0: not at all.
+	StoreWait time.Duration
 	// Sync is how often what was acknowledged is forced to disk. 0, the
 	// default, means before every acknowledgement. With anything else a power
 	// cut loses up to that much of what was acknowledged; a kill -9 loses
@@ -116,14 +120,9 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	lock, err := lockStore(o.StoreDir)
+	lock, err := claim(ctx, o)
 	if err != nil {
 		return nil, err
-	}
-	// Found out now rather than by the server, which opens its ports only
-	// after the recovery of what may be gigabytes.
-	if err := checkPorts(o); err != nil {
-		return nil, errors.Join(err, lock.Close())
 	}
 	ns, err := server.NewServer(sopts)
 	if err != nil {
@@ -430,6 +429,49 @@ func checkPorts(o Options) error {
 		}
 	}
 	return nil
+}
+
+// claimEvery is how often claim looks again.
+const claimEvery = 20 * time.Millisecond
+
+// claim locks the store, and finds out whether the ports are free: now rather than by the
+// server, which opens them only after the recovery of what may be gigabytes.
+func claim(ctx context.Context, o Options) (*os.File, error) {
+	began := time.Now()
+	var lock *os.File
+	var waited bool
+	for {
+		var err error
+		if lock == nil {
+			lock, err = lockStore(o.StoreDir)
+		}
+		if err == nil {
+			if err = checkPorts(o); err == nil {
+				return lock, nil
+			}
+		}
+		// A killed process frees its store before its ports. Where nobody held the
+		// store, the port is another program's.
+		passes := errors.Is(err, ErrStoreInUse) || waited && errors.Is(err, syscall.EADDRINUSE)
+		if !passes || time.Since(began) >= o.StoreWait {
+			if lock != nil {
+				err = errors.Join(err, lock.Close())
+			}
+			return nil, err
+		}
+		if !waited {
+			waited = true
+			o.Logger.Warn().Str("store", o.StoreDir).Dur("at_most_ms", o.StoreWait).Msg("another server holds the NATS store; waiting for it to end; stop it if it lives")
+		}
+		select {
+		case <-time.After(claimEvery):
+		case <-ctx.Done():
+			if lock != nil {
+				err = errors.Join(err, lock.Close())
+			}
+			return nil, errors.Join(ctx.Err(), err)
+		}
+	}
 }
 
 // lockStore creates dir and takes its lock, which ends with the process if not

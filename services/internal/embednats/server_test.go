@@ -181,6 +181,71 @@ func TestOneServerPerStore(t *testing.T) {
 	start(t, Options{StoreDir: dir})
 }
 
+// heard is a log's writer that passes each line on.
+type heard chan string
+
+func (h heard) Write(line []byte) (int, error) {
+	select {
+	case h <- string(line):
+	default:
+	}
+	return len(line), nil
+}
+
+func TestAStartWaitsForTheStoreOfAProcessThatEnds(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	killed := start(t, Options{StoreDir: dir})
+	port := killed.Addr().(*net.TCPAddr).Port
+	lines := make(heard, 16)
+	type started struct {
+		s   *Server
+		err error
+	}
+	again := make(chan started, 1)
+	go func() {
+		s, err := Start(t.Context(), Options{StoreDir: dir, Port: port, StoreWait: time.Minute, Logger: zerolog.New(lines)})
+		again <- started{s, err}
+	}()
+	// It says that it waits, and why.
+	if line := <-lines; !strings.Contains(line, "waiting for it to end") || !strings.Contains(line, dir) {
+		t.Errorf("it said %q", line)
+	}
+	stop(t, killed)
+	got := <-again
+	if got.err != nil {
+		t.Fatal(got.err)
+	}
+	stop(t, got.s)
+}
+
+func TestAStoreThatIsHeldIsWaitedForWithinBounds(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	start(t, Options{StoreDir: dir})
+	if _, err := Start(t.Context(), Options{StoreDir: dir, StoreWait: 50 * time.Millisecond}); !errors.Is(err, ErrStoreInUse) {
+		t.Errorf("got %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := Start(ctx, Options{StoreDir: dir, StoreWait: time.Hour}); !errors.Is(err, context.Canceled) {
+		t.Errorf("a start that was given up: %v", err)
+	}
+}
+
+func TestAPortOfAnotherProgramIsNotWaitedFor(t *testing.T) {
+	t.Parallel()
+	other, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = other.Close() }) // nothing was written to it
+	var listen *telemetry.ListenError
+	if _, err := Start(t.Context(), Options{StoreDir: t.TempDir(), Port: other.Addr().(*net.TCPAddr).Port, StoreWait: time.Hour}); !errors.As(err, &listen) {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestOtherMachinesNeedCredentials(t *testing.T) {
 	t.Parallel()
 	route := []string{"nats://127.0.0.1:1"}

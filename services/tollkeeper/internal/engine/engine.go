@@ -45,6 +45,9 @@ type Options struct {
 	Progress io.Writer
 }
 
+// storeWait is how long a start waits for the store of a process that was just killed.
+const storeWait = 5 * time.Second
+
 // StartNATS starts the embedded NATS server.
 func StartNATS(ctx context.Context, o Options) (*embednats.Server, error) {
 	host, port, err := splitListen("nats-listen", o.NATSListen)
@@ -52,7 +55,7 @@ func StartNATS(ctx context.Context, o Options) (*embednats.Server, error) {
 		return nil, err
 	}
 	return embednats.Start(ctx, embednats.Options{
-		Host: host, Port: port, Flag: "nats-listen", StoreDir: filepath.Join(o.DataDir, "nats"), Sync: o.NATSSync,
+		Host: host, Port: port, Flag: "nats-listen", StoreDir: filepath.Join(o.DataDir, "nats"), Sync: o.NATSSync, StoreWait: storeWait,
 		User: o.NATSUser, Password: o.NATSPassword,
 		Logger: o.Logger.With().Str("component", "nats").Logger(),
 	})
