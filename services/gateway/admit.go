@@ -21,7 +21,7 @@ import (
 // Headers of an answer of /v1/admit.
 const (
 	StatusHeader     = "X-Tollkeeper-Status"
-	CodeHeader       = "X-Tollkeeper-Code"
+	CodeHeader       = refusal.CodeHeader
 	DecisionIDHeader = refusal.DecisionIDHeader
 	// UnknownHeader is set when the call passes under the policy for unknown
 	// verdicts; the caller's event says so in admitted_unknown.

@@ -11,7 +11,10 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/ledger"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/bench"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/proxied"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/replay"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/replayed"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/sized"
+	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/trace"
 )
 
 // BenchOptions of a bench.
@@ -28,6 +31,8 @@ type BenchOptions struct {
 	Load    time.Duration
 	// Import is how many accounts are imported, Kills how often everything is killed then.
 	Import, Kills int
+	// Replay is how many rows are replayed.
+	Replay int
 	// Parts to measure; all when empty.
 	Parts  []string
 	Logger zerolog.Logger
@@ -39,6 +44,7 @@ const (
 	BenchPipeline = "pipeline" // publish, count, keep, decide, admit
 	BenchProxied  = "proxied"  // calls through the gateway
 	BenchSize     = "size"     // import, memory and restart with many accounts
+	BenchReplay   = "replay"   // rows of a trace through everything
 )
 
 // Bench measures the pipeline beside the raw limits of what it stands on, on
@@ -57,6 +63,13 @@ func Bench(ctx context.Context, o BenchOptions) error {
 	}
 	if wanted(BenchSize) {
 		if err := sized.Run(ctx, sized.Options{Accounts: o.Import, Kills: o.Kills, Program: o.Program, EngineDir: o.EngineDir, Out: o.Out}); err != nil {
+			return err
+		}
+	}
+	if wanted(BenchReplay) {
+		if err := replayed.Run(ctx, replayed.Options{Rows: o.Replay, Seed: o.Seed, Out: o.Out, Replay: func(ctx context.Context, rows []trace.Row) (*replay.Report, error) {
+			return ReplayInto(ctx, ReplayTarget{Isolated: true, EngineDir: o.EngineDir, Out: io.Discard, Logger: o.Logger}, ReplayOptions{Rows: rows})
+		}}); err != nil {
 			return err
 		}
 	}

@@ -332,6 +332,8 @@ const (
 	// DecisionIDHeader leads to what the refusal rests on; there is none where no
 	// decision was published yet.
 	DecisionIDHeader = "X-Tollkeeper-Decision-Id"
+	// CodeHeader is the refusal's code, also for those who see no body of it (HEAD).
+	CodeHeader = "X-Tollkeeper-Code"
 	// requestIDHeader is where OpenAI's clients look for the id of their request,
 	// anthropicIDHeader where Anthropic's do.
 	requestIDHeader   = "X-Request-Id"
@@ -370,6 +372,9 @@ func (r *Refusal) SetHeaders(h http.Header) {
 	h.Set("X-Content-Type-Options", "nosniff")
 	if r.RequestID != "" {
 		h.Set(requestIDHeader, r.RequestID)
+	}
+	if r.Code != "" {
+		h.Set(CodeHeader, string(r.Code))
 	}
 	if r.Decision != nil && r.Decision.ID != "" {
 		h.Set(DecisionIDHeader, r.Decision.ID)

@@ -22,7 +22,8 @@ type benchCmd struct {
 	Load      time.Duration `default:"3s" help:"How long each proxy is loaded with each kind of call in a round."`
 	Import    int           `default:"100000" help:"Accounts that are imported for the part size, at least 2."`
 	Kills     int           `default:"3" help:"How often everything is killed and started again with them."`
-	Only      []string      `enum:"pipeline,size,proxied" help:"Parts to measure: pipeline, size, proxied; all when empty."`
+	Replay    int           `default:"200000" help:"Rows of the trace that is replayed for the part replay, at least 1."`
+	Only      []string      `enum:"pipeline,size,replay,proxied" help:"Parts to measure: pipeline, size, replay, proxied; all when empty."`
 	EngineDir string        `name:"engine-dir" env:"TOLLKEEPER_ENGINE_DIR" type:"path" help:"Where the ClickHouse engine is installed; the user's cache when empty."`
 	LogLevel  string        `name:"log-level" env:"TOLLKEEPER_LOG_LEVEL" default:"warn" help:"trace, debug, info, warn or error."`
 	LogFormat string        `name:"log-format" env:"TOLLKEEPER_LOG_FORMAT" default:"auto" help:"auto, console or json."`
@@ -39,7 +40,7 @@ func (c *benchCmd) Run(ctx context.Context) error {
 	}
 	return tollkeeper.Bench(ctx, tollkeeper.BenchOptions{
 		Rounds: c.Rounds, Calls: c.Calls, Accounts: c.Accounts, Crossings: c.Crossings, Shards: c.Shards, Seed: c.Seed,
-		Program: program, Callers: c.Callers, Load: c.Load, Import: max(c.Import, 2), Kills: c.Kills, Parts: c.Only, EngineDir: c.EngineDir, Logger: log, Out: os.Stdout,
+		Program: program, Callers: c.Callers, Load: c.Load, Import: max(c.Import, 2), Kills: c.Kills, Replay: max(c.Replay, 1), Parts: c.Only, EngineDir: c.EngineDir, Logger: log, Out: os.Stdout,
 	})
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"github.com/valyala/fasthttp"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/trace"
 )
@@ -234,7 +235,11 @@ func (d *driver) code(c usage.Code) Outcome {
 	return out
 }
 
-const problemType = "application/problem+json"
+const (
+	problemType = "application/problem+json"
+	// codeHeader has a refusal's code.
+	codeHeader = refusal.CodeHeader
+)
 
 // answer makes the call and returns the refusal's code, empty when admitted.
 func answer(client *connection, req *fasthttp.Request, resp *fasthttp.Response) (usage.Code, error) {
@@ -244,6 +249,9 @@ func answer(client *connection, req *fasthttp.Request, resp *fasthttp.Response) 
 	}
 	if string(resp.Header.ContentType()) != problemType {
 		return "", nil
+	}
+	if code := usage.Code(resp.Header.Peek(codeHeader)); code.Status() != 0 {
+		return code, nil // an answer to HEAD has no body
 	}
 	if req.Header.IsHead() {
 		return "", fmt.Errorf("the gateway answered %d to a HEAD request, without saying why", resp.StatusCode())

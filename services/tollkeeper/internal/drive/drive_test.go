@@ -18,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 	"pgregory.net/rapid"
 
+	"github.com/tollkeeper/tollkeeper/pkg/gate/refusal"
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/pkg/window"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/modelserver"
@@ -80,6 +81,27 @@ func TestDriveCountsWhatClientsSawAndSendsEachRowOnce(t *testing.T) {
 	}
 	if seen.LastError == nil || !strings.Contains(seen.LastError.Error(), "t.csv:") {
 		t.Errorf("the error does not name the row: %v", seen.LastError)
+	}
+}
+
+// An answer to HEAD has no body: the code is in a header.
+func TestARefusedHEADIsARefusal(t *testing.T) {
+	t.Parallel()
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		r := refusal.Refusal{Code: usage.QuotaExceeded, RequestID: "r-1"}
+		if err := r.Write(w, refusal.Problem); err != nil && !errors.Is(err, http.ErrBodyNotAllowed) {
+			t.Error(err)
+		}
+	}))
+	t.Cleanup(srv.Close)
+	seen, err := Run(t.Context(), options(srv, rowsOf(10, func(_ int, r *trace.Row) { r.Method = "HEAD" })))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range seen.Outcomes {
+		if code := seen.Code(i); code != usage.QuotaExceeded {
+			t.Errorf("row %d: outcome %d, code %q (%v)", i, seen.Outcomes[i], code, seen.LastError)
+		}
 	}
 }
 

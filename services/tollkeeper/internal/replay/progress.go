@@ -65,5 +65,5 @@ func progressLine(n, total int64, since time.Duration) string {
 		return line
 	}
 	left := time.Duration(float64(total-n) / rate * float64(time.Second))
-	return line + fmt.Sprintf(", %s a second, %s left", number(int64(rate)), left.Round(time.Second))
+	return line + fmt.Sprintf(", %s a second; %s calls left, %s", number(int64(rate)), number(total-n), left.Round(time.Second))
 }
