@@ -231,9 +231,9 @@ func TestTheFingerprintTellsWhichRowsWereRefused(t *testing.T) {
 func TestProgressSaysWhatIsLeft(t *testing.T) {
 	t.Parallel()
 	for want, got := range map[string]string{
-		"  [........................]   0 %  0 of 1,000 calls":                                      progressLine(0, 1000, time.Second),
+		"  [........................]   0 %  0 of 1,000 calls":                                                     progressLine(0, 1000, time.Second),
 		"  [############............]  50 %  500,000 of 1,000,000 calls, 20,000 a second; 500,000 calls left, 25s": progressLine(500_000, 1_000_000, 25*time.Second),
-		"  [########################] 100 %  1,000 of 1,000 calls, 1,000 a second; 0 calls left, 0s":         progressLine(1000, 1000, time.Second),
+		"  [########################] 100 %  1,000 of 1,000 calls, 1,000 a second; 0 calls left, 0s":               progressLine(1000, 1000, time.Second),
 	} {
 		if got != want {
 			t.Errorf("got %q, want %q", got, want)
