@@ -558,13 +558,22 @@ func (r *replayRun) readLedger(ctx context.Context, from uint64) (replay.LedgerF
 // limits looks how each limit was kept. Windows that end can be told only where calls
 // kept their time in a ledger whose clock is the trace's.
 func (r *replayRun) limits(report *replay.Report) {
-	count := report.Fold.Latest
+	// Rows know when their clients sent them, which is before the gateway decided: by the
+	// slowest answer at most.
+	count := report.Seen.Longest
 	if r.o.KeepTime {
 		// The calls carry recorded times: their way is bounded by their answer
 		// and their frame's.
-		count = report.Seen.Longest + report.Fold.Transit
+		count += report.Fold.Transit
+	} else {
+		count += report.Fold.Latest
 	}
-	decided := r.watch.Longest()
+	// The longest of all accounts: on a busy machine the gateway may hear of a decision
+	// later than this process did, and of each of them by chance.
+	decided := time.Duration(0)
+	for _, d := range r.watch.Longest() {
+		decided = max(decided, d)
+	}
 	for _, l := range r.o.Limits {
 		kind, _ := window.Parse(usage.WindowKind(l.Window)) // the plan was checked
 		if kind != window.Lifetime && r.clock == nil {
@@ -574,6 +583,6 @@ func (r *replayRun) limits(report *replay.Report) {
 		if l.Lease != nil {
 			limit.MaxExposure = l.Lease.MaxExposure
 		}
-		report.Check(r.o.Rows, r.rows, limit, func(account int) (time.Duration, time.Duration) { return count, decided[r.ids[account]] })
+		report.Check(r.o.Rows, r.rows, limit, func(int) (time.Duration, time.Duration) { return count, decided })
 	}
 }

@@ -20,7 +20,7 @@ func awaitTables(ctx context.Context, h *history.History) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	for {
-		_, err := h.Position(ctx)
+		err := h.Migrated(ctx)
 		if err == nil {
 			return nil
 		}
