@@ -1,6 +1,7 @@
 package console
 
 import (
+	"fmt"
 	"net/http"
 	"net/url"
 	"strings"
@@ -62,7 +63,9 @@ func TestADecisionIsExplainedOverHTTP(t *testing.T) {
 	})
 	small := okCall("acme", 1, 1000)
 	small.Model = "small"
-	w.publish(okCall("acme/search", 1, 30), small, okCall("acme", 1, 40))
+	left := okCall("acme", 1, 40)
+	left.Ending, left.Flags = usage.ClientLeft, left.Flags|usage.Estimated
+	w.publish(okCall("acme/search", 1, 30), small, left)
 	w.publish(okCall("acme", 1, 20), okCall("acme/search", 1, 20), refusedCall("acme", usage.QuotaExceeded))
 	decided := w.countShard("acme")
 	if len(decided) != 1 || decided[0].Verdict != usage.Deny {
@@ -82,6 +85,13 @@ func TestADecisionIsExplainedOverHTTP(t *testing.T) {
 	}
 	if diff := cmp.Diff([]int64{20, 20, 40, 30}, adds); diff != "" || e.Fed.Used != 110 || e.Fed.Calls != 4 {
 		t.Errorf("%+v: %s", e.Fed, diff)
+	}
+	var endings []string
+	for _, call := range e.Calls {
+		endings = append(endings, fmt.Sprint(call.Ending, " ", call.Estimated))
+	}
+	if diff := cmp.Diff([]string{" false", " false", "client_left true", " false"}, endings); diff != "" {
+		t.Errorf("how the calls ended: %s", diff)
 	}
 	var paged []explain.Call
 	for cursor := ""; ; {

@@ -233,7 +233,21 @@ func TestACallThatIsCutOffIsAnEstimate(t *testing.T) {
 			t.Errorf("%s %s: %d in", c.path, c.body, in)
 		}
 	}
-	hangUp(t, g.proxy+"/v1/chat/completions", "sk-tight", `{"model":"breaks","stream":true}`, "breaks", nil)
+	// This client stays to the end.
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, g.proxy+"/v1/chat/completions", strings.NewReader(`{"model":"breaks","stream":true}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer sk-tight")
+	req.Header.Set("X-Request-Id", "breaks")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, resp.Body); err == nil {
+		t.Error("an answer that broke off looks whole")
+	}
+	_ = resp.Body.Close()
 	if output := outputOf(w.callOf("breaks")); output != "5 estimated upstream_failed" {
 		t.Errorf("an upstream that breaks off: %s", output)
 	}

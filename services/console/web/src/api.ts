@@ -231,7 +231,7 @@ export interface Explanation {
   entry: { shard: number; sequence: number; kind: string }
   fed: { calls: number; adjusted: number }
   allowance?: { settled: number; outstanding: number; dead: number; exposure: number }
-  calls: { time_unix_micros: number; account: string; adds: number; used_after: number }[]
+  calls: { time_unix_micros: number; account: string; adds: number; used_after: number; ending?: string; estimated?: boolean }[]
 }
 
 export async function getExplanation(id: string): Promise<Explanation> {

@@ -5,6 +5,13 @@ import { getExplanation, type Explanation } from './api'
 import { clock, exact, moment, unit } from './format'
 import { Card, Mark, Nothing, VerdictTag } from './parts'
 
+/** howItEnded names a call that broke off, and usage that is an estimate. */
+function howItEnded(c: { ending?: string; estimated?: boolean }): string {
+  const ended = c.ending === 'client_left' ? 'client left' : c.ending === 'upstream_failed' ? 'upstream failed' : ''
+  const said = [ended, c.estimated ? 'estimate' : ''].filter((s) => s !== '').join(', ')
+  return said === '' ? '' : ` (${said})`
+}
+
 /** factsOf an explanation, in words. */
 export function factsOf(e: Explanation): [string, string][] {
   const d = e.decision
@@ -67,7 +74,7 @@ export function ExplainCard() {
                 <dd>
                   {found.calls
                     .slice(0, 5)
-                    .map((c) => `${clock(c.time_unix_micros / 1e6)} ${c.account} +${exact(c.adds)} → ${exact(c.used_after)}`)
+                    .map((c) => `${clock(c.time_unix_micros / 1e6)} ${c.account} +${exact(c.adds)} → ${exact(c.used_after)}${howItEnded(c)}`)
                     .join('; ')}
                 </dd>
               </div>
