@@ -26,7 +26,7 @@ func TestTheBenchPrintsEveryFigure(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"bare JetStream", "publish → counted", "clickhouse-go's own", "publish → durable", "admission", "crossing call", "p99", "a bare concurrent map", "ReverseProxy", "Tollkeeper: gateway", "plain", "chat", "streamed chat", "of bare", "import (tollkeeper apply)", "memory", "kill -9", "replay of 2000 rows"} {
+	for _, want := range []string{"bare JetStream", "publish → counted", "clickhouse-go's own", "publish → durable", "admission", "crossing call", "p99", "a bare concurrent map", "ReverseProxy", "Tollkeeper: gateway", "plain", "chat", "streamed chat", "of bare", "import (tollkeeper apply)", "memory", "the ClickHouse engine ", "kill -9", "replay of 2000 rows"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the bench does not print %q", want)
 		}

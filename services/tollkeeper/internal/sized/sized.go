@@ -350,13 +350,43 @@ func (s *system) used() (time.Duration, error) {
 	return time.Duration(ticks) * time.Second / ticksPerSecond, nil
 }
 
-// memory prints the resident memory of the process, the greatest too.
+// memory prints the resident memory of the process and, apart, of the ClickHouse engine,
+// which is its child.
 func (s *system) memory(when string) error {
-	data, err := os.ReadFile("/proc/" + strconv.Itoa(s.cmd.Process.Pid) + "/status")
+	pid := strconv.Itoa(s.cmd.Process.Pid)
+	now, most, err := resident(pid)
 	if err != nil {
-		return fmt.Errorf("read the memory of tollkeeper: %w", err)
+		return err
 	}
-	var now, most float64
+	// A child belongs to the thread that started it.
+	lists, err := filepath.Glob("/proc/" + pid + "/task/*/children")
+	if err != nil {
+		return fmt.Errorf("look for the engine: %w", err)
+	}
+	var engineNow, engineMost float64
+	for _, list := range lists {
+		children, err := os.ReadFile(list)
+		if err != nil {
+			continue // a thread that has ended
+		}
+		for _, child := range strings.Fields(string(children)) {
+			n, m, err := resident(child)
+			if err != nil {
+				return err
+			}
+			engineNow, engineMost = engineNow+n, engineMost+m
+		}
+	}
+	_, err = fmt.Fprintf(s.o.Out, "  memory %-28s%8.0f MB  at most %.0f MB; the ClickHouse engine %.0f MB, at most %.0f MB\n", when, now, most, engineNow, engineMost)
+	return err
+}
+
+// resident is the resident memory of a process in MB, now and at most.
+func resident(pid string) (now, most float64, err error) {
+	data, err := os.ReadFile("/proc/" + pid + "/status")
+	if err != nil {
+		return 0, 0, fmt.Errorf("read the memory of process %s: %w", pid, err)
+	}
 	for line := range strings.Lines(string(data)) {
 		f := strings.Fields(line)
 		if len(f) < 2 {
@@ -370,8 +400,7 @@ func (s *system) memory(when string) error {
 			most = kb / 1024
 		}
 	}
-	_, err = fmt.Fprintf(s.o.Out, "  memory %-28s%8.0f MB  at most %.0f MB\n", when, now, most)
-	return err
+	return now, most, nil
 }
 
 // failed adds the last that Tollkeeper said to an error.
