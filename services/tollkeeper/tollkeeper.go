@@ -253,9 +253,6 @@ func (s *stack) provision(ctx context.Context) error {
 	return err
 }
 
-// repairTimeout is longer than another's act must be left alone for.
-const repairTimeout = plans.DefaultTakeover + 5*time.Second
-
 // applyPlans applies the plans file, or the demo's to a ledger without plans.
 func (s *stack) applyPlans(ctx context.Context) (err error) {
 	name, data := s.o.Plans, demo.Plans
@@ -292,7 +289,7 @@ func (s *stack) applyPlans(ctx context.Context) (err error) {
 			}
 			// Somebody was killed half way through applying: what stands now,
 			// applied again, first completes it.
-			repair, cancel := context.WithTimeout(ctx, repairTimeout)
+			repair, cancel := context.WithTimeout(ctx, plans.DefaultTakeover+5*time.Second) // another's act is left alone before
 			defer cancel()
 			_, err := applier.Change(repair, "up", func(now *plans.Document) *plans.Document { return now })
 			if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
@@ -317,13 +314,7 @@ func (s *stack) applyPlans(ctx context.Context) (err error) {
 }
 
 func (s *stack) demoUpstream(ctx context.Context, ready func()) error {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return fmt.Errorf("listen for the demo upstream: %w", err)
-	}
-	s.upstream = "http://" + l.Addr().String()
-	ready()
-	return telemetry.Serve(ctx, telemetry.ServeOptions{Listener: l, Handler: modelserver.Handler(modelserver.Options{Delay: 5 * time.Millisecond})})
+	return modelserver.Run(ctx, modelserver.Options{Delay: 5 * time.Millisecond}, func(url string) { s.upstream = url; ready() })
 }
 
 func (s *stack) gateway(ctx context.Context, ready func()) error {
