@@ -29,8 +29,13 @@ type EventID [16]byte
 
 // ForeignID returns the identity of a foreign event. Its parts are length-
 // prefixed, so that no two triples give the same input; it holds no time, so
-// that a retry with another time stamp is the same event.
+// that a retry with another time stamp is the same event. An id that a gateway gave to an
+// admitted call is one call's, whatever source its event names: so the source is not part
+// of that identity.
 func ForeignID(account, source, id []byte) EventID {
+	if admitted, _ := usage.AdmittedEvent(id); admitted {
+		source = nil
+	}
 	h := sha256.New()
 	var n [8]byte
 	for _, part := range [...][]byte{account, source, id} {

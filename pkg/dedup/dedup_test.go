@@ -151,6 +151,28 @@ func TestPartsOfAForeignIdentityDoNotRunIntoEachOther(t *testing.T) {
 	}
 }
 
+// The id of an admitted call is that call's, whichever program posts its event.
+func TestAnAdmittedCallIsOneEventFromEverySource(t *testing.T) {
+	t.Parallel()
+	const of = "3MrEDyp8TjkFhH69mkMr4h9HDla"
+	for id, one := range map[string]bool{
+		usage.AdmittedRecordedPrefix + of: true, usage.AdmittedOpenPrefix + of: true,
+		of: false, "admitted-" + of: false, usage.AdmittedOpenPrefix + of + "x": false, usage.AdmittedOpenPrefix + of[1:]: false,
+		usage.AdmittedRecordedPrefix + of[1:] + "-": false, usage.AdmittedRecordedPrefix: false, "": false,
+	} {
+		a, b := ForeignID([]byte("acme"), []byte("/a"), []byte(id)), ForeignID([]byte("acme"), []byte("/b"), []byte(id))
+		if (a == b) != one {
+			t.Errorf("%q from two sources: one event %v", id, a == b)
+		}
+		if other := ForeignID([]byte("ada"), []byte("/a"), []byte(id)); other == a {
+			t.Errorf("%q of two accounts is one event", id)
+		}
+	}
+	if x, y := ForeignID(nil, nil, []byte(usage.AdmittedRecordedPrefix+of)), ForeignID(nil, nil, []byte(usage.AdmittedOpenPrefix+of)); x == y {
+		t.Error("two ids are one event")
+	}
+}
+
 // What a foreign event leaves behind must go, or a flood of them fills the
 // memory for ever.
 func TestForeignEventsAreForgottenAfterTheHorizon(t *testing.T) {

@@ -61,6 +61,9 @@ func TestACallThatWasAskedForAndPostedIsOneCall(t *testing.T) {
 		default:
 			post(to, ids[i], data)
 			post(second, ids[i], data) // again, to whoever is there
+			if got := do(t, http.MethodPost, second.admin+"/v1/events", "", eventOf("another proxy", ids[i], "tight", data), "Content-Type", "application/cloudevents+json"); got.status != 202 {
+				t.Fatalf("%+v", got)
+			}
 		}
 	}
 	used := func(calls, tokens int64) {

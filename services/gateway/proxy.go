@@ -324,6 +324,9 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 				h.Del("Connection")
 				h.Del("Http2-Settings")
 			}
+			if h[gate.RequestIDHeader] == nil { // the client may have named it in Connection
+				h[gate.RequestIDHeader] = r.In.Header[gate.RequestIDHeader]
+			}
 			r.SetXForwarded()
 			if account, keyID := gate.ReportFrom(r.In.Context()).Account(); account != "" {
 				h.Set(AccountHeader, headers.Safe(account))

@@ -99,7 +99,7 @@ func TestTheUpstreamReadsTheTargetThatTheRouteWasFoundBy(t *testing.T) {
 	for _, c := range []string{
 		"POST http:http://h/v1/chat/completions", "POST http:/v1/chat/completions", "POST mailto:x", "POST ftp://h/v1/chat/completions", "POST http:///v1/chat/completions",
 		"POST http://u:p@h/v1/chat/completions", "POST http://h/v1/chat/completions#x", "POST /v1/chat/completions#x", "POST h:80", "POST v1/chat/completions",
-		"CONNECT h:80", "CONNECT /v1/chat/completions", "OPTIONS *", "POST *", "POST ", "POST ?x",
+		"CONNECT h:80", "TRACE /v1/chat/completions", "CONNECT /v1/chat/completions", "OPTIONS *", "POST *", "POST ", "POST ?x",
 		"POST /v1/chat;x/completions", "POST /v1/chat%3Bx/completions", "POST /v1;/chat/completions", "POST //v1/chat/completions", "POST //h/v1/chat/completions",
 		"POST /v1//chat/completions", `POST /v1\chat\completions`, `POST /\h/v1/chat/completions`, "POST /v1%5cchat%5Ccompletions", "POST /v1%2Fchat/completions", "POST /v1%252fchat/completions",
 		"POST /%76%31/chat/completions", "POST /v1/chat/completion%73", "POST /v1/chat/completion%2573", "POST /v1/chat/./completions", "POST /v1/x/../chat/completions",

@@ -20,6 +20,7 @@ import (
 	"github.com/tollkeeper/tollkeeper/pkg/usage"
 	"github.com/tollkeeper/tollkeeper/services/internal/corrections"
 	"github.com/tollkeeper/tollkeeper/services/internal/embednats"
+	"github.com/tollkeeper/tollkeeper/services/internal/history"
 	"github.com/tollkeeper/tollkeeper/services/internal/natsconn"
 	"github.com/tollkeeper/tollkeeper/services/internal/wiretest"
 	"github.com/tollkeeper/tollkeeper/services/tollkeeper/internal/explanation"
@@ -87,7 +88,7 @@ func TestEveryCommandSaysSoonThatNATSIsAway(t *testing.T) {
 			return statehash.Print(ctx, statehash.Options{NATS: o, Wait: away, Out: io.Discard})
 		}, ""},
 		"replay": {func(ctx context.Context) error {
-			_, err := Replay(ctx, ReplayOptions{NATS: o, Rows: []trace.Row{{}}})
+			_, err := Replay(ctx, ReplayOptions{NATS: o, Wait: away, Rows: []trace.Row{{}}})
 			return err
 		}, ""},
 	} {
@@ -95,6 +96,49 @@ func TestEveryCommandSaysSoonThatNATSIsAway(t *testing.T) {
 			t.Parallel()
 			began := time.Now()
 			soon(t, c.run(t.Context()), began, c.says, "can't be reached within", "connection refused", "--nats-url", "--nats-wait")
+		})
+	}
+}
+
+func TestAReplaySaysSoonThatClickHouseIsAway(t *testing.T) {
+	t.Parallel()
+	srv, err := embednats.Start(t.Context(), embednats.Options{StoreDir: t.TempDir(), MaxFile: 100 << 30})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := srv.Stop(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ledger.Provision(t.Context(), js, ledger.ProvisionOptions{Shards: 1}); err != nil {
+		t.Fatal(err)
+	}
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = silent.Close() })
+	for name, addr := range map[string]string{"nothing listens": "127.0.0.1:1", "it says nothing": silent.Addr().String()} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			began := time.Now()
+			_, err := Replay(ctx, ReplayOptions{
+				NATS: natsconn.Options{URL: srv.ClientURL(), Logger: zerolog.Nop()}, ClickHouse: history.Options{Addrs: []string{addr}, Logger: zerolog.Nop()},
+				Wait: away, Rows: []trace.Row{{}},
+			})
+			soon(t, err, began, "ClickHouse at "+addr+" can't be reached within 1s", "--clickhouse-addr", "--nats-wait")
 		})
 	}
 }

@@ -1,6 +1,7 @@
 package tollkeeper
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -56,7 +57,7 @@ type ReplayOptions struct {
 	// NATS and ClickHouse of a Tollkeeper that runs.
 	NATS       natsconn.Options
 	ClickHouse history.Options
-	// Wait is how long NATS and its ledger may be missing at the start;
+	// Wait is how long NATS, its ledger and ClickHouse may be missing at the start, each;
 	// session.DefaultWait when 0.
 	Wait time.Duration
 	// SpoolDir of the replay's gateway.
@@ -119,11 +120,24 @@ func Replay(ctx context.Context, o ReplayOptions) (*replay.Report, error) {
 			return nil, err
 		}
 	}
-	if r.history, err = history.Open(ctx, o.ClickHouse); err != nil {
+	if r.history, err = openHistory(ctx, &o); err != nil {
 		return nil, err
 	}
 	report, err := r.run(ctx)
 	return report, errors.Join(err, r.history.Close())
+}
+
+// openHistory waits for ClickHouse as long as for NATS: a service waits without a bound,
+// and a command does not.
+func openHistory(ctx context.Context, o *ReplayOptions) (*history.History, error) {
+	wait := cmp.Or(o.Wait, session.DefaultWait)
+	begin, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	h, err := history.Open(begin, o.ClickHouse)
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		return nil, fmt.Errorf("ClickHouse at %s can't be reached within %s: start it, name another with --clickhouse-addr, or wait longer with --nats-wait", strings.Join(o.ClickHouse.Addrs, ", "), wait)
+	}
+	return h, err
 }
 
 // aheadAtMost is how far rows may be in the future of a ledger whose time is now.

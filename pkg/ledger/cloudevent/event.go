@@ -68,9 +68,13 @@ type Event struct {
 	specVersion, eventType, subject, time, contentType, traceparent string
 	// extensions are the names of the attributes that are not the protocol's.
 	extensions []string
-	data       []byte // nil: there is none
-	base64     bool
-	checked    bool // data is JSON for certain
+	// misplaced are those with the name of a member of Data: data must say it too, or the
+	// event would be taken with less than it says.
+	misplaced []string
+	told      []string // members that data has
+	data      []byte   // nil: there is none
+	base64    bool
+	checked   bool // data is JSON for certain
 }
 
 // Attribute is a context attribute in its text form.
@@ -267,8 +271,15 @@ func (e *Event) attribute(name, value string) *usage.InvalidError {
 		// The type says already what the data is.
 		return nil
 	}
-	if slices.Contains(dataMembers, name) || name == "data" {
+	if name == "meters" || name == "data" {
 		return misplaced(name)
+	}
+	if slices.Contains(dataMembers, name) {
+		if value == "" {
+			return nil
+		}
+		e.misplaced = append(e.misplaced, name)
+		return nil
 	}
 	for i := range len(name) {
 		if c := name[i]; (c < 'a' || c > 'z') && (c < '0' || c > '9') {
@@ -336,6 +347,11 @@ func (e *Event) call(arrived usage.Micros) (c usage.Call, err *usage.InvalidErro
 	if err := e.readData(&c); err != nil {
 		return c, err
 	}
+	for _, name := range e.misplaced {
+		if !slices.Contains(e.told, name) && (name != "account" || e.subject == "") {
+			return c, misplaced(name)
+		}
+	}
 	if c.Account == "" {
 		c.Account = e.subject
 	}
@@ -401,6 +417,9 @@ func (e *Event) readData(c *usage.Call) *usage.InvalidError {
 		}
 		if isNull(value) {
 			return nil
+		}
+		if e.misplaced != nil {
+			e.told = append(e.told, name)
 		}
 		var err *usage.InvalidError
 		switch name {

@@ -27,7 +27,7 @@ func (rules *Rules) read(r *http.Request) ([]byte, error) {
 		return nil, unreadable("The request has several content types")
 	case len(types) == 1 && types[0] != "":
 		if !tokens.IsJSON(types[0]) {
-			return nil, unbounded("its body is not JSON")
+			return nil, unbounded("its body is not said to be JSON: send it with Content-Type: application/json")
 		}
 		_, params, err := mime.ParseMediaType(types[0])
 		if c := params["charset"]; err != nil || c != "" && !strings.EqualFold(c, "utf-8") && !strings.EqualFold(c, "utf8") && !strings.EqualFold(c, "us-ascii") {

@@ -31,6 +31,10 @@ func Of(r *http.Request) (t Target, problem string) {
 	if r.Method == http.MethodConnect {
 		return t, "This gateway is no tunnel: send the request itself."
 	}
+	if r.Method == http.MethodTrace {
+		// An upstream that answers it shows the client the credentials that the gateway set.
+		return t, "This gateway passes no TRACE on: send the request itself."
+	}
 	if strings.ContainsFunc(r.Method, func(c rune) bool { return c >= 'a' && c <= 'z' }) {
 		return t, "The method has lower-case letters, and methods are case-sensitive: send it in capitals."
 	}

@@ -31,7 +31,7 @@ func TestWhatIsNoTargetIsRefused(t *testing.T) {
 			t.Errorf("%q is a target", uri)
 		}
 	}
-	for _, method := range []string{"CONNECT", "post", "Post", "gET"} {
+	for _, method := range []string{"CONNECT", "TRACE", "post", "Post", "gET"} {
 		if _, problem := read(t, method, "h", "/v1"); problem == "" {
 			t.Errorf("%s is a method", method)
 		}
