@@ -324,8 +324,12 @@ func (p *proxy) upstream(c *RouteConfig, keyHeaders []string, transport http.Rou
 				h.Del("Connection")
 				h.Del("Http2-Settings")
 			}
-			if h[gate.RequestIDHeader] == nil { // the client may have named it in Connection
-				h[gate.RequestIDHeader] = r.In.Header[gate.RequestIDHeader]
+			for _, name := range [...]string{gate.RequestIDHeader, model} {
+				// The client may have named it in Connection: the upstream gets the id
+				// and the model that are recorded all the same.
+				if values := r.In.Header[name]; values != nil && !strings.HasPrefix(name, headers.Prefix) {
+					h[name] = values
+				}
 			}
 			r.SetXForwarded()
 			if account, keyID := gate.ReportFrom(r.In.Context()).Account(); account != "" {
