@@ -104,8 +104,10 @@ func Replay(ctx context.Context, o ReplayOptions) (*replay.Report, error) {
 	if len(o.Rows) == 0 {
 		return nil, errors.New("the trace has no rows (after the filters)")
 	}
-	if err := checkTimes(&o, time.Now()); err != nil {
-		return nil, err
+	if o.KeepTime {
+		if err := replay.CheckTimes(o.Rows, o.Limits, o.TestClock, time.Now()); err != nil {
+			return nil, err
+		}
 	}
 	r := &replayRun{o: o, id: strings.ToLower(ksuid.New().String()[19:])}
 	o.NATS.Name = "tollkeeper replay"
@@ -138,33 +140,6 @@ func openHistory(ctx context.Context, o *ReplayOptions) (*history.History, error
 		return nil, fmt.Errorf("ClickHouse at %s can't be reached within %s: start it, name another with --clickhouse-addr, or wait longer with --nats-wait", strings.Join(o.ClickHouse.Addrs, ", "), wait)
 	}
 	return h, err
-}
-
-// aheadAtMost is how far rows may be in the future of a ledger whose time is now.
-const aheadAtMost = time.Minute
-
-// checkTimes refuses what would limit nothing without saying so.
-func checkTimes(o *ReplayOptions, now time.Time) error {
-	if !o.KeepTime {
-		return nil
-	}
-	first, last := &o.Rows[0], &o.Rows[len(o.Rows)-1]
-	if usage.At(first.Time) < usage.OldestTimeMicros || usage.At(last.Time) > usage.NewestTimeMicros {
-		return fmt.Errorf("rows are from %s to %s: times from 2000 to 2199 can be counted; leave out --keep-time, so that calls happen now", first.Time.Format(time.RFC3339), last.Time.Format(time.RFC3339))
-	}
-	if o.TestClock {
-		return nil
-	}
-	for _, l := range o.Limits {
-		if l.Window != string(usage.Lifetime) {
-			return fmt.Errorf("--keep-time with a limit per %s: the Tollkeeper that runs counts by its own clock, which is now, so that rows from %s to %s would be limited by nothing; "+
-				"use --isolated, which gives the replay a ledger whose clock is the trace's, or leave out --keep-time, so that calls happen now", l.Window, first.Time.Format(time.RFC3339), last.Time.Format(time.RFC3339))
-		}
-	}
-	if last.Time.After(now.Add(aheadAtMost)) {
-		return fmt.Errorf("--keep-time: %s:%d is of %s, which is in the future of the Tollkeeper that runs, where no call can be; use --isolated, which gives the replay a ledger whose clock is the trace's", last.File, last.Line, last.Time.Format(time.RFC3339))
-	}
-	return nil
 }
 
 // replayRun is the state of one replay.

@@ -129,8 +129,10 @@ func replayAlone(ctx context.Context, t ReplayTarget, o ReplayOptions) (report *
 		return nil, errors.New("the trace has no rows (after the filters)")
 	}
 	o.TestClock = o.KeepTime
-	if err := checkTimes(&o, time.Now()); err != nil {
-		return nil, err
+	if o.KeepTime {
+		if err := replay.CheckTimes(o.Rows, o.Limits, true, time.Now()); err != nil {
+			return nil, err
+		}
 	}
 	dir, err := os.MkdirTemp("", "tollkeeper-replay-")
 	if err != nil {
