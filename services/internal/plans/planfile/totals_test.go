@@ -36,7 +36,7 @@ func randomDocument(r *rand.Rand) *Document {
 	for i := range 4 { // key k<i> is somewhere, with some hash
 		if n := len(d.Accounts); n > 0 && r.IntN(3) > 0 {
 			a := &d.Accounts[r.IntN(n)]
-			a.Keys = append(a.Keys, Key{fmt.Sprint("k", i), HashKey(fmt.Sprint(hashes[i]))})
+			a.Keys = append(a.Keys, Key{ID: fmt.Sprint("k", i), SHA256: HashKey(fmt.Sprint(hashes[i]))})
 		}
 	}
 	return d
