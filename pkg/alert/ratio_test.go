@@ -325,8 +325,16 @@ func randomLog(t *rapid.T) (Rule, []event) {
 
 // model says the same as Ratio by going through the whole log at every step.
 type model struct {
-	r   Rule
-	log []event // those that came in time
+	r    Rule
+	log  []event // those that came in time
+	ends []end
+}
+
+// end of an episode, after so many entries of the log: who is not refused any more
+// begins again with the next refusal.
+type end struct {
+	after int
+	at    usage.Micros
 }
 
 func (m *model) at(boundary usage.Micros) (active, begun, still int) {
@@ -334,7 +342,19 @@ func (m *model) at(boundary usage.Micros) (active, begun, still int) {
 	in := func(t usage.Micros) bool { return t >= boundary-window && t < boundary }
 	act, beg, ref := map[string]bool{}, map[string]usage.Micros{}, map[string]usage.Micros{}
 	refusedIn, stuck := map[string]bool{}, map[string]bool{}
-	for _, e := range m.log {
+	ends := m.ends
+	forget := func(entries int) {
+		for ; len(ends) > 0 && ends[0].after == entries; ends = ends[1:] {
+			for account, last := range ref {
+				if last < ends[0].at-window && !(stuck[account] && last >= ends[0].at-quiet) {
+					delete(ref, account)
+					stuck[account] = false
+				}
+			}
+		}
+	}
+	for i, e := range m.log {
+		forget(i)
 		step := e.time / second * second
 		if in(step) {
 			act[e.account] = true
@@ -355,6 +375,7 @@ func (m *model) at(boundary usage.Micros) (active, begun, still int) {
 			refusedIn[e.account] = true
 		}
 	}
+	forget(len(m.log))
 	for account, is := range stuck {
 		if is && ref[account] >= boundary-quiet {
 			refusedIn[account] = true
@@ -375,7 +396,11 @@ func TestWindowsAreThoseOfTheModel(t *testing.T) {
 		d, m := newRatio(t, r), &model{r: r}
 		for i, e := range log {
 			before := d.m.EvaluatedTo
-			d.Advance(e.stream, e.stream)
+			for _, a := range d.Advance(e.stream, e.stream) {
+				if a.Transition == usage.AlertResolved && a.Reason != usage.ResolvedNewWave {
+					m.ends = append(m.ends, end{len(m.log), a.At})
+				}
+			}
 			if got := d.m.EvaluatedTo; i > 0 && got > before {
 				active, begun, still := m.at(got)
 				if st := d.Stats(); st.Active != active || st.Refused != begun || st.StillRefused != still {
